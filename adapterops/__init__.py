@@ -1,0 +1,65 @@
+"""adapterops: read, understand and convert adapter files (LoRA and its kin), with proof.
+
+    import adapterops as ao
+
+    adapter = ao.load("style.safetensors")
+    ao.convert("style.safetensors", to="peft", output="style-peft")
+    print(ao.inspect("style.safetensors").architecture)
+
+Importing this package imports neither torch nor numpy.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adapterops.adapter import Adapter, Certainty, Fact, Update
+    from adapterops.api import Result, convert, load, save
+    from adapterops.errors import AdapterOpsError
+    from adapterops.inspection import Inspection, inspect
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Adapter": "adapter",
+    "AdapterOpsError": "errors",
+    "Certainty": "adapter",
+    "Fact": "adapter",
+    "Inspection": "inspection",
+    "Result": "api",
+    "Update": "adapter",
+    "convert": "api",
+    "inspect": "inspection",
+    "load": "api",
+    "save": "api",
+}
+
+__all__ = [
+    "Adapter",
+    "AdapterOpsError",
+    "Certainty",
+    "Fact",
+    "Inspection",
+    "Result",
+    "Update",
+    "__version__",
+    "convert",
+    "inspect",
+    "load",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,0 +1,1 @@
+"""The file formats that come with adapterops, each a plugin like any third party's."""
