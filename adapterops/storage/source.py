@@ -1,0 +1,127 @@
+"""What a path holds: tensors, header metadata, and the JSON config that stands beside them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from adapterops.errors import NotAnAdapter, UnreadableFile, UnsupportedFormat
+from adapterops.storage import pickle, safetensors
+from adapterops.storage.tensor import LazyTensor
+
+CONFIG_NAME = "adapter_config.json"
+_FOLDER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+_WEIGHTS = (".safetensors", *_PICKLES)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """An opened input.  `parts` holds one source a subfolder where a folder keeps its components apart."""
+
+    path: str
+    tensors: Mapping[str, LazyTensor] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    config: Mapping[str, Any] | None = None
+    config_path: str = ""
+    parts: Mapping[str, Source] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    component: str = ""
+    """The subfolder's name, for a part."""
+
+    @property
+    def size(self) -> int:
+        """Bytes of tensors, parts included."""
+        return sum(t.nbytes for t in self.tensors.values()) + sum(p.size for p in self.parts.values())
+
+    @property
+    def key_count(self) -> int:
+        """The number of tensors, parts included."""
+        return len(self.tensors) + sum(p.key_count for p in self.parts.values())
+
+
+def open_source(path: str | os.PathLike[str]) -> Source:
+    """Open a file or folder.  Reads headers only (a pickle is memory-mapped).
+
+    Raises `UnreadableFile` and its kin for what cannot be read, `NotAnAdapter` for a folder without weights.
+    """
+    path = os.fspath(path)
+    if path.startswith("hf://"):
+        raise UnsupportedFormat(f"{path}: hf:// sources are not supported yet; download the file and name it")
+    if os.path.isdir(path):
+        return _open_folder(path)
+    if not os.path.exists(path):
+        raise UnreadableFile(f"{path}: no such file or folder")
+    tensors, metadata = _read_weights(path)
+    config_path = os.path.join(os.path.dirname(path), CONFIG_NAME)
+    # peft writes the two side by side under fixed names; any other file does not own the config next to it.
+    if os.path.basename(path) in _FOLDER_WEIGHTS and os.path.isfile(config_path):
+        return Source(path, tensors, metadata, read_json(config_path), config_path)
+    return Source(path, tensors, metadata)
+
+
+def _read_weights(path: str) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    suffix = os.path.splitext(path)[1].lower()
+    try:
+        with open(path, "rb") as file:
+            head = file.read(8)
+    except OSError as error:
+        raise UnreadableFile(f"{path}: {error.strerror}") from error
+    if not head:
+        raise UnreadableFile(f"{path}: the file is empty; download it again")
+    if head.startswith(b"GGUF"):
+        raise UnsupportedFormat(f"{path}: is a GGUF file; this version does not convert GGUF adapters")
+    if suffix == ".npz":
+        raise UnsupportedFormat(f"{path}: is a numpy archive (older MLX adapters); this version does not convert MLX")
+    if suffix == ".json" and head.lstrip()[:1] in (b"{", b"["):
+        raise NotAnAdapter(f"{path}: is a JSON file, not weights; name the weights or their folder")
+    if suffix in _PICKLES or (suffix != ".safetensors" and (head[:2] == b"PK" or head[:1] == b"\x80")):
+        return pickle.read(path), {}
+    return safetensors.read_header(path)
+
+
+def _open_folder(path: str) -> Source:
+    names = sorted(os.listdir(path))
+    config_path = os.path.join(path, CONFIG_NAME)
+    config = read_json(config_path) if CONFIG_NAME in names else None
+    present = [name for name in _FOLDER_WEIGHTS if name in names]
+    notes: tuple[str, ...] = ()
+    if len(present) == 2:
+        notes = (f"{present[0]} is read and {present[1]} is not, as peft does",)
+    if not present:
+        present = [n for n in names if os.path.splitext(n)[1].lower() in _WEIGHTS]
+        if len(present) > 1:
+            raise NotAnAdapter(f"{path}: holds several weight files ({', '.join(present)}); name one of them")
+    if present:
+        tensors, metadata = _read_weights(os.path.join(path, present[0]))
+        return Source(path, tensors, metadata, config, config_path if config is not None else "", notes=notes)
+    parts = {
+        name: replace(_open_folder(os.path.join(path, name)), component=name)
+        for name in names
+        if os.path.isdir(os.path.join(path, name)) and _holds_weights(os.path.join(path, name))
+    }
+    if parts:
+        return Source(path, parts=parts)
+    what = f"has {CONFIG_NAME} but no weights ({' or '.join(_FOLDER_WEIGHTS)})" if config else "holds no weights"
+    raise NotAnAdapter(f"{path}: {what}")
+
+
+def _holds_weights(path: str) -> bool:
+    return any(name in _FOLDER_WEIGHTS for name in os.listdir(path))
+
+
+def read_json(path: str) -> dict[str, Any]:
+    """A JSON object from `path`.  Raises `UnreadableFile` where it is not one."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except OSError as error:
+        raise UnreadableFile(f"{path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise UnreadableFile(f"{path}: is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise UnreadableFile(f"{path}: must be a JSON object, not a {type(value).__name__}")
+    return value
