@@ -1,0 +1,183 @@
+"""The built-in tables against the classes of diffusers and transformers, and their SD key conversion."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import pytest
+
+from adapterops.architectures import Component, UnknownArchitecture, load, names
+from adapterops.architectures.expression import Scope, evaluate, fill
+from adapterops.architectures.template import Expander
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+pytest.importorskip("transformers")
+
+COMPONENTS = [(name, component) for name in names() for component in load(name).components]
+UNETS = [name for name, component in COMPONENTS if component == "unet"]
+
+
+@cache
+def build(name: str, component_name: str) -> Any:
+    """The component's model on the meta device, built by the library that defines it."""
+    component = load(name).components[component_name]
+    library, _, class_name = component.class_name.partition(".")
+    model_class = getattr(importlib.import_module(library), class_name)
+    config = dict(component.config)
+    with torch.device("meta"):
+        if library == "diffusers":
+            return model_class.from_config(config)
+        return model_class(model_class.config_class(**config))
+
+
+def published_parameters(name: str, component_name: str) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """(module, parameter, shape) under the names of the published checkpoints."""
+    model = build(name, component_name)
+    # transformers 5 dropped this prefix from the class; the checkpoints, and the adapters, have it.
+    prefix = "text_model." if type(model).__name__ == "CLIPTextModel" else ""
+    for key, parameter in model.named_parameters():
+        module, _, own_name = (prefix + key.removeprefix(prefix)).rpartition(".")
+        yield module, own_name, tuple(parameter.shape)
+
+
+def owned_parameters(component: Component) -> dict[str, tuple[str, ...]]:
+    return {spec.name: spec.params for spec in component.modules.values()}
+
+
+@pytest.mark.parametrize(("name", "component_name"), COMPONENTS)
+def test_modules_are_exactly_those_of_the_class(name: str, component_name: str) -> None:
+    component = load(name).components[component_name]
+    shapes: dict[str, tuple[int, ...]] = {}
+    params: dict[str, set[str]] = {}
+    for module, parameter, shape in published_parameters(name, component_name):
+        params.setdefault(module, set()).add(parameter)
+        if parameter == "weight":
+            shapes[module] = shape
+    assert {key: set(value) for key, value in owned_parameters(component).items()} == params
+    assert {key: spec.shape for key, spec in component.modules.items()} == shapes
+    assert {key for key, spec in component.modules.items() if spec.bias} == {
+        key for key, value in params.items() if "bias" in value
+    }
+
+
+@pytest.mark.parametrize(("name", "component_name"), COMPONENTS)
+def test_kinds_are_those_of_the_classes_modules(name: str, component_name: str) -> None:
+    kinds = {
+        torch.nn.Linear: "linear",
+        torch.nn.Conv2d: "conv",
+        torch.nn.Embedding: "embedding",
+        torch.nn.LayerNorm: "norm",
+        torch.nn.GroupNorm: "norm",
+    }
+    modules = dict(build(name, component_name).named_modules())
+    for spec in load(name).components[component_name].modules.values():
+        module = modules.get(spec.name) or modules[spec.name.removeprefix("text_model.")]
+        expected = next(kind for module_type, kind in kinds.items() if isinstance(module, module_type))
+        assert spec.kind == expected, spec
+
+
+@pytest.mark.parametrize(("name", "component_name"), COMPONENTS)
+def test_specs_are_consistent(name: str, component_name: str) -> None:
+    component = load(name).components[component_name]
+    originals = [spec.original for spec in component.modules.values()]
+    assert len(set(originals)) == len(originals)
+    assert all(key == spec.name for key, spec in component.modules.items())
+    assert all(type(spec.bias) is bool for spec in component.modules.values())
+    flattened = {key.replace(".", "_") for key in component.modules}
+    assert len(flattened) == len(component.modules), "two modules have one flattened Kohya name"
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_diffusers_converts_original_unet_names_to_ours(name: str) -> None:
+    """diffusers' own single-file conversion takes our original names to our canonical ones."""
+    component = load(name).components["unet"]
+    # The conversion only renames; the tensor itself shows where it came from.
+    tags: dict[int, str] = {}
+    checkpoint: dict[str, Any] = {}
+    for spec in component.modules.values():
+        for parameter in spec.params:
+            tensor = torch.empty(0)
+            tags[id(tensor)] = f"{spec.name}.{parameter}"
+            checkpoint[f"model.diffusion_model.{spec.original}.{parameter}"] = tensor
+    conversion: Any = importlib.import_module("diffusers.loaders.single_file_utils")
+    converted = conversion.convert_ldm_unet_checkpoint(checkpoint, build(name, "unet").config)
+    assert {key: tags[id(tensor)] for key, tensor in converted.items()} == {tag: tag for tag in tags.values()}
+
+
+def test_original_names_seen_in_published_files() -> None:
+    """Spot checks against names in CompVis' and Stability's own checkpoints, independent of diffusers."""
+    sd1 = load("sd1").components["unet"].modules
+    assert sd1["down_blocks.1.attentions.0.proj_in"].original == "input_blocks.4.1.proj_in"
+    assert sd1["up_blocks.0.upsamplers.0.conv"].original == "output_blocks.2.1.conv"
+    assert sd1["up_blocks.1.upsamplers.0.conv"].original == "output_blocks.5.2.conv"
+    assert sd1["mid_block.resnets.1.time_emb_proj"].original == "middle_block.2.emb_layers.1"
+    sdxl = load("sdxl").components["unet"].modules
+    assert sdxl["add_embedding.linear_1"].original == "label_emb.0.0"
+    key = "up_blocks.0.attentions.2.transformer_blocks.9.ff.net.0.proj"
+    assert sdxl[key].original == "output_blocks.2.1.transformer_blocks.9.ff.net.0.proj"
+
+
+def test_load_returns_the_same_object_and_names_are_sorted() -> None:
+    assert names() == tuple(sorted(names()))
+    assert {"sd1", "sd2", "sdxl"} <= set(names())
+    assert load("sd1") is load("sd1")
+    assert load("sd1").builtin
+
+
+@pytest.mark.parametrize("name", ["sd9", "", "shared/clip", "../architectures/sd1"])
+def test_unknown_architecture_names_the_known_ones(name: str) -> None:
+    with pytest.raises(UnknownArchitecture, match=r"sd1, sd2, sdxl.*--base"):
+        load(name)
+
+
+def test_loading_imports_nothing_heavy() -> None:
+    code = (
+        "import sys; from adapterops.architectures import load; load('sdxl');"
+        "print([m for m in ('torch', 'numpy', 'diffusers', 'transformers') if m in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("7", 7), ("3b+l+1", 8), ("8c", 40), ("w[b-1]", 20), ("2w[0] - 3", 17), ("m[1][l]", 4)],
+)
+def test_expressions(text: str, expected: int) -> None:
+    scope: Scope = {"b": 2, "l": 1, "c": 5, "w": [10, 20, 30], "m": [[1, 2], [3, 4]]}
+    assert evaluate(text, scope) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "-w[0]", "a*b", "a.b", "f(1)", "w[0", "w]", "1 2", "a", "w[-1]", "w[3]", "w+1", "__import__"]
+)
+def test_bad_expressions_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"malformed|unknown name|out of range|needs an integer"):
+        evaluate(text, {"w": [1, 2, 3]})
+
+
+def test_fill_replaces_each_field() -> None:
+    assert fill("blocks.{2i+1}.{p}", {"i": 3, "p": "to_q"}) == "blocks.7.to_q"
+
+
+@pytest.mark.parametrize(
+    ("row", "reason"),
+    [
+        ({"canonical": "x"}, "exactly one of"),
+        ({"canonical": "x", "linear": [1, 2], "norm": [1]}, "exactly one of"),
+        ({"canonical": "x", "linear": [1, 2], "orignal": "y"}, "orignal"),
+        ({"linear": [1, 2]}, "canonical"),
+        ({"canonical": "", "linear": [1, 2]}, "needs a name"),
+        ({"canonical": "x", "use": "nothing"}, "unknown template 'nothing'"),
+        ({"canonical": "x", "norm": [1.5]}, "neither an integer"),
+    ],
+)
+def test_bad_rows_are_refused(row: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        Expander({}, {}).expand([row])
