@@ -1,0 +1,55 @@
+"""What one format says and another has no place for, carried in the header so that the way back is exact.
+
+The header's `adapterops` entry is JSON: for each format that the adapter has been in, the choices of spelling
+that its keys leave open (`spelling`); and the config fields of a PEFT folder that belong to no tensor (`config`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+KEY = "adapterops"
+NOT_CARRIED = ("sshs_model_hash", "sshs_legacy_hash", "lora_adapter_metadata", "format", KEY)
+"""Header entries that describe the source's own bytes or layout and would be false of another file."""
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """The contents of the `adapterops` header entry."""
+
+    spelling: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, metadata: Mapping[str, str]) -> Carried:
+        """The entry of a header; empty where there is none, or where someone else wrote something else there."""
+        try:
+            value = json.loads(metadata.get(KEY, "{}"))
+        except ValueError:
+            return cls()
+        if not isinstance(value, dict):
+            return cls()
+        return cls(_tables(value.get("spelling")), _tables(value.get("config")))
+
+    @staticmethod
+    def strip(metadata: Mapping[str, str]) -> dict[str, str]:
+        """The header's strings that stay true of a converted file."""
+        return {key: value for key, value in metadata.items() if key not in NOT_CARRIED}
+
+    def dump(self) -> str | None:
+        """The entry's text, the same for the same contents; None where there is nothing to say."""
+        value = {
+            name: {k: dict(v) for k, v in part.items() if v}
+            for name, part in (("config", self.config), ("spelling", self.spelling))
+        }
+        value = {name: part for name, part in value.items() if part}
+        return json.dumps(value, sort_keys=True, separators=(",", ":")) if value else None
+
+
+def _tables(value: object) -> dict[str, dict[str, Any]]:
+    if not isinstance(value, dict):
+        return {}
+    return {str(k): v for k, v in value.items() if isinstance(v, dict)}

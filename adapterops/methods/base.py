@@ -1,0 +1,74 @@
+"""What every method of adaptation offers to the rest of the library."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+from adapterops.adapter import Update
+from adapterops.errors import BrokenAdapter
+from adapterops.storage.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    import torch
+
+
+class Method:
+    """A kind of update.  Subclasses hold the maths; they are stateless and live in `methods.METHODS`."""
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    source: ClassVar[str]
+    """The paper or file that defines the method."""
+    scaled: ClassVar[bool] = False
+    """Whether updates carry an alpha."""
+
+    def check(self, update: Update) -> None:
+        """Raise `BrokenAdapter` where the tensors cannot belong together."""
+
+    def rank(self, update: Update) -> int | None:
+        """The rank, for methods that have one."""
+        return None
+
+    def scale(self, update: Update) -> float | None:
+        """The factor on the product of the factors, for methods that have one; None while alpha is unknown."""
+        return None
+
+    def fits(self, update: Update, shape: tuple[int, ...]) -> bool:
+        """Whether the update can act on a module whose weight has `shape`."""
+        return True
+
+    def delta(self, update: Update) -> torch.Tensor:
+        """ΔW in float32, in the shape of the module's weight.
+
+        Raises `CannotRepresent` where ΔW needs the base weight or does not exist.
+        """
+        raise NotImplementedError
+
+    def error(self, update: Update, other: Update) -> float:
+        """How far `other` is from `update`, relative to the size of `update`; 0 where they are the same."""
+        if update.tensors.keys() != other.tensors.keys():
+            return float("inf")
+        return max((tensor_error(t, other.tensors[role]) for role, t in update.tensors.items()), default=0.0)
+
+
+def need(update: Update, *roles: str) -> None:
+    """Raise `BrokenAdapter` unless the update has every one of `roles`."""
+    missing = [role for role in roles if role not in update.tensors]
+    if missing:
+        present = next(iter(update.tensors.values()))
+        raise BrokenAdapter(
+            f"{present.where}: its counterpart {' and '.join(missing)} is missing from the file "
+            f"({update.name}, method {update.method}); half an update cannot be applied"
+        )
+
+
+def tensor_error(a: LazyTensor, b: LazyTensor) -> float:
+    """‖a − b‖ / ‖a‖ over all elements, in float64 (absolute where a is zero); inf for other element counts."""
+    import numpy as np
+
+    if a.numel != b.numel:
+        return float("inf")
+    x = a.numpy().astype(np.float64).reshape(-1)
+    difference = float(np.linalg.norm(x - b.numpy().astype(np.float64).reshape(-1)))
+    norm = float(np.linalg.norm(x))
+    return difference / norm if norm else difference

@@ -1,0 +1,152 @@
+"""LoRA on linear, convolution and embedding modules, with DoRA magnitudes, bias, rank-stabilised scale, Tucker core.
+
+ΔW = s · B·A with s = alpha / r, or alpha / √r (rsLoRA).  Shapes, r being the rank:
+
+- linear: A (r, in_features), B (out_features, r); ΔW (out_features, in_features)
+- convolution: A (r, in_channels, *kernel), B (out_channels, r, 1, …); ΔW (out_channels, in_channels, *kernel)
+- convolution with a Tucker core `mid` (r, r, *kernel): A (r, in_channels, 1, …), B (out_channels, r, 1, …)
+- embedding: A (r, num_embeddings), B (embedding_dim, r); ΔW = s · (B·A)ᵀ (num_embeddings, embedding_dim)
+- `magnitude` (n,): DoRA's m, one number an output (axis "out") or an input (axis "in"):
+  W' = m · (W + ΔW) / ‖W + ΔW‖, the norm taken over the other axes
+- `bias` (out_features,): of B; s · bias is added to the module's output
+
+Sources: LoRA https://arxiv.org/abs/2106.09685; rsLoRA https://arxiv.org/abs/2312.03732; DoRA
+https://arxiv.org/abs/2402.09353; layers in peft `tuners/lora/layer.py`, axes and Tucker core in LyCORIS
+`lycoris/modules/locon.py`.
+"""
+
+from __future__ import annotations
+
+from math import prod, sqrt
+from typing import TYPE_CHECKING, Any
+
+from adapterops.adapter import Update
+from adapterops.errors import BrokenAdapter, CannotRepresent
+from adapterops.methods.base import Method, need, tensor_error
+
+if TYPE_CHECKING:
+    import numpy.typing
+    import torch
+
+    Array = numpy.typing.NDArray[Any]
+
+
+class Lora(Method):
+    """The LoRA family."""
+
+    name = "lora"
+    title = "LoRA (with DoRA, rsLoRA, LoCon)"
+    source = "https://arxiv.org/abs/2106.09685"
+    scaled = True
+
+    def check(self, update: Update) -> None:
+        need(update, "A", "B")
+        a, b, mid = update.tensors["A"], update.tensors["B"], update.tensors.get("mid")
+        for factor in (a, b):
+            if len(factor.shape) < 2 or 0 in factor.shape:
+                raise BrokenAdapter(
+                    f"{factor.where}: shape {list(factor.shape)} is no low-rank factor (an unsharded export?)"
+                )
+        inner = mid.shape[0] if mid is not None else a.shape[0]
+        outer = mid.shape[1] if mid is not None and len(mid.shape) > 1 else a.shape[0]
+        if b.shape[1] != inner or a.shape[0] != outer:
+            raise BrokenAdapter(
+                f"{b.where}: shape {list(b.shape)} has rank {b.shape[1]}, but {a.key!r} {list(a.shape)} has rank "
+                f"{a.shape[0]}; they are not halves of one update"
+            )
+        if prod(b.shape[2:]) != 1:
+            raise BrokenAdapter(f"{b.where}: shape {list(b.shape)}; the second factor must have a 1×1 kernel")
+        magnitude = update.tensors.get("magnitude")
+        if magnitude is not None:
+            axis, size = update.options["dora_axis"], self._outputs(update)
+            size = a.shape[1] if axis == "in" else size
+            if magnitude.numel != size:
+                raise BrokenAdapter(
+                    f"{magnitude.where}: shape {list(magnitude.shape)}; a DoRA magnitude per {axis}put of this module "
+                    f"has {size} elements"
+                )
+
+    def _outputs(self, update: Update) -> int:
+        """The size of the axis that peft's DoRA keeps."""
+        return update.tensors["B"].shape[0]
+
+    def rank(self, update: Update) -> int:
+        return update.tensors["B"].shape[1]
+
+    def scale(self, update: Update) -> float | None:
+        if update.alpha is None or update.alpha.value is None:
+            return None
+        rank = self.rank(update)
+        return update.alpha.value / (sqrt(rank) if update.rslora else rank)
+
+    def fits(self, update: Update, shape: tuple[int, ...]) -> bool:
+        a, b = update.tensors.get("A"), update.tensors.get("B")
+        if a is None or b is None or len(shape) < 2:
+            return False
+        if update.options.get("kind") == "embedding":
+            return (a.shape[1], b.shape[0]) == shape
+        mid = update.tensors.get("mid")
+        kernel = mid.shape[2:] if mid is not None else a.shape[2:]
+        if b.shape[0] != shape[0]:
+            return False
+        # Some writers keep the 1×1 kernel of a convolution, some drop it, some flatten a larger one into the inputs.
+        return (a.shape[1], prod(kernel)) == (shape[1], prod(shape[2:])) or a.shape[1] == prod(shape[1:])
+
+    def factors(self, update: Update) -> tuple[Array, Array]:
+        """B (out, r) times the scale, and A (r, in · kernel), in float64.  Raises `CannotRepresent` without alpha."""
+        import numpy as np
+
+        scale = self.scale(update)
+        if scale is None:
+            raise CannotRepresent(f"{update.name}: its scale is unknown, so its delta is too (give --alpha)")
+        rank = self.rank(update)
+        a = update.tensors["A"].numpy().astype(np.float64)
+        mid = update.tensors.get("mid")
+        if mid is not None:
+            a = np.einsum("rs...,si->ri...", mid.numpy().astype(np.float64), a.reshape(rank, -1))
+        b = update.tensors["B"].numpy().astype(np.float64)
+        return b.reshape(-1, rank) * scale, a.reshape(rank, -1)
+
+    def delta(self, update: Update) -> torch.Tensor:
+        """ΔW in float32 before any DoRA normalisation (which needs the base weight)."""
+        import torch
+
+        b, a = self.factors(update)
+        product = torch.from_numpy(b @ a).float()
+        if update.options.get("kind") == "embedding":
+            return product.T.contiguous()
+        first = update.tensors["A"]
+        mid = update.tensors.get("mid")
+        kernel = mid.shape[2:] if mid is not None else first.shape[2:]
+        return product.reshape(product.shape[0], first.shape[1], *kernel)
+
+    def error(self, update: Update, other: Update) -> float:
+        extra, others = ({k: v for k, v in u.tensors.items() if k in ("magnitude", "bias")} for u in (update, other))
+        if extra.keys() != others.keys() or update.options.get("dora_axis") != other.options.get("dora_axis"):
+            return float("inf")
+        errors = [tensor_error(t, others[role]) for role, t in extra.items()]
+        b, a = self.factors(update)
+        b2, a2 = self.factors(other)
+        if (b.shape[0], a.shape[1]) != (b2.shape[0], a2.shape[1]):
+            return float("inf")
+        return max([product_error(b, a, b2, a2), *errors])
+
+
+def product_error(b: Array, a: Array, b2: Array, a2: Array) -> float:
+    """‖b·a − b2·a2‖ / ‖b·a‖ (Frobenius; absolute where b·a is zero), without forming a product.
+
+    Written as (b − b2)·a + b2·(a − a2) where the ranks agree, so that two nearly equal pairs do not cancel: the
+    Gram matrices then carry the small difference itself.
+    """
+    import numpy as np
+
+    if b.shape == b2.shape and a.shape == a2.shape:
+        left, right = np.hstack([b - b2, b2]), np.vstack([a, a - a2])
+    else:
+        left, right = np.hstack([b, -b2]), np.vstack([a, a2])
+
+    def norm(x: Array, y: Array) -> float:
+        return float(np.sqrt(max(0.0, float(np.sum((x.T @ x) * (y @ y.T))))))
+
+    size, difference = norm(b, a), norm(left, right)
+    return difference / size if size else difference
