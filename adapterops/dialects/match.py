@@ -1,0 +1,192 @@
+"""Reading keys by a dialect's table: which keys it claims, and as what."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+from adapterops.errors import AmbiguousFormat
+from adapterops.dialects.table import Dialect, Place, Suffix
+from adapterops.storage.tensor import LazyTensor
+
+_SLOT = "{adapter}"
+PARAMETERS = frozenset({"weight", "bias", "running_mean", "running_var", "num_batches_tracked"})
+"""The names under which torch's own layers keep parameters and buffers."""
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """One key, read: its place, the module's name as spelled (tail undone), and its suffix."""
+
+    key: str
+    place: Place
+    name: str
+    suffix: Suffix
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """A dialect's reading of a file's keys."""
+
+    dialect: Dialect
+    claims: tuple[Claim, ...]
+    unclaimed: tuple[str, ...]
+    adapter_name: str = ""
+    prefix: str | None = None
+    """The prefix that stands in the file where the table's own is left out or doubled."""
+
+    @property
+    def score(self) -> float:
+        """The share of keys that the dialect understands as parts of updates (saved parameters prove nothing)."""
+        total = len(self.claims) + len(self.unclaimed)
+        return len(self.claims) / total if total else 0.0
+
+    @property
+    def updates_claimed(self) -> int:
+        """The number of keys read as factors."""
+        return sum(1 for claim in self.claims if claim.suffix.method != "saved")
+
+
+def read_keys(dialect: Dialect, keys: Iterable[str], variants: Mapping[str, tuple[str, ...]] | None = None) -> Reading:
+    """Read `keys` by the dialect's table.
+
+    `variants` maps a place's prefix to others that mean the same; the one that fits the most keys is used for
+    the whole file.
+    """
+    keys = tuple(keys)
+    best: Reading | None = None
+    names = _adapter_names(dialect, keys)
+    for swap in _swaps(dialect, variants or {}):
+        for adapter in names:
+            reading = _read(dialect, keys, adapter, swap)
+            if best is None or (reading.score, reading.updates_claimed) > (best.score, best.updates_claimed):
+                best = reading
+            if best.score == 1.0 and best.updates_claimed:
+                return best
+    assert best is not None
+    return best
+
+
+def _swaps(dialect: Dialect, variants: Mapping[str, tuple[str, ...]]) -> list[tuple[str, str] | None]:
+    out: list[tuple[str, str] | None] = []
+    for place in dialect.places:
+        out += [(place.prefix, other) for other in variants.get(place.prefix, ())]
+    return [None, *out] if out else [None]
+
+
+def _read(dialect: Dialect, keys: tuple[str, ...], adapter: str, swap: tuple[str, str] | None) -> Reading:
+    claims, unclaimed = [], []
+    places = [_instance(place, adapter) for place in dialect.places]
+    for key in keys:
+        claim = None
+        for place, endings, table in places:
+            prefix = place.prefix if swap is None or place.prefix != swap[0] else swap[1]
+            if not key.startswith(prefix):
+                continue
+            if key.endswith(endings):
+                claim = _claim(key, len(prefix), place, endings, table)
+            elif place.saved:
+                claim = _saved(key, len(prefix), place)
+            if claim is not None:
+                break
+        if claim is None:
+            unclaimed.append(key)
+        else:
+            claims.append(claim)
+    return Reading(dialect, tuple(claims), tuple(unclaimed), adapter, swap[1] if swap else None)
+
+
+@lru_cache(maxsize=256)
+def _suffix_table(suffixes: tuple[str, ...], adapter: str) -> tuple[tuple[str, ...], dict[str, int]]:
+    texts = [s.replace(_SLOT, f".{adapter}" if adapter else "") for s in suffixes]
+    table = {text: index for index, text in enumerate(texts)}
+    return tuple(sorted(table, key=len, reverse=True)), table
+
+
+def _instance(place: Place, adapter: str) -> tuple[Place, tuple[str, ...], dict[str, Suffix]]:
+    endings, table = _suffix_table(tuple(s.text for s in place.suffixes), adapter)
+    return place, endings, {text: place.suffixes[index] for text, index in table.items()}
+
+
+def _claim(
+    key: str, start: int, place: Place, endings: tuple[str, ...], table: Mapping[str, Suffix]
+) -> Claim | None:
+    for ending in endings:
+        if key.endswith(ending):
+            name = key[start : len(key) - len(ending)]
+            if not place.tails:
+                return Claim(key, place, name, table[ending]) if name else None
+            for canonical, spelled in place.tails:
+                if name.endswith(spelled):
+                    return Claim(key, place, name[: len(name) - len(spelled)] + canonical, table[ending])
+    return None
+
+
+@lru_cache(maxsize=256)
+def _reserved(place: Place) -> frozenset[str]:
+    """The names that stand right after a module's in the keys of an update."""
+    return frozenset(suffix.text.split(".")[1].replace(_SLOT, "") for suffix in place.suffixes) - PARAMETERS
+
+
+def _saved(key: str, start: int, place: Place) -> Claim | None:
+    name, dot, parameter = key[start:].rpartition(".")
+    if not dot or not name or parameter not in PARAMETERS:
+        return None
+    # `x.lora_A.other.weight` is a factor of an adapter called `other`, not a saved module `x.lora_A.other`.
+    if not _reserved(place).isdisjoint(name.split(".")):
+        return None
+    return Claim(key, place, name, Suffix("." + parameter, "saved", parameter))
+
+
+def _adapter_names(dialect: Dialect, keys: tuple[str, ...]) -> list[str]:
+    """The adapter names that the keys may hold, "" (none) first."""
+    stems = {
+        tuple(suffix.text.split(_SLOT, 1)) for place in dialect.places for suffix in place.suffixes if _SLOT in suffix.text
+    }
+    if not stems:
+        return [""]
+    pattern = re.compile(
+        "(?:" + "|".join(re.escape(a) + r"\.([^.]+)" + re.escape(b) for a, b in sorted(stems)) + ")$"
+    )
+    found: dict[str, int] = {}
+    for key in keys:
+        match = pattern.search(key)
+        if match:
+            name = next(g for g in match.groups() if g is not None)
+            found[name] = found.get(name, 0) + 1
+    return ["", *sorted((n for n in found if n), key=lambda n: -found[n])]
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """The claimed tensors of one module and method, by role."""
+
+    place: Place
+    name: str
+    method: str
+    tensors: dict[str, LazyTensor] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+def group(reading: Reading, tensors: Mapping[str, LazyTensor]) -> list[Group]:
+    """The claimed tensors, gathered into updates.
+
+    Raises `AmbiguousFormat` where two keys claim one role of one module.
+    """
+    out: dict[tuple[Place, str, str], Group] = {}
+    for claim in reading.claims:
+        at = (claim.place, claim.name, claim.suffix.method)
+        entry = out.get(at)
+        if entry is None:
+            entry = out[at] = Group(*at)
+        role = claim.suffix.role
+        if role in entry.tensors:
+            raise AmbiguousFormat(
+                f"{tensors[claim.key].where} and {entry.tensors[role].key!r} both claim to be {role} of {claim.name}"
+            )
+        entry.tensors[role] = tensors[claim.key]
+        entry.options.update(claim.suffix.options)
+    return list(out.values())

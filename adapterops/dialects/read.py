@@ -1,0 +1,248 @@
+"""From a file's keys to an adapter, by a dialect's table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from adapterops.adapter import Adapter, Certainty, Fact, Provenance, Update
+from adapterops.architectures import Architecture
+from adapterops.carried import Carried
+from adapterops.dialects import resolve
+from adapterops.dialects.match import Group, Reading, group
+from adapterops.dialects.table import AlphaIn, Dialect
+from adapterops.errors import BrokenAdapter, Conflict, UnsupportedFormat
+from adapterops.methods import METHODS
+from adapterops.storage import LazyTensor, Source
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What the user says about an input: options of the commands that read one.
+
+    `architecture` comes from `--arch` or `--base`; `alpha` is a number, or the name of the source to believe
+    ("tensors", "header", "config") where two disagree; `fields` come from `--set`.
+    """
+
+    architecture: Architecture | None = None
+    alpha: float | str | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    allow_drop: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleRule:
+    """What a config says of one module's scale.  `alpha` is None where it says nothing."""
+
+    alpha: float | None = None
+    rslora: bool = False
+    certainty: Certainty = Certainty.READ
+    source: str = ""
+
+
+ScaleOf = Callable[[str, str, int], ScaleRule]
+"""(component, module, rank) to what the config beside the tensors says."""
+
+
+def no_config(component: str, module: str, rank: int) -> ScaleRule:
+    """The rule of a file that has no config."""
+    return ScaleRule()
+
+
+def read(
+    reading: Reading,
+    source: Source,
+    request: Request,
+    scale_of: ScaleOf = no_config,
+    refine: Callable[[list[Update]], list[Update]] | None = None,
+    component_of: Callable[[list[Group]], list[Group]] | None = None,
+) -> Adapter:
+    """The adapter that `reading` makes of `source`.
+
+    `component_of` may move groups to another place (a PEFT folder does not say which component it is for);
+    `refine` may change updates before they are checked (token indices from a config).
+
+    Raises the errors of `resolve.identify`, `BrokenAdapter` for tensors that contradict each other, `Conflict`
+    for alphas that do, and `UnsupportedFormat` for keys that the dialect does not know.
+    """
+    dropped = _leftover(reading, source, request)
+    groups = group(reading, source.tensors)
+    if component_of is not None:
+        groups = component_of(groups)
+    notes = list(source.notes)
+    if request.architecture is not None:
+        groups, said = _align(groups, request.architecture)
+        notes += said
+    architecture, fact, said = resolve.identify(groups, source.path, request.architecture)
+    notes += said
+    updates: list[Update] = []
+    alphas: dict[str, tuple[str, tuple[int, ...]]] = {}
+    folded: list[str] = []
+    for entry in groups:
+        tensors = dict(entry.tensors)
+        stored = tensors.pop("alpha", None)
+        module = resolve.canonical(architecture, entry)
+        update = Update(entry.place.component, module, entry.method, tensors, options=entry.options)
+        if not tensors and stored is not None:
+            raise BrokenAdapter(f"{stored.where}: an alpha without factors ({update.name})")
+        if METHODS[entry.method].scaled:
+            update = _settle(update, stored, reading.dialect, request, scale_of)
+        if stored is not None:
+            alphas[f"{update.component}.{module}"] = (stored.dtype, stored.shape)
+            folded.append(stored.key)
+        updates.append(_magnitude(update, reading.dialect, architecture))
+    if refine is not None:
+        updates = refine(updates)
+    for update in updates:
+        METHODS[update.method].check(update)
+    _no_twins(updates)
+    carried = Carried.parse(source.metadata)
+    spelling = _spelling(reading, updates, alphas)
+    provenance = Provenance(
+        path=source.path,
+        format=reading.dialect.format,
+        dialect=reading.dialect.name,
+        spelling=spelling,
+        notes=tuple(notes),
+        folded=tuple(folded),
+        dropped=dropped,
+        size=source.size,
+        carried=replace(carried, spelling={**carried.spelling, reading.dialect.name: spelling}),
+    )
+    return Adapter(
+        {u.key: u for u in updates},
+        fact,
+        provenance,
+        Carried.strip(source.metadata),
+        dict(carried.config),
+        architecture,
+    )
+
+
+def _leftover(reading: Reading, source: Source, request: Request) -> tuple[str, ...]:
+    if not reading.unclaimed:
+        return ()
+    if request.allow_drop:
+        return reading.unclaimed
+    shown = ", ".join(repr(k) for k in reading.unclaimed[:3])
+    more = f" and {len(reading.unclaimed) - 3} more" if len(reading.unclaimed) > 3 else ""
+    raise UnsupportedFormat(
+        f"{source.path}: {reading.dialect.title} does not know {shown}{more}; nothing is dropped in silence "
+        "(--allow-drop leaves them out and lists them)"
+    )
+
+
+def _align(groups: list[Group], architecture: Architecture) -> tuple[list[Group], list[str]]:
+    change = resolve.align(groups, architecture)
+    if change is None or change == ("", ""):
+        return groups, []
+    strip, add = change
+    said = f"stripped of {strip!r}" if strip else f"given {add!r} in front"
+    return (
+        [replace(g, name=add + g.name[len(strip) :]) for g in groups],
+        [f"module names are {said} to be those of {architecture.name}"],
+    )
+
+
+def _settle(
+    update: Update, stored: LazyTensor | None, dialect: Dialect, request: Request, scale_of: ScaleOf
+) -> Update:
+    """Alpha from every source that holds it; they must agree."""
+    METHODS[update.method].check(replace(update, options={"dora_axis": "out", **update.options}, tensors={
+        role: t for role, t in update.tensors.items() if role != "magnitude"
+    }))
+    rank = METHODS[update.method].rank(update) or 0
+    rule = scale_of(update.component, update.module, rank)
+    found: dict[str, tuple[float, str, Certainty]] = {}
+    if stored is not None:
+        try:
+            found["tensors"] = (stored.item(), f"tensor {stored.key}", Certainty.READ)
+        except ValueError as error:
+            raise BrokenAdapter(f"{stored.where}: shape {list(stored.shape)}; alpha must be one number") from error
+    if rule.alpha is not None:
+        found["config"] = (rule.alpha, rule.source, rule.certainty)
+    given = request.alpha
+    if isinstance(given, str):
+        name = "config" if given == "header" else given
+        found = {name: found[name]} if name in found else found
+    values = {value for value, _, _ in found.values()}
+    if len(values) > 1 and not isinstance(given, float):
+        both = " and ".join(f"{value:g} ({where})" for value, where, _ in found.values())
+        raise Conflict(
+            f"{next(iter(update.tensors.values())).where}: two alphas for {update.name}: {both}; "
+            "--alpha tensors or --alpha config says which to believe"
+        )
+    alpha: Fact[float | None]
+    if len(values) == 1:
+        value, where, certainty = next(iter(found.values()))
+        if isinstance(given, float) and given != value:
+            raise Conflict(
+                f"{next(iter(update.tensors.values())).where}: --alpha {given:g}, but the file says {value:g} "
+                f"({where}) for {update.name}; leave --alpha out"
+            )
+        alpha = Fact(value, certainty, where)
+    elif isinstance(given, float):
+        alpha = Fact(given, Certainty.GIVEN, "--alpha")
+    elif dialect.convention == "rank":
+        alpha = Fact(float(rank), Certainty.ASSUMED, f"none stored: readers of {dialect.title} apply scale 1")
+    else:
+        alpha = Fact(None, Certainty.UNKNOWN, "no tensor, header or config holds it")
+    return replace(update, alpha=alpha, rslora=rule.rslora)
+
+
+def _magnitude(update: Update, dialect: Dialect, architecture: Architecture | None) -> Update:
+    """A DoRA magnitude as a flat vector with its axis stated.
+
+    As columns and rows: (out, 1, …) is per output, (1, in, …) per input.  As vectors (peft): always per output,
+    except that an embedding's has one number a column of the weight, which its update shares with B's outputs.
+    """
+    tensor = update.tensors.get("magnitude")
+    if tensor is None:
+        return update
+    axis = "out"
+    if not dialect.vectors and len(tensor.shape) > 1 and tensor.shape[0] == 1 and tensor.numel > 1:
+        axis = "in"
+    flat = tensor.reshape((tensor.numel,))
+    return replace(
+        update, tensors={**update.tensors, "magnitude": flat}, options={**update.options, "dora_axis": axis}
+    )
+
+
+def _no_twins(updates: list[Update]) -> None:
+    seen: dict[tuple[str, str, str], Update] = {}
+    for update in updates:
+        if update.key in seen:
+            one, two = (next(iter(u.tensors.values())) for u in (seen[update.key], update))
+            raise BrokenAdapter(
+                f"{one.where} and {two.key!r} both belong to {update.name}: the file holds this module twice, "
+                "under two spellings"
+            )
+        seen[update.key] = update
+
+
+def _spelling(
+    reading: Reading, updates: list[Update], alphas: Mapping[str, tuple[str, tuple[int, ...]]]
+) -> dict[str, Any]:
+    """What the keys leave open: enough to write the same file again."""
+    spelling: dict[str, Any] = {}
+    if reading.adapter_name:
+        spelling["adapter_name"] = reading.adapter_name
+    if reading.prefix is not None:
+        spelling["prefix"] = reading.prefix
+    if reading.dialect.alpha is not AlphaIn.TENSOR:
+        return spelling
+    scaled = [u for u in updates if u.alpha is not None]
+    absent = [f"{u.component}.{u.module}" for u in scaled if f"{u.component}.{u.module}" not in alphas]
+    if absent:
+        spelling["alpha_absent"] = "all" if len(absent) == len(scaled) else absent
+    unusual = {}
+    for update in scaled:
+        at = f"{update.component}.{update.module}"
+        if at in alphas and alphas[at] != (update.tensors["A"].dtype, ()):
+            unusual[at] = [alphas[at][0], list(alphas[at][1])]
+    if unusual and len({str(v) for v in unusual.values()}) == 1 and len(unusual) == len(scaled):
+        spelling["alpha_as"] = next(iter(unusual.values()))
+    elif unusual:
+        spelling["alpha_as"] = unusual
+    return spelling

@@ -1,0 +1,240 @@
+"""Which base model a file is for: the spelled names are looked up in every architecture, never guessed at."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from adapterops import architectures
+from adapterops.adapter import Certainty, Fact, Update
+from adapterops.architectures import Architecture
+from adapterops.dialects.match import Group
+from adapterops.dialects.table import Place, traits
+from adapterops.errors import BrokenAdapter, UnknownArchitectureOfFile, UnknownModule
+from adapterops.methods import METHODS
+
+_ENOUGH = 0.5
+"""The share of a file's modules that must have an architecture's names and shapes for the rest to count as errors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """How well one architecture explains a file."""
+
+    architecture: Architecture
+    named: int
+    shaped: int
+    unknown: tuple[Group, ...]
+    misshapen: tuple[Group, ...]
+    total: int
+
+    @property
+    def whole(self) -> bool:
+        """Whether every module is there and has the right shape."""
+        return not self.unknown and not self.misshapen
+
+
+class NameBook:
+    """The spelled names of one component under one place's rules, and the canonical names they stand for."""
+
+    def __init__(self, architecture: Architecture, place: Place) -> None:
+        self.architecture = architecture
+        self.table: dict[str, str] = {}
+        self.clashes: dict[str, tuple[str, str]] = {}
+        component = architecture.components.get(place.component)
+        original = place.column(architecture.name) == "original"
+        for spec in component.modules.values() if component else ():
+            name = spec.original if original else spec.name
+            name = name.replace(".", "_") if place.flat else name
+            if name in self.table:
+                self.clashes[name] = (self.table[name], spec.name)
+            self.table[name] = spec.name
+
+    def nearest(self, name: str) -> list[str]:
+        """The known names most like `name`."""
+        return difflib.get_close_matches(name, self.table, n=2, cutoff=0.5)
+
+
+_books: dict[tuple[int, str, str, bool], NameBook] = {}
+
+
+def book(architecture: Architecture, place: Place) -> NameBook:
+    """The (cached) names of a component of `architecture` as `place` spells them."""
+    at = (id(architecture), place.component, place.column(architecture.name), place.flat)
+    if at not in _books:
+        _books[at] = NameBook(architecture, place)
+    return _books[at]
+
+
+def applies(place: Place, architecture: Architecture) -> bool:
+    """Whether the table's row is meant for this architecture."""
+    if place.component not in architecture.components:
+        return False
+    return not place.only or bool(
+        place.only & traits(architecture.name, architecture.builtin, architecture.components)
+    )
+
+
+def needs_table(place: Place) -> bool:
+    """Whether a spelled name means nothing without an architecture."""
+    return place.flat or place.names != "canonical" or bool(place.names_in)
+
+
+def fit(architecture: Architecture, groups: Sequence[Group]) -> Fit:
+    """Look every module up in `architecture`."""
+    unknown, misshapen, named = [], [], 0
+    for entry in groups:
+        name = None
+        if applies(entry.place, architecture):
+            name = book(architecture, entry.place).table.get(entry.name)
+        if name is None:
+            unknown.append(entry)
+            continue
+        named += 1
+        spec = architecture.components[entry.place.component].modules[name]
+        probe = Update(entry.place.component, name, entry.method, entry.tensors, options=entry.options)
+        if not METHODS[entry.method].fits(probe, spec.shape):
+            misshapen.append(entry)
+    return Fit(architecture, named, named - len(misshapen), tuple(unknown), tuple(misshapen), len(groups))
+
+
+def best_fit(groups: Sequence[Group], given: Architecture | None = None) -> int:
+    """The number of modules that the best of the architectures (or the given one) has, by name and shape."""
+    candidates = [given] if given is not None else [architectures.load(name) for name in architectures.names()]
+    return max((fit(architecture, groups).shaped for architecture in candidates), default=0)
+
+
+def component_by_names(groups: Sequence[Group], given: Architecture | None = None) -> str | None:
+    """The component whose modules the dotted names are, for files that do not say: the first that has them all."""
+    candidates = [given] if given is not None else [architectures.load(name) for name in architectures.names()]
+    lookup = [g for g in groups if g.method != "saved"] or list(groups)
+    for architecture in candidates:
+        for component in architecture.components:
+            placed = [replace(g, place=replace(g.place, component=component)) for g in lookup[:1]]
+            place = placed[0].place if placed else None
+            tried = [replace(g, place=place) for g in lookup] if place is not None else []
+            if tried and (align(tried, architecture) if given is not None else fit(architecture, tried).whole):
+                return component
+    return None
+
+
+def identify(
+    groups: Sequence[Group], path: str, given: Architecture | None = None
+) -> tuple[Architecture | None, Fact[str | None], list[str]]:
+    """The architecture of a file, how certain it is, and what to tell the user about it.
+
+    With `given` (`--arch`, `--base`) every module must be in it.  Otherwise all known ones compete by names and
+    shapes; a file whose names are canonical already may belong to none.
+
+    Raises `UnknownModule`, `BrokenAdapter` (a shape that the base has not) or `UnknownArchitectureOfFile`.
+    """
+    if given is not None:
+        found = fit(given, groups)
+        _insist(found, path)
+        return given, Fact(given.name, Certainty.GIVEN, "--arch or --base"), []
+    lookup = [g for g in groups if g.method != "saved"] or list(groups)
+    fits = [fit(architectures.load(name), lookup) for name in architectures.names()]
+    best = max(fits, key=lambda f: (f.shaped, f.named))
+    dependent = any(needs_table(g.place) for g in groups)
+    enough = best.total and best.shaped / best.total >= _ENOUGH
+    if not enough:
+        if not dependent:
+            return None, Fact(None, Certainty.UNKNOWN, "its module names are used as they stand"), []
+        _refuse(best, path, fits)
+    _insist(best, path)
+    others = [f.architecture.name for f in fits if f.whole and f is not best]
+    name = best.architecture.name
+    if others:
+        note = f"its modules fit {name} and {', '.join(others)} alike; {name} is taken (--arch decides)"
+        return best.architecture, Fact(name, Certainty.ASSUMED, note), [f"architecture: {note}"]
+    return best.architecture, Fact(name, Certainty.DERIVED, "module names and shapes"), []
+
+
+def _refuse(best: Fit, path: str, fits: Iterable[Fit]) -> None:
+    known = ", ".join(f.architecture.name for f in fits)
+    if best.named and not best.shaped:
+        entry = best.misshapen[0]
+        tensor = next(iter(entry.tensors.values()))
+        raise UnknownArchitectureOfFile(
+            f"{tensor.where}: shape {list(tensor.shape)} fits none of the known base models ({known}), though "
+            f"{best.named} module names are those of {best.architecture.name}; give --base CONFIG of its base model"
+        )
+    entry = (best.unknown or best.misshapen)[0]
+    raise UnknownArchitectureOfFile(
+        f"{path}: module {entry.name!r} and {len(best.unknown) - 1} others are in none of the known base models "
+        f"({known}); if the base is another, give its config: --base CONFIG"
+    )
+
+
+def _insist(found: Fit, path: str) -> None:
+    arch = found.architecture
+    if found.unknown:
+        entry = found.unknown[0]
+        tensor = next(iter(entry.tensors.values()))
+        near = book(arch, entry.place).nearest(entry.name) if applies(entry.place, arch) else []
+        hint = f"; the nearest known: {', '.join(near)}" if near else ""
+        more = f" ({len(found.unknown)} such modules)" if len(found.unknown) > 1 else ""
+        raise UnknownModule(
+            f"{tensor.where}: {arch.name} has no module {entry.name!r} in {entry.place.component}{more}{hint}. "
+            "If the base is another model, name it with --arch or --base CONFIG"
+        )
+    if found.misshapen:
+        entry = found.misshapen[0]
+        tensors = ", ".join(f"{t.key!r} {list(t.shape)}" for t in list(entry.tensors.values())[:3])
+        name = book(arch, entry.place).table[entry.name]
+        shape = list(arch.components[entry.place.component].modules[name].shape)
+        raise BrokenAdapter(
+            f"{path}: {tensors} cannot act on {name}, whose weight in {arch.name} is {shape}"
+            + (f" ({len(found.misshapen)} such modules)" if len(found.misshapen) > 1 else "")
+            + "; if the base is another model, name it with --arch or --base CONFIG"
+        )
+
+
+def canonical(architecture: Architecture | None, entry: Group) -> str:
+    """The canonical name of a group's module.  Raises `UnknownModule` for a flat name that two modules share."""
+    if architecture is None:
+        return entry.name
+    names = book(architecture, entry.place)
+    if entry.name in names.clashes:
+        one, two = names.clashes[entry.name]
+        raise UnknownModule(
+            f"{next(iter(entry.tensors.values())).where}: {entry.name!r} means both {one} and {two} in "
+            f"{architecture.name}; this format cannot tell them apart"
+        )
+    return names.table.get(entry.name, entry.name)
+
+
+def align(groups: Sequence[Group], architecture: Architecture) -> tuple[str, str] | None:
+    """The change of leading segments (strip, add) that puts every dotted name into `architecture`; None if none.
+
+    Wrappers add segments (`model.`) and class versions lose some (`text_model.`); the base's own list of modules
+    says which, for the whole file or not at all.
+    """
+    dotted = [g for g in groups if not needs_table(g.place) and applies(g.place, architecture)]
+    if len(dotted) != len(groups) or not groups:
+        return None
+    tables = {g.place: book(architecture, g.place).table for g in dotted}
+    first = next((g for g in dotted if g.name not in tables[g.place]), None)
+    if first is None:
+        return "", ""
+    parts = first.name.split(".")
+    changes = [(".".join(parts[:n]) + ".", "") for n in range(1, len(parts))]
+    changes += [("", known[: -len(first.name)]) for known in tables[first.place] if known.endswith("." + first.name)]
+    for strip, add in changes:
+        if all(g.name.startswith(strip) and add + g.name[len(strip) :] in tables[g.place] for g in dotted):
+            return strip, add
+    return None
+
+
+def spelled(architecture: Architecture | None, place: Place, module: str) -> str | None:
+    """A module's name as `place` spells it (tails not yet applied), or None where the architecture lacks it."""
+    if architecture is None:
+        return None if needs_table(place) else module
+    spec = architecture.components[place.component].modules.get(module)
+    if spec is None:
+        return None
+    name = spec.original if place.column(architecture.name) == "original" else spec.name
+    return name.replace(".", "_") if place.flat else name
+
+

@@ -1,0 +1,98 @@
+"""A dialect as data: how one writer spells components, modules and tensors.  One table reads and writes.
+
+A key is `prefix` + module name + `suffix`:
+
+    lora_unet_  down_blocks_1_attentions_0_proj_in  .lora_down.weight      (Kohya)
+    unet.       down_blocks.1.attentions.0.proj_in  .lora_A.weight         (diffusers)
+
+A `Place` says which component a prefix means, which of the architecture's names stand there and how; a `Suffix`
+says which method and role a tensor has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+CUSTOM = "custom"
+"""Stands for any architecture built by `--base`."""
+ONE_ENCODER = "one-encoder"
+"""Stands for an architecture without a second text encoder."""
+TWO_ENCODERS = "two-encoders"
+"""Stands for an architecture with a second text encoder."""
+
+
+class AlphaIn(Enum):
+    """Where a dialect keeps alpha."""
+
+    TENSOR = "tensor"
+    """A scalar tensor beside the factors."""
+    CONFIG = "config"
+    """A PEFT config: in the header, or in a file beside the weights."""
+    NOWHERE = "nowhere"
+    """There is no place: readers apply scale 1."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Suffix:
+    """What follows a module's name in a key.  `{adapter}` in `text` stands where an adapter's name may be left."""
+
+    text: str
+    method: str
+    role: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Place:
+    """How one component's modules are spelled.
+
+    `names` picks the architecture's column ("canonical" or "original"), `names_in` another one for the
+    architectures that it names, `flat` writes dots as underscores,
+    `tails` (canonical ending, spelled ending) rewrites the end of a module's name; with tails, no other module
+    can be spelled.  `only` limits the row to architectures (names, or CUSTOM, ONE_ENCODER, TWO_ENCODERS).
+    `saved` lets a key without a known suffix be a saved parameter of its module.
+    """
+
+    component: str
+    prefix: str
+    suffixes: tuple[Suffix, ...]
+    names: str = "canonical"
+    names_in: Mapping[str, str] = field(default_factory=dict)
+    flat: bool = False
+    tails: tuple[tuple[str, str], ...] = ()
+    only: frozenset[str] = frozenset()
+    saved: bool = False
+
+    def column(self, architecture: str) -> str:
+        """Which of the architecture's names stand here."""
+        return self.names_in.get(architecture, self.names)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Dialect:
+    """One way to spell an adapter.
+
+    `convention` is what readers assume where no alpha is stored: "rank" (scale 1), or "unknown".  `vectors`
+    tells that DoRA magnitudes are flat vectors per output, as peft keeps them, and not columns or rows.
+    `exact_shapes` says that readers insist on factors shaped like the module (a 1×1 convolution's factors have
+    four dimensions, a linear layer's two).
+    """
+
+    name: str
+    format: str
+    title: str
+    places: tuple[Place, ...]
+    alpha: AlphaIn
+    convention: str
+    vectors: bool = False
+    exact_shapes: bool = False
+    example: str = ""
+
+
+def traits(name: str, builtin: bool, components: object) -> frozenset[str]:
+    """The words by which a `Place` may ask for an architecture."""
+    several = "text_encoder_2" in components if isinstance(components, Mapping) else False
+    return frozenset({name if builtin else CUSTOM, TWO_ENCODERS if several else ONE_ENCODER})

@@ -1,0 +1,231 @@
+"""From an adapter to a dialect's keys, by the same table that reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from adapterops.adapter import Adapter, Certainty, Update
+from adapterops.architectures import Architecture
+from adapterops.dialects import resolve
+from adapterops.dialects.table import AlphaIn, Dialect, Place, Suffix
+from adapterops.errors import CannotRepresent, UnknownArchitectureOfFile, UnknownFact
+from adapterops.methods import METHODS
+from adapterops.storage import LazyTensor, dtypes, scalar
+
+
+@dataclass(frozen=True, slots=True)
+class Spelled:
+    """The tensors of an output file by key, and what the user should know about them."""
+
+    tensors: dict[str, LazyTensor] = field(default_factory=dict)
+    kept: list[Update] = field(default_factory=list)
+    dropped: list[str] = field(default_factory=list)
+    """What could not be spelled and was left out under `--allow-drop`, with the reason."""
+
+
+def write(
+    dialect: Dialect,
+    adapter: Adapter,
+    architecture: Architecture | None,
+    spelling: Mapping[str, Any] | None = None,
+    allow_drop: bool = False,
+) -> Spelled:
+    """Spell every update of `adapter`.
+
+    `spelling` holds the choices that keys leave open, as `read` records them.  With `allow_drop`, updates that the
+    dialect cannot hold are left out whole and listed.
+
+    Raises `CannotRepresent` where the dialect has no way to say something, `UnknownFact` where it needs an alpha
+    that nobody knows, `UnknownArchitectureOfFile` where names need a table and there is none.
+    """
+    spelling = spelling or {}
+    out = Spelled()
+    for update in adapter:
+        try:
+            tensors = _spell(dialect, update, architecture, spelling)
+        except CannotRepresent as error:
+            if not allow_drop:
+                raise
+            out.dropped.append(str(error))
+            continue
+        for key, tensor in tensors.items():
+            if key in out.tensors:
+                raise CannotRepresent(f"{update.name}: its key {key!r} stands in the output already: names clash")
+            out.tensors[key] = tensor
+        out.kept.append(update)
+    return out
+
+
+def _spell(
+    dialect: Dialect, update: Update, architecture: Architecture | None, spelling: Mapping[str, Any]
+) -> dict[str, LazyTensor]:
+    """The keys and tensors of one update."""
+    place = _place(dialect, update, architecture)
+    name = _name(dialect, place, update, architecture)
+    prefix = spelling.get("prefix", place.prefix) if place.saved else place.prefix
+    stem = prefix + _tail(dialect, place, name, update)
+    out = {}
+    for role, tensor in update.tensors.items():
+        text = _suffix(dialect, place, update, role).text.replace("{adapter}", _adapter_slot(spelling))
+        out[stem + text] = _shaped(dialect, update, role, tensor, architecture)
+    if METHODS[update.method].scaled:
+        out |= _alpha(dialect, place, stem, update, spelling)
+    return out
+
+
+def _adapter_slot(spelling: Mapping[str, Any]) -> str:
+    name = spelling.get("adapter_name")
+    return f".{name}" if name else ""
+
+
+def _place(dialect: Dialect, update: Update, architecture: Architecture | None) -> Place:
+    for place in dialect.places:
+        if place.component not in (update.component, "*"):
+            continue
+        if architecture is None or place.component == "*" or resolve.applies(place, architecture):
+            return place
+    if any(p.component == update.component for p in dialect.places):
+        what = architecture.name if architecture else "a base model that is not known"
+        raise CannotRepresent(f"{update.name}: {dialect.title} has no spelling for this component of {what}")
+    known = ", ".join(dict.fromkeys(p.component for p in dialect.places))
+    raise CannotRepresent(f"{update.name}: {dialect.title} has no such component; it knows {known}")
+
+
+def _name(dialect: Dialect, place: Place, update: Update, architecture: Architecture | None) -> str:
+    if architecture is None and resolve.needs_table(place):
+        raise UnknownArchitectureOfFile(
+            f"{update.name}: {dialect.title} needs to know the base model to spell module names, and this adapter's "
+            "fits none of the known ones; give --arch NAME or --base CONFIG"
+        )
+    if place.component == "*":
+        return update.module
+    name = resolve.spelled(architecture, place, update.module)
+    if name is None:
+        if not resolve.needs_table(place):
+            return update.module
+        raise CannotRepresent(
+            f"{update.name}: {architecture.name if architecture else 'the base'} has no such module to spell in "
+            f"{dialect.title}"
+        )
+    if architecture is not None:
+        clash = resolve.book(architecture, place).clashes.get(name)
+        if clash:
+            raise CannotRepresent(f"{update.name}: {dialect.title} would spell {clash[0]} and {clash[1]} alike")
+    return name
+
+
+def _tail(dialect: Dialect, place: Place, name: str, update: Update) -> str:
+    if not place.tails:
+        return name
+    for canonical, spelled in place.tails:
+        if name.endswith(canonical):
+            return name[: len(name) - len(canonical)] + spelled
+    endings = ", ".join(dict.fromkeys(c.lstrip(".") for c, _ in place.tails))
+    raise CannotRepresent(f"{update.name}: {dialect.title} can hold only modules that end in {endings}")
+
+
+def _suffix(dialect: Dialect, place: Place, update: Update, role: str) -> Suffix:
+    kind = update.options.get("kind")
+    fallback = None
+    for suffix in place.suffixes:
+        if (suffix.method, suffix.role) == (update.method, role):
+            if suffix.options.get("kind") == kind:
+                return suffix
+            fallback = fallback or (suffix if not suffix.options and kind != "embedding" else None)
+    if fallback is not None:
+        return fallback
+    if update.method == "saved" and place.saved:
+        return Suffix("." + role, "saved", role)
+    what = f"{METHODS[update.method].title}: {role}" + (f" of an {kind}" if kind == "embedding" else "")
+    raise CannotRepresent(
+        f"{update.name}: {dialect.title} has no place for it ({what}, tensor {update.tensors[role].key!r}); "
+        "write a PEFT folder (--to peft), or leave it out with --allow-drop"
+    )
+
+
+def _shaped(
+    dialect: Dialect, update: Update, role: str, tensor: LazyTensor, architecture: Architecture | None
+) -> LazyTensor:
+    """The tensor in the shape that the dialect's readers expect; bytes never change."""
+    if update.method != "lora":
+        return tensor
+    dims = _dimensions(update, architecture)
+    if role == "magnitude":
+        return tensor.reshape(_magnitude_shape(dialect, update, dims, tensor.numel))
+    if role in ("A", "B") and dialect.exact_shapes and dims != len(tensor.shape):
+        spec = _spec(update, architecture)
+        if role == "B":
+            return tensor.reshape((*tensor.shape[:2], *(1,) * (dims - 2)))
+        kernel = spec.shape[2:] if spec is not None and dims > 2 else ()
+        inputs = spec.shape[1] if spec is not None and dims > 2 else tensor.numel // tensor.shape[0]
+        return tensor.reshape((tensor.shape[0], inputs, *kernel))
+    return tensor
+
+
+def _spec(update: Update, architecture: Architecture | None) -> Any:
+    component = architecture.components.get(update.component) if architecture else None
+    return component.modules.get(update.module) if component else None
+
+
+def _dimensions(update: Update, architecture: Architecture | None) -> int:
+    """The number of dimensions of the module's weight: the base's if it is known, else the first factor's."""
+    spec = _spec(update, architecture)
+    return len(spec.shape) if spec is not None else len(update.tensors["A"].shape)
+
+
+def _magnitude_shape(dialect: Dialect, update: Update, dims: int, size: int) -> tuple[int, ...]:
+    if not dialect.vectors:
+        return (size, *(1,) * (dims - 1)) if update.options["dora_axis"] == "out" else (1, size, *(1,) * (dims - 2))
+    if update.options["dora_axis"] == "in":
+        raise CannotRepresent(
+            f"{update.name}: its DoRA magnitude is per input (tensor {update.tensors['magnitude'].key!r}); readers of "
+            f"{dialect.title} normalise per output only, so no conversion of the tensors is exact"
+        )
+    return (1, size, *(1,) * (dims - 2)) if dims > 2 else (size,)
+
+
+def _alpha(
+    dialect: Dialect, place: Place, stem: str, update: Update, spelling: Mapping[str, Any]
+) -> dict[str, LazyTensor]:
+    """The alpha tensor of an update, where the dialect keeps one; a check that the scale survives, where not."""
+    method = METHODS[update.method]
+    scale = method.scale(update)
+    if scale is None or update.alpha is None:
+        raise UnknownFact(
+            f"{update.name}: its alpha is unknown ({update.alpha.source if update.alpha else ''}), so its scale is too; "
+            "say it with --alpha X"
+        )
+    rank = method.rank(update) or 1
+    if dialect.alpha is AlphaIn.NOWHERE:
+        if scale != 1.0:
+            raise CannotRepresent(
+                f"{update.name}: its scale is {scale:g} (alpha {update.alpha.value:g}, rank {rank}), and {dialect.title} "
+                "has no place for it: readers apply 1; --fold-alpha bakes it into the factors"
+            )
+        return {}
+    if dialect.alpha is not AlphaIn.TENSOR:
+        return {}
+    at = f"{update.component}.{update.module}"
+    absent = spelling.get("alpha_absent", ())
+    if (absent == "all" or at in absent) and update.alpha.certainty is Certainty.ASSUMED and scale == 1.0:
+        return {}
+    value = scale * rank if update.rslora else update.alpha.value
+    assert value is not None
+    suffix = next(s for s in place.suffixes if (s.method, s.role) == (update.method, "alpha"))
+    return {stem + suffix.text: _alpha_tensor(stem + suffix.text, value, at, update, spelling)}
+
+
+def _alpha_tensor(key: str, value: float, at: str, update: Update, spelling: Mapping[str, Any]) -> LazyTensor:
+    """Alpha in the dtype it had, else in the factors' (as trainers cast it), else wide enough to be exact."""
+    recorded = spelling.get("alpha_as")
+    recorded = recorded.get(at) if isinstance(recorded, dict) else recorded
+    candidates: list[tuple[str, tuple[int, ...]]] = []
+    if isinstance(recorded, list) and len(recorded) == 2 and recorded[0] in dtypes.BITS and recorded[1] in ([], [1]):
+        candidates.append((recorded[0], tuple(recorded[1])))
+    candidates += [(update.tensors["A"].dtype, ()), ("F32", ()), ("F64", ())]
+    for dtype, shape in candidates:
+        if dtypes.encode_scalar(dtype, value) is not None:
+            return scalar(key, dtype, value, shape)
+    raise CannotRepresent(f"{update.name}: alpha {value!r} has no exact form in any float type")

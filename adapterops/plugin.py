@@ -1,0 +1,157 @@
+"""The public interface for format plugins.
+
+A plugin package declares an entry point in the group `adapterops.formats`; it names a `Format` instance.  All
+that a format needs is exported here; nothing else of adapterops is promised to stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from adapterops import errors
+from adapterops.adapter import Adapter, Certainty, Fact, Provenance, Update
+from adapterops.architectures import Architecture
+from adapterops.carried import KEY as CARRIED_KEY
+from adapterops.carried import Carried
+from adapterops.dialects.match import PARAMETERS, Group, Reading, read_keys
+from adapterops.dialects.read import Request, ScaleOf, ScaleRule, no_config
+from adapterops.dialects.read import read as read_by_table
+from adapterops.dialects.resolve import component_by_names, fit
+from adapterops.dialects.table import CUSTOM, ONE_ENCODER, TWO_ENCODERS, AlphaIn, Dialect, Place, Suffix
+from adapterops.dialects.write import Spelled
+from adapterops.dialects.write import write as write_by_table
+from adapterops.methods import METHODS
+from adapterops.storage import LazyTensor, Source
+
+API_VERSION = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What a format is asked to write: the dialect, the base model if it is known, and what the user says.
+
+    `faithful` asks for the source's own spelling where it was this dialect (prefixes, an adapter's name).
+    """
+
+    dialect: Dialect
+    architecture: Architecture | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    faithful: bool = False
+    allow_drop: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class OutputFile:
+    """One file of an output: safetensors (`tensors`, `metadata`) or text.
+
+    `path` is relative to the output folder; "" where the output is a single file.
+    """
+
+    path: str
+    tensors: Mapping[str, LazyTensor] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """The files that hold an adapter, and what the user should know about them."""
+
+    files: tuple[OutputFile, ...]
+    kept: tuple[Update, ...] = ()
+    dropped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Format:
+    """One file format: its dialects, and how they are read and written.
+
+    The defaults serve a single file whose dialects' tables say everything; a format overrides what differs.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    dialects: ClassVar[Sequence[Dialect]]
+    """The first is what `--to NAME` writes."""
+    file_name: ClassVar[str] = ""
+    """The usual file name inside a folder; "" for formats that are folders themselves."""
+    is_folder: ClassVar[bool] = False
+    variants: ClassVar[Mapping[str, tuple[str, ...]]] = {}
+    """Prefixes that may stand for a place's own (wrappers left in keys)."""
+    foreign: ClassVar[Mapping[str, str]] = {}
+    """Regular expressions of keys that this format's writers also write and that are not converted: to what they are."""
+
+    def recognise(self, source: Source) -> list[Reading]:
+        """The readings in which at least one key is part of an update."""
+        readings = [read_keys(dialect, source.tensors, self.variants) for dialect in self.dialects]
+        return [reading for reading in readings if reading.updates_claimed]
+
+    def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
+        """The adapter in `source`."""
+        return read_by_table(reading, source, request)
+
+    def write(self, adapter: Adapter, target: Target) -> Output:
+        """The files that hold `adapter`."""
+        spelled = self.spell(adapter, target)
+        file = OutputFile("", spelled.tensors, header(adapter))
+        return Output((file,), tuple(spelled.kept), tuple(spelled.dropped))
+
+    def spell(self, adapter: Adapter, target: Target) -> Spelled:
+        """The tensors of `adapter` under the keys of the target's dialect."""
+        spelling = self.spelling(adapter, target)
+        return write_by_table(target.dialect, adapter, target.architecture, spelling, target.allow_drop)
+
+    def spelling(self, adapter: Adapter, target: Target) -> dict[str, Any]:
+        """The recorded choices of spelling that apply to `target`."""
+        recorded = adapter.provenance.carried.spelling.get(target.dialect.name, {})
+        keep = ("alpha_absent", "alpha_as")
+        return {k: v for k, v in recorded.items() if target.faithful or k in keep}
+
+
+def header(adapter: Adapter) -> dict[str, str]:
+    """The header's strings for a converted file: the source's own, and what is carried for the way back."""
+    carried = Carried(adapter.provenance.carried.spelling, adapter.config).dump()
+    out = {"format": "pt", **{k: v for k, v in sorted(adapter.metadata.items()) if k != CARRIED_KEY}}
+    return {**out, CARRIED_KEY: carried} if carried else out
+
+
+__all__ = [
+    "API_VERSION",
+    "CUSTOM",
+    "METHODS",
+    "ONE_ENCODER",
+    "PARAMETERS",
+    "TWO_ENCODERS",
+    "Adapter",
+    "AlphaIn",
+    "Architecture",
+    "Callable",
+    "Certainty",
+    "Dialect",
+    "Fact",
+    "Format",
+    "Group",
+    "LazyTensor",
+    "Output",
+    "OutputFile",
+    "Place",
+    "Provenance",
+    "Reading",
+    "Request",
+    "ScaleOf",
+    "ScaleRule",
+    "Source",
+    "Suffix",
+    "Target",
+    "Update",
+    "component_by_names",
+    "errors",
+    "fit",
+    "header",
+    "no_config",
+    "read_by_table",
+    "read_keys",
+    "write_by_table",
+]

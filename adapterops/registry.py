@@ -1,0 +1,128 @@
+"""The installed formats, and which of them a file is in."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
+
+from adapterops.architectures import Architecture
+from adapterops.dialects.match import Reading, group
+from adapterops.dialects.resolve import best_fit
+from adapterops.dialects.table import Dialect
+from adapterops.errors import AmbiguousFormat, NotAnAdapter, UnknownFormat, UnsupportedFormat
+from adapterops.plugin import Format
+from adapterops.storage import Source
+
+GROUP = "adapterops.formats"
+
+
+@cache
+def formats() -> Mapping[str, Format]:
+    """The formats of every installed plugin, by name.  Raises `UnknownFormat` for a plugin that offers none."""
+    found: dict[str, Format] = {}
+    for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
+        value = point.load()
+        if not isinstance(value, Format):
+            raise UnknownFormat(f"entry point {point.name} = {point.value} ({GROUP}) is not an adapterops Format")
+        found[value.name] = value
+    if not found:
+        raise UnknownFormat(f"no format plugin is installed (entry points of group {GROUP}); reinstall adapterops")
+    return found
+
+
+def find(name: str) -> tuple[Format, Dialect]:
+    """The format and dialect that a user means by `name`: a format (its first dialect) or a dialect.
+
+    Raises `UnknownFormat`, naming the known ones.
+    """
+    for form in formats().values():
+        if form.name == name:
+            return form, form.dialects[0]
+        for dialect in form.dialects:
+            if dialect.name == name:
+                return form, dialect
+    known = ", ".join(d.name for form in formats().values() for d in form.dialects)
+    raise UnknownFormat(f"unknown format {name!r}; known: {known}")
+
+
+def recognise(
+    source: Source, only: str | None = None, architecture: Architecture | None = None
+) -> tuple[Format, Reading]:
+    """The format and dialect of a source.
+
+    Every dialect reads every key; the one that understands most wins, and of two that read the keys alike the one
+    whose module names an architecture has.  `only` (`--from`) limits the choice.
+
+    Raises `NotAnAdapter`, `UnsupportedFormat`, or `AmbiguousFormat` where two dialects share the keys out
+    between them.
+    """
+    candidates = [
+        (form, reading)
+        for form in formats().values()
+        for reading in form.recognise(source)
+        if only is None or only in (form.name, reading.dialect.name)
+    ]
+    candidates.sort(key=lambda c: _rank(c[1]), reverse=True)
+    if only is not None and not candidates:
+        find(only)
+        raise UnsupportedFormat(f"{source.path}: no key reads as {only}")
+    if not candidates or candidates[0][1].unclaimed:
+        _explain(source, candidates)
+    if not candidates:
+        raise NotAnAdapter(_what_is_it(source))
+    _no_mixture(source, candidates)
+    ties = [c for c in candidates if _rank(c[1]) == _rank(candidates[0][1])]
+    if len(ties) > 1:
+        return max(ties, key=lambda c: best_fit(group(c[1], source.tensors), architecture))
+    return candidates[0]
+
+
+def _rank(reading: Reading) -> tuple[float, int, bool]:
+    return reading.score, reading.updates_claimed, reading.prefix is None
+
+
+def _explain(source: Source, candidates: list[tuple[Format, Reading]]) -> None:
+    """Raise `UnsupportedFormat` where a key is of a kind that a format knows by name and does not convert."""
+    unclaimed = candidates[0][1].unclaimed if candidates else tuple(source.tensors)
+    for form in formats().values():
+        for pattern, what in form.foreign.items():
+            matcher = re.compile(pattern)
+            hit = next((key for key in unclaimed if matcher.search(key)), None)
+            if hit is not None:
+                raise UnsupportedFormat(f"{source.path}: tensor {hit!r}: {what}")
+
+
+def _no_mixture(source: Source, candidates: list[tuple[Format, Reading]]) -> None:
+    form, best = candidates[0]
+    if not best.unclaimed:
+        return
+    rest = set(best.unclaimed)
+    for _, other in candidates[1:]:
+        shared = [c.key for c in other.claims if c.key in rest and c.suffix.method != "saved"]
+        if shared:
+            raise AmbiguousFormat(
+                f"{source.path}: holds two dialects: {len(best.claims)} keys of {best.dialect.title} "
+                f"({best.claims[0].key!r}) and {len(shared)} of {other.dialect.title} ({shared[0]!r}); "
+                "split them into two files, each in one dialect"
+            )
+
+
+def _what_is_it(source: Source) -> str:
+    """The message for a file without any adapter key that is known."""
+    keys = list(source.tensors)
+    if not keys:
+        return f"{source.path}: holds no tensors"
+    shapes = ", ".join(f"{k!r} {list(source.tensors[k].shape)}" for k in keys[:2])
+    if len(keys) <= 4 and all(len(t.shape) <= 2 for t in source.tensors.values()):
+        names = " ".join(keys).lower()
+        if any(word in names for word in ("emb_params", "<", "clip_l", "clip_g", "string_to_param", "embed")):
+            return f"{source.path}: is an embedding (textual inversion or soft prompt: {shapes}), not an adapter"
+    weights = sum(1 for k in keys if k.endswith((".weight", ".bias")))
+    if weights > 0.5 * len(keys):
+        return (
+            f"{source.path}: looks like a model's own weights ({len(keys)} tensors such as {keys[0]!r}), not an "
+            "adapter: none of its keys is half of a low-rank pair"
+        )
+    return f"{source.path}: no installed format knows its keys ({len(keys)} tensors such as {shapes})"
