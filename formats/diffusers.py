@@ -1,0 +1,202 @@
+"""diffusers: one file for a pipeline, in three generations of spelling.
+
+- today's: peft's names under the component's (`unet.<module>.lora_A.weight`), scale in the header as a JSON
+  config a component (`lora_adapter_metadata`), else alpha = rank;
+- before peft: `unet.<module>.lora.down.weight`, text encoders `….lora_linear_layer.down.weight`; no alpha;
+- attention processors: `unet.<attention>.processor.to_q_lora.down.weight`, at first without `unet.`; no alpha.
+
+Sources: huggingface/diffusers 0.42.1 `loaders/lora_base.py` (`_save_lora_weights`, `LORA_ADAPTER_METADATA_KEY`),
+`utils/state_dict_utils.py`, `utils/peft_utils.py` (`get_peft_kwargs`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from adapterops.plugin import (
+    Adapter,
+    AlphaIn,
+    Dialect,
+    Format,
+    Output,
+    OutputFile,
+    Place,
+    Reading,
+    Request,
+    ScaleRule,
+    Source,
+    Suffix,
+    Target,
+    errors,
+    header,
+    read_by_table,
+)
+from adapterops_formats.peft_config import LoraConfig, describes, from_updates
+from adapterops_formats.peft_names import LORA
+
+METADATA_KEY = "lora_adapter_metadata"
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
+
+_PAIR = (Suffix(".lora.down.weight", "lora", "A"), Suffix(".lora.up.weight", "lora", "B"))
+_ENCODER_PAIR = (
+    Suffix(".lora_linear_layer.down.weight", "lora", "A"),
+    Suffix(".lora_linear_layer.up.weight", "lora", "B"),
+)
+_PROCESSOR_PAIR = (Suffix(".down.weight", "lora", "A"), Suffix(".up.weight", "lora", "B"))
+_PROCESSOR_TAILS = (
+    (".to_q", ".processor.to_q_lora"),
+    (".to_k", ".processor.to_k_lora"),
+    (".to_v", ".processor.to_v_lora"),
+    (".to_out.0", ".processor.to_out_lora"),
+)
+_OLD_ENCODERS = tuple(
+    Place(component, f"{component}.", _ENCODER_PAIR) for component in ("text_encoder", "text_encoder_2")
+)
+
+DIFFUSERS = Dialect(
+    name="diffusers",
+    format="diffusers",
+    title="diffusers",
+    places=tuple(Place(component, f"{component}.", LORA) for component in COMPONENTS),
+    alpha=AlphaIn.CONFIG,
+    convention="rank",
+    vectors=True,
+    exact_shapes=True,
+    example="unet.down_blocks.1.attentions.0.proj_in.lora_A.weight",
+)
+BEFORE_PEFT = Dialect(
+    name="diffusers-lora",
+    format="diffusers",
+    title="diffusers before peft (.lora.down)",
+    places=(Place("unet", "unet.", _PAIR), *_OLD_ENCODERS),
+    alpha=AlphaIn.NOWHERE,
+    convention="rank",
+    exact_shapes=True,
+    example="unet.down_blocks.1.attentions.0.proj_in.lora.down.weight",
+)
+PROCESSORS = Dialect(
+    name="diffusers-attn",
+    format="diffusers",
+    title="diffusers attention processors",
+    places=(Place("unet", "unet.", _PROCESSOR_PAIR, tails=_PROCESSOR_TAILS), *_OLD_ENCODERS),
+    alpha=AlphaIn.NOWHERE,
+    convention="rank",
+    exact_shapes=True,
+    example="unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight",
+)
+BARE_PROCESSORS = Dialect(
+    name="diffusers-attn-bare",
+    format="diffusers",
+    title="diffusers attention processors without a component",
+    places=(Place("unet", "", _PROCESSOR_PAIR, tails=_PROCESSOR_TAILS),),
+    alpha=AlphaIn.NOWHERE,
+    convention="rank",
+    exact_shapes=True,
+    example="mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight",
+)
+
+_LATER = "this version does not convert it"
+
+
+class Diffusers(Format):
+    """The diffusers file format."""
+
+    name = "diffusers"
+    title = "diffusers (pytorch_lora_weights.safetensors)"
+    dialects = (DIFFUSERS, BEFORE_PEFT, PROCESSORS, BARE_PROCESSORS)
+    file_name = "pytorch_lora_weights.safetensors"
+    foreign = {
+        r"^(double_blocks|single_blocks)\..*lora[12]?\.(down|up)\.weight$": f"is XLabs' Flux.1 spelling; {_LATER}",
+        r"^(base_model\.model\.)?(double_blocks|single_blocks|img_in|txt_in)\.": (
+            f"is spelled by Flux.1's own module names (BFL, fal, control LoRA); {_LATER}"
+        ),
+        r"^diffusion_model\.": f"is Comfy's generic spelling; {_LATER}",
+        r"^lora_controlnet$": f"is a Stability control-LoRA; {_LATER}",
+        r"^(unet|text_encoder):\d+:(up|down)$": (
+            f"is cloneofsimo's spelling (positions in place of module names); {_LATER}"
+        ),
+        r"^transformer_blocks\.\d+\..*\.(lora_down|lora_up|lora_A|lora_B)\.": (
+            f"is spelled without a component (DiffSynth and others); {_LATER}"
+        ),
+    }
+
+    def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
+        if reading.dialect is not DIFFUSERS:
+            return read_by_table(reading, source, request)
+        configs = _header_configs(source, request)
+
+        def rule(component: str, module: str, rank: int) -> ScaleRule:
+            config = configs.get(component)
+            return config.rule(module) if config is not None else ScaleRule()
+
+        adapter = read_by_table(reading, source, request, rule)
+        for component, config in configs.items():
+            describes(config.fields, config.where, adapter.of(component), _conflict)
+        return adapter
+
+    def write(self, adapter: Adapter, target: Target) -> Output:
+        spelled = self.spell(adapter, target)
+        kept = adapter.with_updates(spelled.kept)
+        metadata = header(adapter)
+        notes = []
+        if target.dialect is DIFFUSERS and not _plain(kept):
+            metadata[METADATA_KEY] = _write_header(kept, target)
+            notes.append(
+                "the scale stands in the header (lora_adapter_metadata): diffusers reads it there, Comfy does not and "
+                "would apply scale 1"
+            )
+        file = OutputFile("", spelled.tensors, metadata)
+        return Output((file,), tuple(spelled.kept), tuple(spelled.dropped), tuple(notes))
+
+
+def _conflict(sentence: str) -> None:
+    raise errors.Conflict(sentence)
+
+
+def _plain(adapter: Adapter) -> bool:
+    """Whether every scale is 1, so that readers need no header."""
+    return all(
+        u.alpha is not None and u.alpha.value == u.tensors["B"].shape[1] and not u.rslora
+        for u in adapter
+        if u.method == "lora"
+    )
+
+
+def _header_configs(source: Source, request: Request) -> dict[str, LoraConfig]:
+    text = source.metadata.get(METADATA_KEY)
+    if text is None:
+        return {}
+    where = f"{source.path}: header {METADATA_KEY}"
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise errors.UnreadableFile(f"{where} is not JSON: {error}") from error
+    if not isinstance(value, Mapping):
+        raise errors.UnreadableFile(f"{where} must be a JSON object")
+    split: dict[str, dict[str, Any]] = {}
+    for key, field_value in value.items():
+        component, _, name = str(key).partition(".")
+        split.setdefault(component, {})[name] = field_value
+    return {
+        component: LoraConfig.parse({**fields, **request.fields}, where)
+        for component, fields in split.items()
+        if component in COMPONENTS
+    }
+
+
+def _write_header(adapter: Adapter, target: Target) -> str:
+    value: dict[str, Any] = {}
+    for component in adapter.components:
+        base = target.architecture.components.get(component) if target.architecture else None
+        fields = from_updates(
+            adapter.of(component),
+            set(base.modules) if base else None,
+            base.optional_prefix if base else "",
+        )
+        value.update({f"{component}.{name}": v for name, v in fields.items()})
+    return json.dumps(value, sort_keys=True, indent=2)
+
+
+FORMAT = Diffusers()

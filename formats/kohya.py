@@ -1,0 +1,120 @@
+"""Kohya: what sd-scripts writes and nearly everything reads.
+
+One file; module names with dots written as underscores, after a prefix for the component; `lora_down`/`lora_up`
+factors, `alpha` as a scalar tensor (missing: readers take the rank, so scale 1).  Sources: kohya-ss/sd-scripts
+`networks/lora.py` (`LoRANetwork`, `create_network_from_weights`), KohakuBlueleaf/LyCORIS
+`lycoris/modules/locon.py` (`lora_mid`, `dora_scale`).
+
+sd-scripts spells SD 1.x and 2.x by diffusers' block names and SDXL by those of the original repository; tools
+that train SDXL on a diffusers UNet write diffusers' names there too, which is the second dialect.
+"""
+
+from __future__ import annotations
+
+from adapterops.plugin import (
+    ONE_ENCODER,
+    TWO_ENCODERS,
+    Adapter,
+    AlphaIn,
+    Dialect,
+    Format,
+    Place,
+    Reading,
+    Request,
+    Source,
+    Suffix,
+    errors,
+    read_by_table,
+)
+
+SUFFIXES = (
+    Suffix(".lora_down.weight", "lora", "A"),
+    Suffix(".lora_up.weight", "lora", "B"),
+    Suffix(".lora_mid.weight", "lora", "mid"),
+    Suffix(".dora_scale", "lora", "magnitude"),
+    Suffix(".alpha", "lora", "alpha"),
+)
+ENCODERS = (
+    Place("text_encoder", "lora_te_", SUFFIXES, flat=True, only=frozenset({ONE_ENCODER})),
+    Place("text_encoder", "lora_te1_", SUFFIXES, flat=True, only=frozenset({TWO_ENCODERS})),
+    Place("text_encoder_2", "lora_te2_", SUFFIXES, flat=True),
+)
+KOHYA = Dialect(
+    name="kohya",
+    format="kohya",
+    title="Kohya",
+    places=(Place("unet", "lora_unet_", SUFFIXES, names_in={"sdxl": "original"}, flat=True), *ENCODERS),
+    alpha=AlphaIn.TENSOR,
+    convention="rank",
+    example="lora_unet_input_blocks_4_1_proj_in.lora_down.weight",
+)
+KOHYA_DIFFUSERS = Dialect(
+    name="kohya-diffusers",
+    format="kohya",
+    title="Kohya with diffusers' block names",
+    places=(Place("unet", "lora_unet_", SUFFIXES, flat=True), *ENCODERS),
+    alpha=AlphaIn.TENSOR,
+    convention="rank",
+    example="lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight",
+)
+
+_LATER = "this version does not convert it"
+
+
+class Kohya(Format):
+    """The Kohya file format."""
+
+    name = "kohya"
+    title = "Kohya (sd-scripts, A1111, Comfy)"
+    dialects = (KOHYA, KOHYA_DIFFUSERS)
+    file_name = "lora.safetensors"
+    foreign = {
+        r"\.lokr_w[12]": f"is LoKr (LyCORIS); {_LATER}",
+        r"\.hada_w[12]": f"is LoHa (LyCORIS); {_LATER}",
+        r"\.oft_blocks$|\.oft_diag$": f"is OFT (LyCORIS or sd-scripts); {_LATER}",
+        r"\.(a1|b1|bm)\.weight$": f"is GLoRA (LyCORIS); {_LATER}",
+        r"\.on_input$": f"is (IA)³ (LyCORIS); {_LATER}",
+        r"\.(diff|diff_b|w_norm|b_norm|set_weight)$": f"is a full, norm or bias difference (LyCORIS, Comfy); {_LATER}",
+        r"^bundle_emb\.": f"is a textual inversion bundled into the LoRA file; {_LATER}",
+        r"^lora_unet_(double_blocks|single_blocks)_": f"belongs to a Flux.1 adapter in Kohya's spelling; {_LATER}",
+        r"^lora_unet_joint_blocks_": f"belongs to an SD3 adapter in Kohya's spelling; {_LATER}",
+        r"^lora_transformer_": f"belongs to a OneTrainer adapter of a transformer; {_LATER}",
+        r"^lora_unet_unet_|_lora_(down|up)\.weight$": (
+            "is a botched Kohya name (a second `unet_`, or `_lora_down` for `.lora_down`), which no tool reads; "
+            "convert the file that it was made from"
+        ),
+        r"^lycoris_": f"is spelled as by SimpleTuner's LyCORIS; {_LATER}",
+    }
+
+    def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
+        adapter = read_by_table(reading, source, request)
+        if not isinstance(request.alpha, (str, float)):
+            _agree_with_header(adapter, source)
+        return adapter
+
+
+def _agree_with_header(adapter: Adapter, source: Source) -> None:
+    """Raise `Conflict` where `ss_network_alpha` is the alpha of no module at all.
+
+    Readers use the tensors, but a header that no tensor agrees with means that one of the two was edited.
+    Convolutions and block-wise ranks have alphas of their own, so one agreeing module is enough.
+    """
+    text = source.metadata.get("ss_network_alpha", "")
+    try:
+        stated = float(text)
+    except ValueError:
+        return
+    read = {u.alpha.value: u for u in adapter if u.alpha is not None and u.alpha.value is not None}
+    # 16-bit alphas are rounded: within bfloat16's spacing they say the same.
+    if not read or any(abs(value - stated) <= abs(stated) * 2**-7 for value in read if value is not None):
+        return
+    value, update = next(iter(read.items()))
+    assert update.alpha is not None
+    raise errors.Conflict(
+        f"{source.path}: two alphas: the header's ss_network_alpha is {stated:g}, but no module has it "
+        f"({update.name} has {value:g}, {update.alpha}); --alpha tensors believes the tensors, as readers do; "
+        f"--alpha {stated:g} cannot be right unless they are wrong"
+    )
+
+
+FORMAT = Kohya()
