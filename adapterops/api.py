@@ -1,0 +1,351 @@
+"""The library's front door: load, save, convert.  The command line is a thin skin over these."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from adapterops import architectures, registry
+from adapterops.adapter import Adapter, Certainty, Fact, Update
+from adapterops.architectures import Architecture
+from adapterops.dialects.read import Request
+from adapterops.dialects.table import Dialect
+from adapterops.errors import AmbiguousFormat, CannotRepresent, NotAnAdapter, UnknownFact, UsageError
+from adapterops.methods import METHODS
+from adapterops.plugin import Format, Output, Target
+from adapterops.proof import Proof, check_finite, prove
+from adapterops.storage import Source, dtypes, open_source
+from adapterops.storage.output import Progress, Staged, Timings, check_target, nothing
+
+PathLike = str | os.PathLike[str]
+
+_DTYPE_NAMES = {
+    "float64": "F64", "f64": "F64", "fp64": "F64",
+    "float32": "F32", "f32": "F32", "fp32": "F32", "float": "F32",
+    "float16": "F16", "f16": "F16", "fp16": "F16", "half": "F16",
+    "bfloat16": "BF16", "bf16": "BF16",
+}  # fmt: skip
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a conversion did.
+
+    `folded` are source keys that became facts (an alpha that now stands in a config), `dropped` what was left out
+    under `allow_drop`; every other key was converted.
+    """
+
+    source: str
+    path: str
+    source_dialect: str
+    dialect: str
+    architecture: Fact[str | None]
+    modules: int
+    tensors: int
+    bytes: int
+    proof: Proof | None
+    folded: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    timings: Timings = field(default_factory=Timings)
+
+
+def load(
+    path: PathLike,
+    *,
+    format: str | None = None,
+    arch: str | None = None,
+    base: PathLike | None = None,
+    alpha: float | str | None = None,
+    fields: Mapping[str, Any] | None = None,
+    allow_drop: bool = False,
+) -> Adapter:
+    """Read an adapter.  Tensors stay on disk until they are needed.
+
+    `format` names the format or dialect where it is not to be recognised; `arch` a built-in base model, `base` the
+    config of any other; `alpha` is the alpha where the file holds none, or "tensors", "header" or "config" to say
+    which of two to believe; `fields` are PEFT config fields that no source holds; `allow_drop` leaves unknown keys
+    out (they are listed in `provenance.dropped`).
+
+    Raises the errors of `adapterops.errors`, each naming the file, the tensor and what to do.
+    """
+    if arch is not None and base is not None:
+        raise UsageError("--arch and --base both name the base model; give one of them")
+    given: Architecture | None = None
+    if arch is not None:
+        given = architectures.load(arch)
+    elif base is not None:
+        given = architectures.from_config(base)
+    request = Request(given, alpha, dict(fields or {}), allow_drop)
+    return _read(open_source(path), format, request)
+
+
+def _read(source: Source, format: str | None, request: Request) -> Adapter:
+    if not source.parts:
+        form, reading = registry.recognise(source, format, request.architecture)
+        adapter = form.read(source, reading, request)
+        if not any(u.method != "saved" for u in adapter):
+            raise NotAnAdapter(f"{source.path}: holds saved modules only and no update of any method")
+        return adapter
+    if len(source.parts) == 1:
+        return _read(next(iter(source.parts.values())), format, request)
+    unknown = [name for name in source.parts if name not in _COMPONENTS]
+    if unknown:
+        raise AmbiguousFormat(
+            f"{source.path}: holds several adapters ({', '.join(source.parts)}); name one of them"
+        )
+    return _join(source, [_read(part, format, request) for part in source.parts.values()])
+
+
+_COMPONENTS = ("model", "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
+
+
+def _join(source: Source, parts: list[Adapter]) -> Adapter:
+    """One adapter of the components that a folder keeps in subfolders."""
+    names = {p.architecture.value for p in parts if p.architecture.value is not None}
+    bases = [p.base for p in parts if p.base is not None]
+    fact, base = parts[0].architecture, parts[0].base
+    if len(names) > 1 or len(bases) < len(parts) or any(set(p.components) - set(b.components) for b in bases for p in parts):
+        fact, base = _common(parts)
+    first = parts[0].provenance
+    provenance = replace(
+        first,
+        path=source.path,
+        notes=tuple(dict.fromkeys(n for p in parts for n in p.provenance.notes)),
+        folded=tuple(k for p in parts for k in p.provenance.folded),
+        dropped=tuple(k for p in parts for k in p.provenance.dropped),
+        size=source.size,
+    )
+    joined = Adapter({}, fact, provenance, first_metadata(parts), {}, base)
+    joined = replace(joined, config={k: v for p in parts for k, v in p.config.items()})
+    return joined.with_updates(u for p in parts for u in p)
+
+
+def first_metadata(parts: list[Adapter]) -> dict[str, str]:
+    """The header strings of all parts; where two say different things the first one's stand."""
+    out: dict[str, str] = {}
+    for part in reversed(parts):
+        out.update(part.metadata)
+    return out
+
+
+def _common(parts: list[Adapter]) -> tuple[Fact[str | None], Architecture | None]:
+    """The one built-in architecture that has the modules of every part."""
+    for name in architectures.names():
+        arch = architectures.load(name)
+        fits = all(
+            u.component in arch.components
+            and (u.method == "saved" or u.module in arch.components[u.component].modules)
+            and (
+                u.method == "saved"
+                or METHODS[u.method].fits(u, arch.components[u.component].modules[u.module].shape)
+            )
+            for p in parts
+            for u in p
+        )
+        if fits:
+            return Fact(name, Certainty.DERIVED, "module names and shapes of all components"), arch
+    return Fact(None, Certainty.UNKNOWN, "the components fit no one base model"), None
+
+
+def save(
+    adapter: Adapter,
+    path: PathLike,
+    *,
+    format: str | None = None,
+    dtype: str | None = None,
+    fold_alpha: bool = False,
+    fields: Mapping[str, Any] | None = None,
+    allow_drop: bool = False,
+    overwrite: bool = False,
+    verify: bool = True,
+    progress: Progress = nothing,
+) -> Result:
+    """Write an adapter, prove the output against it, and only then let it appear at `path`.
+
+    `format` names a format or dialect; without it the adapter is written as it was read, in its own dialect and
+    spelling.  `dtype` rounds the tensors, `fold_alpha` bakes the scale into the second factor.
+
+    Raises `CannotRepresent` where the format cannot hold something, `ProofFailed` where the output differs from
+    the source by more than rounding explains, `OutputExists`, `OutputFailed` …; nothing is left behind then.
+    """
+    form, dialect = registry.find(format or adapter.provenance.dialect)
+    _insist_on_alphas(adapter)
+    wanted = _dtype(dtype)
+    changed = adapter.with_updates(_map(u, wanted, fold_alpha) for u in adapter)
+    target = Target(dialect, adapter.base, dict(fields or {}), format is None, allow_drop)
+    out = form.write(changed, target)
+    place = _place(os.fspath(path), form)
+    timings = Timings()
+    names = [file.path or os.path.basename(place) for file in out.files]
+    check_target(place, form.is_folder, names, overwrite)
+    _spare_sources(adapter, place, form, names)
+    with Staged(place, form.is_folder, overwrite, timings) as staged:
+        for file in out.files:
+            if file.text is not None:
+                staged.write_text(file.path, file.text)
+            else:
+                staged.write_tensors(file.path, file.tensors, file.metadata, progress)
+        started = time.perf_counter()
+        kept = adapter.with_updates(adapter.updates[u.key] for u in out.kept)
+        proof = None
+        if verify:
+            proof = _prove(kept, staged.staged, place, dialect, bool(wanted or fold_alpha), progress)
+        else:
+            check_finite(kept, progress)
+        timings.proof = time.perf_counter() - started
+        staged.commit()
+    return _result(adapter, out, place, form, dialect, proof, timings)
+
+
+def _prove(
+    adapter: Adapter, staged: str, place: str, dialect: Dialect, rounded: bool, progress: Progress
+) -> Proof:
+    given = adapter.base if adapter.architecture.certainty is Certainty.GIVEN else None
+    back = _read(open_source(staged), dialect.name, Request(given))
+    return prove(adapter, back, place, rounded, progress)
+
+
+def _insist_on_alphas(adapter: Adapter) -> None:
+    for update in adapter:
+        if update.alpha is not None and update.alpha.value is None:
+            tensor = next(iter(update.tensors.values()))
+            raise UnknownFact(
+                f"{tensor.where}: the alpha of {update.name} is unknown: {update.alpha.source}. Without it the strength "
+                "of the adapter would be a guess; say it with --alpha X (the trainer's lora_alpha)"
+            )
+
+
+def _dtype(name: str | None) -> str | None:
+    if name is None:
+        return None
+    known = _DTYPE_NAMES.get(name.lower().removeprefix("torch."))
+    if known is None:
+        raise UsageError(f"unknown dtype {name!r}; known: float32, float16, bfloat16, float64")
+    return known
+
+
+def _map(update: Update, dtype: str | None, fold: bool) -> Update:
+    """The update in another dtype, or with its scale multiplied into B (and B's bias)."""
+    scale = METHODS[update.method].scale(update)
+    folded = fold and scale is not None and scale != 1.0
+    if dtype is None and not folded:
+        return update
+    tensors = {
+        role: t.mapped(dtype, scale if folded and scale is not None and role in ("B", "bias") else 1.0)
+        for role, t in update.tensors.items()
+    }
+    if not folded:
+        return replace(update, tensors=tensors)
+    rank = float(METHODS[update.method].rank(update) or 1)
+    return replace(update, tensors=tensors, alpha=Fact(rank, Certainty.DERIVED, "--fold-alpha"), rslora=False)
+
+
+def _place(path: str, form: Format) -> str:
+    """The file or folder that `-o` means for this format."""
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in _PICKLE_SUFFIXES:
+        raise UsageError(f"{path}: only safetensors are written; name a .safetensors file or a folder")
+    if form.is_folder:
+        if suffix == ".safetensors":
+            raise UsageError(f"{path}: {form.title} is a folder; name a folder")
+        return os.path.normpath(path)
+    if suffix != ".safetensors" or os.path.isdir(path):
+        return os.path.join(path, form.file_name)
+    return os.path.normpath(path)
+
+
+def _spare_sources(adapter: Adapter, place: str, form: Format, names: list[str]) -> None:
+    """Raise `UsageError` where the output would replace a file that the adapter is still read from."""
+    sources = {os.path.realpath(t.source.path) for u in adapter for t in u.tensors.values()}
+    targets = [os.path.join(place, n) for n in names] if form.is_folder else [place]
+    for target in targets:
+        if os.path.realpath(target) in sources:
+            raise UsageError(f"{target}: is the source itself, which is never changed; name another output")
+
+
+def _result(
+    adapter: Adapter, out: Output, place: str, form: Format, dialect: Dialect, proof: Proof | None, timings: Timings
+) -> Result:
+    files = tuple(os.path.join(place, f.path) if form.is_folder else place for f in out.files)
+    notes = (*adapter.provenance.notes, *out.notes)
+    return Result(
+        source=adapter.provenance.path,
+        path=place,
+        source_dialect=adapter.provenance.dialect,
+        dialect=dialect.name,
+        architecture=adapter.architecture,
+        modules=len({(u.component, u.module) for u in out.kept}),
+        tensors=sum(len(f.tensors) for f in out.files),
+        bytes=sum(t.nbytes for f in out.files for t in f.tensors.values()),
+        proof=proof,
+        folded=adapter.provenance.folded,
+        dropped=(*adapter.provenance.dropped, *out.dropped),
+        notes=tuple(dict.fromkeys(notes)),
+        files=files,
+        timings=timings,
+    )
+
+
+def convert(
+    source: PathLike,
+    to: str,
+    output: PathLike | None = None,
+    *,
+    format: str | None = None,
+    arch: str | None = None,
+    base: PathLike | None = None,
+    alpha: float | str | None = None,
+    fields: Mapping[str, Any] | None = None,
+    allow_drop: bool = False,
+    dtype: str | None = None,
+    fold_alpha: bool = False,
+    overwrite: bool = False,
+    verify: bool = True,
+    progress: Progress = nothing,
+) -> Result:
+    """Convert a file or folder to the format or dialect `to`; `load` and `save` in one, with their options.
+
+    Without `output`, the result stands in the current folder, named after the source and the target.
+    """
+    form, dialect = registry.find(to)
+    place = os.fspath(output) if output is not None else default_output(source, form, dialect)
+    adapter = load(
+        source, format=format, arch=arch, base=base, alpha=alpha, fields=fields, allow_drop=allow_drop
+    )
+    return save(
+        adapter,
+        place,
+        format=to,
+        dtype=dtype,
+        fold_alpha=fold_alpha,
+        fields=fields,
+        allow_drop=allow_drop,
+        overwrite=overwrite,
+        verify=verify,
+        progress=progress,
+    )
+
+
+def default_output(source: PathLike, form: Format, dialect: Dialect) -> str:
+    """`NAME-DIALECT` (a folder format) or `NAME-DIALECT.safetensors` in the current folder."""
+    path = os.path.normpath(os.path.abspath(os.fspath(source)))
+    stem = os.path.basename(path) if os.path.isdir(path) else os.path.splitext(os.path.basename(path))[0]
+    return f"{stem}-{dialect.name}" + ("" if form.is_folder else ".safetensors")
+
+
+def known_dtypes(updates: Iterable[Update]) -> dict[str, int]:
+    """How many tensors there are of each dtype, widest first."""
+    out: dict[str, int] = {}
+    for update in updates:
+        for tensor in update.tensors.values():
+            out[tensor.dtype] = out.get(tensor.dtype, 0) + 1
+    return dict(sorted(out.items(), key=lambda item: (-dtypes.BITS[item[0]], item[0])))
+
+
+__all__ = ["CannotRepresent", "Result", "convert", "default_output", "load", "save"]
