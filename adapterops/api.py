@@ -175,7 +175,7 @@ def save(
     the source by more than rounding explains, `OutputExists`, `OutputFailed` …; nothing is left behind then.
     """
     form, dialect = registry.find(format or adapter.provenance.dialect)
-    _insist_on_alphas(adapter)
+    insist_on_alphas(adapter)
     wanted = _dtype(dtype)
     changed = adapter.with_updates(_map(u, wanted, fold_alpha) for u in adapter)
     target = Target(dialect, adapter.base, dict(fields or {}), format is None, allow_drop)
@@ -211,7 +211,8 @@ def _prove(
     return prove(adapter, back, place, rounded, progress)
 
 
-def _insist_on_alphas(adapter: Adapter) -> None:
+def insist_on_alphas(adapter: Adapter) -> None:
+    """Raise `UnknownFact` for the first update whose alpha no source holds."""
     for update in adapter:
         if update.alpha is not None and update.alpha.value is None:
             tensor = next(iter(update.tensors.values()))

@@ -92,11 +92,15 @@ class Lora(Method):
         # Some writers keep the 1×1 kernel of a convolution, some drop it, some flatten a larger one into the inputs.
         return (a.shape[1], prod(kernel)) == (shape[1], prod(shape[2:])) or a.shape[1] == prod(shape[1:])
 
-    def factors(self, update: Update) -> tuple[Array, Array]:
-        """B (out, r) times the scale, and A (r, in · kernel), in float64.  Raises `CannotRepresent` without alpha."""
+    def factors(self, update: Update, unknown_scale: float | None = None) -> tuple[Array, Array]:
+        """B (out, r) times the scale, and A (r, in · kernel), in float64.
+
+        Raises `CannotRepresent` where alpha is unknown and no `unknown_scale` stands in for it.
+        """
         import numpy as np
 
         scale = self.scale(update)
+        scale = unknown_scale if scale is None else scale
         if scale is None:
             raise CannotRepresent(f"{update.name}: its scale is unknown, so its delta is too (give --alpha)")
         rank = self.rank(update)
@@ -145,8 +149,12 @@ def product_error(b: Array, a: Array, b2: Array, a2: Array) -> float:
     else:
         left, right = np.hstack([b, -b2]), np.vstack([a, a2])
 
-    def norm(x: Array, y: Array) -> float:
-        return float(np.sqrt(max(0.0, float(np.sum((x.T @ x) * (y @ y.T))))))
-
-    size, difference = norm(b, a), norm(left, right)
+    size, difference = factor_norm(b, a), factor_norm(left, right)
     return difference / size if size else difference
+
+
+def factor_norm(b: Array, a: Array) -> float:
+    """‖b·a‖ (Frobenius) from the two Gram matrices (r, r), without forming the product."""
+    import numpy as np
+
+    return float(np.sqrt(max(0.0, float(np.sum((b.T @ b) * (a @ a.T))))))

@@ -1,0 +1,123 @@
+"""`adapterops convert`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+from adapterops.cli.main import print_json
+from adapterops.cli.options import reading, writing
+from adapterops.cli.progress import bar
+from adapterops.cli.text import bytes_text, listing
+
+
+@click.command(short_help="Convert an adapter to another format, with proof.")
+@click.argument("source", metavar="SRC")
+@click.option("--to", required=True, metavar="FORMAT", help="Format or dialect to write (adapterops formats).")
+@reading
+@click.option("--fold-alpha", is_flag=True, help="Bake the scale into the factors, for readers that ignore alpha.")
+@click.option("-v", "--verbose", is_flag=True, help="List every folded key.")
+@writing
+def convert(
+    source: str,
+    to: str,
+    source_format: str | None,
+    arch: str | None,
+    base: str | None,
+    alpha: float | str | None,
+    fields: dict[str, Any],
+    allow_drop: bool,
+    fold_alpha: bool,
+    verbose: bool,
+    output: str | None,
+    dtype: str | None,
+    overwrite: bool,
+    no_verify: bool,
+    as_json: bool,
+) -> None:
+    """Convert the adapter SRC (a file or a folder) to another format.
+
+    The output is read back from disk and every module's weight delta compared with the source's before it appears;
+    without -o it stands in the current folder, named after the source and the target.
+
+    \b
+    Examples:
+      adapterops convert style.safetensors --to peft
+      adapterops convert style.safetensors --to diffusers -o style-diffusers.safetensors
+      adapterops convert my-peft-folder --to kohya -o style.safetensors --dtype float16
+      adapterops convert adapter_model.safetensors --to peft --alpha 16 --base model/config.json
+    """
+    from adapterops import api, registry
+
+    form, dialect = registry.find(to)
+    place = output if output is not None else api.default_output(source, form, dialect)
+    adapter = api.load(
+        source, format=source_format, arch=arch, base=base, alpha=alpha, fields=fields, allow_drop=allow_drop
+    )
+    # The bytes are moved once and compared once.
+    with bar(f"converting to {dialect.title}", 2 * adapter.provenance.size, quiet=as_json) as progress:
+        result = api.save(
+            adapter,
+            place,
+            format=to,
+            dtype=dtype,
+            fold_alpha=fold_alpha,
+            fields=fields,
+            allow_drop=allow_drop,
+            overwrite=overwrite,
+            verify=not no_verify,
+            progress=progress,
+        )
+    if as_json:
+        print_json(_as_dict(result))
+        return
+    titles = {d.name: d.title for f in registry.formats().values() for d in f.dialects}
+    arch_text = f", {result.architecture.value}" if result.architecture.value else ""
+    click.echo(f"{result.source} ({titles[result.source_dialect]}{arch_text}) → {result.path} ({titles[result.dialect]})")
+    click.echo(f"  {result.modules} modules, {result.tensors} tensors, {bytes_text(result.bytes)}")
+    if result.proof is not None:
+        click.echo(f"  {click.style('proved', fg='green')}: {result.proof}")
+    else:
+        click.echo(f"  {click.style('not proved', fg='yellow')} (--no-verify)")
+    if result.folded:
+        shown = None if verbose else 2
+        click.echo(f"  folded: {listing(result.folded, shown, 'an alpha each, now part of the scale; -v lists all')}")
+    for line in result.dropped:
+        click.echo(f"  {click.style('dropped', fg='yellow')}: {line}")
+    for note in result.notes:
+        click.echo(f"  note: {note}")
+
+
+def _as_dict(result: Any) -> dict[str, Any]:
+    proof = result.proof
+    return {
+        "source": result.source,
+        "output": result.path,
+        "files": list(result.files),
+        "from": result.source_dialect,
+        "to": result.dialect,
+        "architecture": {
+            "value": result.architecture.value,
+            "certainty": str(result.architecture.certainty),
+            "source": result.architecture.source,
+        },
+        "modules": result.modules,
+        "tensors": result.tensors,
+        "bytes": result.bytes,
+        "proof": None
+        if proof is None
+        else {
+            "modules": proof.modules,
+            "tensors": proof.tensors,
+            "identical": proof.identical,
+            "largest_error": proof.largest_error,
+            "worst": proof.worst,
+            "tolerance": proof.tolerance,
+            "exact": proof.exact,
+        },
+        "folded": list(result.folded),
+        "dropped": list(result.dropped),
+        "notes": list(result.notes),
+        "seconds": {"copy": result.timings.copy, "flush": result.timings.flush, "proof": result.timings.proof},
+    }

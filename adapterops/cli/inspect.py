@@ -1,0 +1,120 @@
+"""`adapterops inspect`."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adapterops.cli.main import print_json
+from adapterops.cli.options import reading
+from adapterops.cli.text import bytes_text, spread, table
+
+if TYPE_CHECKING:
+    from adapterops.adapter import Adapter
+    from adapterops.inspection import Inspection
+
+
+@click.command(short_help="What an adapter file is and holds.")
+@click.argument("source", metavar="SRC")
+@reading
+@click.option("--norms", is_flag=True, help="Size of every block's weight delta (reads the tensors).")
+@click.option("--hash", "hashes", is_flag=True, help="Recompute sshs_model_hash and compare it with the header's.")
+@click.option("--metadata", "show_metadata", is_flag=True, help="The header's metadata in full.")
+@click.option("--config", "show_config", is_flag=True, help="The PEFT config that `convert --to peft` would write.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
+def inspect(
+    source: str,
+    source_format: str | None,
+    arch: str | None,
+    base: str | None,
+    alpha: float | str | None,
+    fields: dict[str, Any],
+    allow_drop: bool,
+    norms: bool,
+    hashes: bool,
+    show_metadata: bool,
+    show_config: bool,
+    as_json: bool,
+) -> None:
+    """Report what the adapter SRC (a file or a folder) is: format, base model, modules, ranks, scale.
+
+    Reads the header only, unless --norms or --hash asks for more.
+
+    \b
+    Examples:
+      adapterops inspect style.safetensors
+      adapterops inspect style.safetensors --norms
+      adapterops inspect my-peft-folder --json
+      adapterops inspect adapter_model.safetensors --config --alpha 16
+    """
+    from adapterops import api
+    from adapterops.inspection import report
+
+    adapter = api.load(
+        source, format=source_format, arch=arch, base=base, alpha=alpha, fields=fields, allow_drop=allow_drop
+    )
+    if show_config:
+        print_json(_configs(adapter, fields))
+        return
+    found = report(adapter, norms=norms, hashes=hashes)
+    if as_json:
+        print_json(found.to_dict())
+        return
+    for line in _lines(found, show_metadata):
+        click.echo(line)
+
+
+def _configs(adapter: Adapter, fields: dict[str, Any]) -> dict[str, Any]:
+    """The config of each component (of the only one, where there is one)."""
+    from adapterops import api, registry
+    from adapterops.plugin import Target
+
+    api.insist_on_alphas(adapter)
+    form, dialect = registry.find("peft")
+    out = form.write(adapter, Target(dialect, adapter.base, fields))
+    configs = {f.path.rpartition("/")[0]: json.loads(f.text) for f in out.files if f.text is not None}
+    return configs[""] if list(configs) == [""] else configs
+
+
+def _lines(found: Inspection, show_metadata: bool) -> list[str]:
+    arch = found.architecture
+    lines = [
+        click.style(found.path, bold=True),
+        f"format        {found.title} ({found.dialect})",
+        f"architecture  {arch.value or 'unknown'} ({arch.certainty}: {arch.source})",
+        f"size          {bytes_text(found.size)}, {found.tensors} tensors, {found.modules} modules",
+        "dtypes        " + ", ".join(f"{name} ({count})" for name, count in found.dtypes.items()),
+        "",
+    ]
+    rows = [
+        [
+            c.name,
+            str(c.modules),
+            spread(c.methods),
+            spread(c.ranks),
+            spread(c.alphas) + (f" {c.alpha_source}" if c.alpha_source else ""),
+            spread(c.scales),
+            ", ".join(f"{k} ({v})" for k, v in c.extras.items()) or "–",
+        ]
+        for c in found.components
+    ]
+    lines += table(["component", "modules", "method", "rank", "alpha", "scale", "besides"], rows)
+    if found.norms:
+        rows = [[b, str(int(n["modules"])), f"{n['norm']:.4g}", f"{n['largest']:.4g}"] for b, n in found.norms.items()]
+        lines += ["", *table(["block", "modules", "‖ΔW‖", "largest"], rows)]
+    for path, entry in found.hashes.items():
+        verdict = {None: "none recorded", True: "as recorded", False: f"recorded: {entry['recorded']}"}[entry["agree"]]
+        lines += ["", f"sshs_model_hash of {path}: {entry['computed']} ({verdict})"]
+    if show_metadata:
+        lines += ["", *(f"{k}: {v}" for k, v in sorted(found.metadata.items()))]
+    elif found.metadata:
+        names = sorted(found.metadata)
+        shown = ", ".join(names[:6]) + (f", … {len(names)} entries" if len(names) > 6 else "")
+        lines += ["", f"metadata      {shown} (--metadata shows them)"]
+    if found.dropped:
+        lines += ["", "left out (--allow-drop): " + ", ".join(found.dropped)]
+    if found.notes:
+        lines += ["", *(f"note: {note}" for note in found.notes)]
+    return lines

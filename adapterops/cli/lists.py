@@ -1,0 +1,64 @@
+"""`adapterops formats`, `architectures` and `methods`: what this installation knows."""
+
+from __future__ import annotations
+
+import click
+
+from adapterops.cli.main import print_json
+from adapterops.cli.text import table
+
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
+
+
+@click.command(short_help="The formats and dialects that are read and written.")
+@_json
+def formats(as_json: bool) -> None:
+    """List the formats, their dialects, and an example of a key in each.  --to and --from take either."""
+    from adapterops import registry
+
+    found = [
+        {"format": form.name, "dialect": d.name, "title": d.title, "alpha": d.alpha.value, "example": d.example}
+        for form in registry.formats().values()
+        for d in form.dialects
+    ]
+    if as_json:
+        print_json(found)
+        return
+    rows = [[f["format"], f["dialect"], f["title"], f["alpha"], f["example"]] for f in found]
+    for line in table(["format", "dialect", "what it is", "alpha in", "a key"], rows):
+        click.echo(line)
+
+
+@click.command(short_help="The base models whose module names are built in.")
+@_json
+def architectures(as_json: bool) -> None:
+    """List the built-in base models.  Any other one is given by its config: --base CONFIG."""
+    from adapterops import architectures as known
+
+    tables = [known.load(name) for name in known.names()]
+    found = [
+        {"name": a.name, "title": a.title, "components": {c.name: len(c.modules) for c in a.components.values()}}
+        for a in tables
+    ]
+    if as_json:
+        print_json(found)
+        return
+    rows = [
+        [a.name, a.title, ", ".join(f"{c.name} ({len(c.modules)})" for c in a.components.values())] for a in tables
+    ]
+    for line in table(["name", "base model", "components (modules)"], rows):
+        click.echo(line)
+
+
+@click.command(short_help="The adapter methods that are understood.")
+@_json
+def methods(as_json: bool) -> None:
+    """List the methods and the source that defines each."""
+    from adapterops.methods import METHODS
+
+    found = [{"method": m.name, "title": m.title, "source": m.source} for m in METHODS.values()]
+    if as_json:
+        print_json(found)
+        return
+    for line in table(["method", "what it is", "source"], [list(f.values()) for f in found]):
+        click.echo(line)

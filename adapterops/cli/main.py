@@ -1,0 +1,125 @@
+"""The `adapterops` command: parses, calls the library, prints.  Commands are imported when they are used."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import sys
+from typing import Any
+
+import click
+
+from adapterops import __version__
+from adapterops.errors import AdapterOpsError
+
+COMMANDS = {
+    "inspect": "What an adapter file is and holds.",
+    "convert": "Convert an adapter to another format, with proof.",
+    "formats": "The formats and dialects that are read and written.",
+    "architectures": "The base models whose module names are built in.",
+    "methods": "The adapter methods that are understood.",
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands live in one file each, imported only when called."""
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        if name not in COMMANDS:
+            return None
+        module = "lists" if name in ("formats", "architectures", "methods") else name
+        command = getattr(importlib.import_module(f"adapterops.cli.{module}"), name)
+        assert isinstance(command, click.Command)
+        return command
+
+    def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl(list(COMMANDS.items()))
+
+    def resolve_command(
+        self, context: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        try:
+            return super().resolve_command(context, args)
+        except click.UsageError as error:
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            if near:
+                raise click.UsageError(f"{error.message} Did you mean {near[0]!r}?", context) from error
+            raise
+
+
+@click.group(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="adapterops")
+@click.option("--debug", is_flag=True, help="Show the Python traceback of an error.")
+def main(debug: bool) -> None:
+    """Read, understand and convert LoRA adapters, with proof.
+
+    \b
+    Examples:
+      adapterops inspect style.safetensors
+      adapterops convert style.safetensors --to peft
+      adapterops convert my-peft-folder --to kohya -o style.safetensors
+    """
+
+
+def run(arguments: list[str] | None = None) -> None:
+    """The console script.  Every expected error becomes one message; exit status 0, 1 or 2 (130 after Ctrl-C)."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    debug = "--debug" in arguments
+    # An option of the whole command, taken wherever it stands.
+    arguments = [a for a in arguments if a != "--debug"]
+    wants_json = "--json" in arguments
+    try:
+        main.main(args=arguments, prog_name="adapterops", standalone_mode=False)
+    except AdapterOpsError as error:
+        if debug:
+            raise
+        _fail(error, wants_json, error.exit_code)
+    except click.exceptions.Abort:
+        _stop()
+    except KeyboardInterrupt:
+        _stop()
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+    except BrokenPipeError:
+        # The reader (`| head`) has had enough; Python must not complain about it at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except Exception as error:
+        # A bug of ours: still no traceback, but what to send us.
+        if debug:
+            raise
+        click.echo(
+            f"error: {type(error).__name__}: {error}\nThis is a fault of adapterops. Please report it with the output "
+            "of the same command under --debug.",
+            err=True,
+        )
+        sys.exit(2)
+
+
+def _stop() -> None:
+    click.echo("stopped; nothing was written", err=True)
+    sys.exit(130)
+
+
+def _fail(error: AdapterOpsError, wants_json: bool, code: int) -> None:
+    if wants_json:
+        print_json({"error": {"kind": type(error).__name__, "message": str(error)}})
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
+    sys.exit(code)
+
+
+def print_json(value: Any) -> None:
+    """The one JSON document of `--json`."""
+    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,86 @@
+"""Options that several commands share, and how their values are read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def parse_alpha(context: click.Context, parameter: click.Parameter, value: str | None) -> float | str | None:
+    """`--alpha`: a number, or the source to believe."""
+    if value is None or value in ("tensors", "header", "config"):
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        number = float("nan")
+    if number != number or number in (float("inf"), float("-inf")):
+        raise click.BadParameter(f"{value!r} is neither a number nor one of tensors, header, config")
+    return number
+
+
+def parse_fields(context: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, Any]:
+    """`--set FIELD=VALUE`: VALUE is JSON, or else a plain string."""
+    fields: dict[str, Any] = {}
+    for text in values:
+        name, equals, value = text.partition("=")
+        if not equals or not name:
+            raise click.BadParameter(f"{text!r} is not FIELD=VALUE")
+        try:
+            fields[name] = json.loads(value)
+        except ValueError:
+            fields[name] = {"True": True, "False": False, "None": None}.get(value, value)
+    return fields
+
+
+def reading(command: Command) -> Command:
+    """The options of every command that reads an adapter."""
+    options = (
+        click.option("--from", "source_format", metavar="FORMAT", help="Read as this format or dialect; else recognised."),
+        click.option("--arch", metavar="NAME", help="The base model: sd1, sd2, sdxl (adapterops architectures)."),
+        click.option(
+            "--base",
+            metavar="CONFIG",
+            type=click.Path(),
+            help="Any other base: its config.json or model folder (diffusers or transformers; no weights are read).",
+        ),
+        click.option(
+            "--alpha",
+            metavar="X",
+            callback=parse_alpha,
+            help="Alpha where the file holds none; or tensors, header, config: which of two to believe.",
+        ),
+        click.option(
+            "--set",
+            "fields",
+            metavar="FIELD=VALUE",
+            multiple=True,
+            callback=parse_fields,
+            help="A PEFT config field that no source holds, or that is wrong; VALUE is JSON. May be repeated.",
+        ),
+        click.option(
+            "--allow-drop", is_flag=True, help="Leave out what cannot be understood or held, and list it."
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def writing(command: Command) -> Command:
+    """The options of every command that writes an adapter."""
+    options = (
+        click.option("-o", "--output", metavar="OUT", type=click.Path(), help="File or folder to write."),
+        click.option("--dtype", metavar="TYPE", help="Round the tensors to float32, float16 or bfloat16."),
+        click.option("--overwrite", is_flag=True, help="Replace an existing output."),
+        click.option("--no-verify", is_flag=True, help="Skip the proof (reading the output back and comparing)."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command

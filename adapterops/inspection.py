@@ -1,0 +1,213 @@
+"""What a file is and holds, from its header alone (tensors are read only for norms and hashes)."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from adapterops import registry
+from adapterops.adapter import Adapter, Fact, Update
+from adapterops.api import PathLike, known_dtypes, load
+from adapterops.methods import METHODS
+from adapterops.storage import safetensors
+
+Spread = Mapping[Any, int]
+"""A value and the number of modules that have it."""
+
+
+@dataclass(frozen=True, slots=True)
+class ComponentReport:
+    """One component of the base model and what the adapter does to it."""
+
+    name: str
+    modules: int
+    methods: Spread
+    ranks: Spread
+    alphas: Spread
+    scales: Spread
+    alpha_source: str
+    extras: Spread
+    """DoRA magnitudes, biases, Tucker cores, rsLoRA: what goes beyond two factors and an alpha."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """The report that `inspect` gives; `to_dict` is what `--json` prints."""
+
+    path: str
+    size: int
+    format: str
+    dialect: str
+    title: str
+    architecture: Fact[str | None]
+    components: tuple[ComponentReport, ...]
+    dtypes: Mapping[str, int]
+    tensors: int
+    metadata: Mapping[str, str]
+    config: Mapping[str, Mapping[str, Any]]
+    notes: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    hashes: Mapping[str, Any] = field(default_factory=dict)
+    norms: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+
+    @property
+    def modules(self) -> int:
+        """The number of modules with an update."""
+        return sum(c.modules for c in self.components)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, ready for JSON."""
+        arch = self.architecture
+        return {
+            "path": self.path,
+            "size": self.size,
+            "format": self.format,
+            "dialect": self.dialect,
+            "architecture": {"value": arch.value, "certainty": str(arch.certainty), "source": arch.source},
+            "modules": self.modules,
+            "tensors": self.tensors,
+            "dtypes": dict(self.dtypes),
+            "components": [
+                {
+                    "name": c.name,
+                    "modules": c.modules,
+                    "methods": dict(c.methods),
+                    "ranks": {str(k): v for k, v in c.ranks.items()},
+                    "alphas": {str(k): v for k, v in c.alphas.items()},
+                    "scales": {str(k): v for k, v in c.scales.items()},
+                    "alpha_source": c.alpha_source,
+                    "extras": dict(c.extras),
+                }
+                for c in self.components
+            ],
+            "norms": {k: dict(v) for k, v in self.norms.items()},
+            "metadata": dict(self.metadata),
+            "config": {k: dict(v) for k, v in self.config.items()},
+            "hashes": dict(self.hashes),
+            "notes": list(self.notes),
+            "dropped": list(self.dropped),
+        }
+
+
+def inspect(path: PathLike, *, norms: bool = False, hashes: bool = False, **options: Any) -> Inspection:
+    """Report on an adapter.
+
+    `norms` adds the size of every block's weight delta (reads the tensors), `hashes` recomputes
+    `sshs_model_hash`; `options` are those of `load`.
+
+    Raises what `load` raises.
+    """
+    return report(load(path, **options), norms=norms, hashes=hashes)
+
+
+def report(adapter: Adapter, *, norms: bool = False, hashes: bool = False) -> Inspection:
+    """The report on an adapter that is loaded already."""
+    form, dialect = registry.find(adapter.provenance.dialect)
+    files = {t.source.path for u in adapter for t in u.tensors.values()}
+    tensors = sum(len(u.tensors) for u in adapter) + len(adapter.provenance.folded)
+    return Inspection(
+        path=adapter.provenance.path,
+        size=adapter.provenance.size,
+        format=form.name,
+        dialect=dialect.name,
+        title=dialect.title,
+        architecture=adapter.architecture,
+        components=tuple(_component(name, adapter.of(name)) for name in adapter.components),
+        dtypes=known_dtypes(adapter),
+        tensors=tensors,
+        metadata=adapter.metadata,
+        config=adapter.config,
+        notes=adapter.provenance.notes,
+        dropped=adapter.provenance.dropped,
+        hashes=_hashes(files) if hashes else {},
+        norms=_norms(adapter) if norms else {},
+    )
+
+
+def _component(name: str, updates: list[Update]) -> ComponentReport:
+    scaled = [u for u in updates if u.alpha is not None]
+    sources = Counter(str(u.alpha.certainty) for u in scaled if u.alpha is not None)
+    extras: Counter[str] = Counter()
+    for update in updates:
+        if "magnitude" in update.tensors:
+            extras[f"DoRA per {update.options['dora_axis']}put"] += 1
+        for role, title in (("bias", "lora_bias"), ("mid", "Tucker core")):
+            if role in update.tensors and update.method == "lora":
+                extras[title] += 1
+        if update.rslora:
+            extras["rsLoRA"] += 1
+        if update.options.get("kind") == "embedding":
+            extras["embedding"] += 1
+    return ComponentReport(
+        name=name,
+        modules=len({u.module for u in updates}),
+        methods=_ordered(Counter(u.method for u in updates)),
+        ranks=_ordered(Counter(r for u in updates if (r := METHODS[u.method].rank(u)) is not None)),
+        alphas=_ordered(Counter(_tidy(u.alpha.value) for u in scaled if u.alpha is not None)),
+        scales=_ordered(Counter(_tidy(METHODS[u.method].scale(u)) for u in scaled)),
+        alpha_source=", ".join(sources),
+        extras=_ordered(extras),
+    )
+
+
+def _tidy(value: float | None) -> float | str:
+    return "unknown" if value is None else float(f"{value:.6g}")
+
+
+def _ordered(counts: Counter[Any]) -> dict[Any, int]:
+    return dict(sorted(counts.items(), key=lambda item: (-item[1], str(item[0]))))
+
+
+def block_of(module: str) -> str:
+    """The block a module is in: its path up to the first number (`down_blocks.1`), or its first name."""
+    match = re.match(r"(.*?\.\d+)(\.|$)", module)
+    return match.group(1) if match else module.split(".")[0]
+
+
+def _norms(adapter: Adapter) -> dict[str, dict[str, float]]:
+    """For every block the Frobenius norm of its deltas together, and the largest of a module.
+
+    Of LoRA updates before any DoRA normalisation; where alpha is unknown the scale counts as 1.
+    """
+    import numpy as np
+
+    from adapterops.methods.lora import Lora, factor_norm
+
+    sums: dict[str, list[float]] = {}
+    for update in adapter:
+        method = METHODS[update.method]
+        if isinstance(method, Lora):
+            b, a = method.factors(update, unknown_scale=1.0)
+            sums.setdefault(f"{update.component}: {block_of(update.module)}", []).append(factor_norm(b, a))
+    return {
+        block: {"norm": float(np.linalg.norm(values)), "largest": max(values), "modules": len(values)}
+        for block, values in sums.items()
+    }
+
+
+def _hashes(files: set[str]) -> dict[str, Any]:
+    """`sshs_model_hash` (sha256 of the bytes after the header) of each safetensors file, recorded and computed.
+
+    Source: kohya-ss/sd-scripts `library/train_util.py`, `addnet_hash_safetensors`.
+    """
+    out: dict[str, Any] = {}
+    for path in sorted(files):
+        if not path.endswith(".safetensors"):
+            continue
+        _, metadata = safetensors.read_header(path)
+        digest = hashlib.sha256()
+        with open(path, "rb") as file:
+            file.seek(int.from_bytes(file.read(8), "little") + 8)
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+        recorded = metadata.get("sshs_model_hash")
+        out[path] = {
+            "computed": digest.hexdigest(),
+            "recorded": recorded,
+            "agree": None if recorded is None else recorded == digest.hexdigest(),
+        }
+    return out
