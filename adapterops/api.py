@@ -13,7 +13,7 @@ from adapterops.adapter import Adapter, Certainty, Fact, Update
 from adapterops.architectures import Architecture
 from adapterops.dialects.read import Request
 from adapterops.dialects.table import Dialect
-from adapterops.errors import AmbiguousFormat, CannotRepresent, NotAnAdapter, UnknownFact, UsageError
+from adapterops.errors import AmbiguousFormat, CannotRepresent, NotAnAdapter, UnknownArchitectureOfFile, UnknownFact, UsageError
 from adapterops.methods import METHODS
 from adapterops.plugin import Format, Output, Target
 from adapterops.proof import Proof, check_finite, prove
@@ -81,6 +81,8 @@ def load(
         given = architectures.load(arch)
     elif base is not None:
         given = architectures.from_config(base)
+    if isinstance(alpha, int):
+        alpha = float(alpha)
     request = Request(given, alpha, dict(fields or {}), allow_drop)
     return _read(open_source(path), format, request)
 
@@ -88,7 +90,11 @@ def load(
 def _read(source: Source, format: str | None, request: Request) -> Adapter:
     if not source.parts:
         form, reading = registry.recognise(source, format, request.architecture)
-        adapter = form.read(source, reading, request)
+        try:
+            adapter = form.read(source, reading, request)
+        except UnknownArchitectureOfFile:
+            registry.explain(source, source.tensors)
+            raise
         if not any(u.method != "saved" for u in adapter):
             raise NotAnAdapter(f"{source.path}: holds saved modules only and no update of any method")
         return adapter
@@ -263,7 +269,8 @@ def _place(path: str, form: Format) -> str:
 
 def _spare_sources(adapter: Adapter, place: str, form: Format, names: list[str]) -> None:
     """Raise `UsageError` where the output would replace a file that the adapter is still read from."""
-    sources = {os.path.realpath(t.source.path) for u in adapter for t in u.tensors.values()}
+    paths = {t.source.path for u in adapter for t in u.tensors.values()}
+    sources = {os.path.realpath(path) for path in paths}
     targets = [os.path.join(place, n) for n in names] if form.is_folder else [place]
     for target in targets:
         if os.path.realpath(target) in sources:

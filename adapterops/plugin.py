@@ -83,9 +83,9 @@ class Format:
     foreign: ClassVar[Mapping[str, str]] = {}
     """Regular expressions of keys that this format's writers also write and that are not converted: to what they are."""
 
-    def recognise(self, source: Source) -> list[Reading]:
-        """The readings in which at least one key is part of an update."""
-        readings = [read_keys(dialect, source.tensors, self.variants) for dialect in self.dialects]
+    def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
+        """The readings, by some of this format's dialects, in which at least one key is part of an update."""
+        readings = [read_keys(dialect, source.tensors, self.variants) for dialect in dialects]
         return [reading for reading in readings if reading.updates_claimed]
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
@@ -104,10 +104,17 @@ class Format:
         return write_by_table(target.dialect, adapter, target.architecture, spelling, target.allow_drop)
 
     def spelling(self, adapter: Adapter, target: Target) -> dict[str, Any]:
-        """The recorded choices of spelling that apply to `target`."""
-        recorded = adapter.provenance.carried.spelling.get(target.dialect.name, {})
-        keep = ("alpha_absent", "alpha_as")
-        return {k: v for k, v in recorded.items() if target.faithful or k in keep}
+        """The recorded choices of spelling that apply to `target`.
+
+        How alphas were stored is kept for every dialect of the format; prefixes and an adapter's name only where the
+        same dialect is to be written faithfully.
+        """
+        recorded = adapter.provenance.carried.spelling
+        own = recorded.get(target.dialect.name)
+        if own is not None and target.faithful:
+            return dict(own)
+        near = own or next((recorded[d.name] for d in self.dialects if d.name in recorded), {})
+        return {k: v for k, v in near.items() if k in ("alpha_absent", "alpha_as")}
 
 
 def header(adapter: Adapter) -> dict[str, str]:
@@ -128,6 +135,7 @@ __all__ = [
     "AlphaIn",
     "Architecture",
     "Callable",
+    "Carried",
     "Certainty",
     "Dialect",
     "Fact",

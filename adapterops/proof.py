@@ -9,12 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import isfinite
 
 from adapterops.adapter import Adapter, Update
 from adapterops.errors import BrokenAdapter, ProofFailed
 from adapterops.methods import METHODS
 from adapterops.storage import LazyTensor, dtypes
 from adapterops.storage.output import Progress, nothing
+from adapterops.storage.rounding import beyond_rounding
+from adapterops.storage.tensor import CHUNK
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +64,7 @@ def tolerance(adapter: Adapter, written: Adapter, rounded: bool) -> float:
     return worst
 
 
-def prove(
-    adapter: Adapter, written: Adapter, path: str, rounded: bool = False, progress: Progress = nothing
-) -> Proof:
+def prove(adapter: Adapter, written: Adapter, path: str, rounded: bool = False, progress: Progress = nothing) -> Proof:
     """Compare the source with what was read back; `rounded` allows the error of one rounding a tensor.
 
     Raises `ProofFailed` naming the first difference, and `BrokenAdapter` for a source that holds NaN or infinity.
@@ -77,16 +78,23 @@ def prove(
     allowed = tolerance(adapter, written, rounded)
     tensors = identical = 0
     worst, where = 0.0, ""
+    buffers = bytearray(CHUNK), bytearray(CHUNK)
     for update in adapter:
         other = written.updates[update.key]
-        same = _same_bytes(update, other, progress)
+        _insist_on_number(update)
+        _same_structure(update, other, path)
+        same = _same_bytes(update, other, path, buffers, progress)
         tensors += len(update.tensors)
         identical += sum(same)
-        error = _scale_error(update, other) if all(same) else METHODS[update.method].error(update, other)
+        if rounded:
+            _insist_on_rounding(update, other, same, path)
+        bit_identical = all(same) and len(same) == len(other.tensors)
+        error = _scale_error(update, other) if bit_identical else METHODS[update.method].error(update, other)
         if not error <= allowed:
+            hint = "" if not rounded else "; the values do not fit the dtype: --dtype bfloat16 or float32 may hold them"
             raise ProofFailed(
-                f"{path}: {update.method} of {update.name} differs from the source by {error:.2e} (relative), more than "
-                f"the {allowed:.0e} that rounding explains; nothing was written"
+                f"{path}: {update.method} of {update.name} differs from the source by {error:.2e} (relative), more "
+                f"than the {allowed:.0e} that rounding explains{hint}; nothing was written"
             )
         if error > worst:
             worst, where = error, update.name
@@ -95,41 +103,117 @@ def prove(
 
 def check_finite(updates: Iterable[Update], progress: Progress = nothing) -> None:
     """Raise `BrokenAdapter` for a tensor with NaN or infinity: what `prove` does on the way, for `--no-verify`."""
+    buffer = bytearray(CHUNK)
     for update in updates:
+        _insist_on_number(update)
         for tensor in update.tensors.values():
-            for chunk in tensor.chunks():
-                _insist_finite(tensor, chunk, update)
-                progress(len(chunk))
+            for length in tensor.chunks(buffer):
+                _insist_finite(tensor, buffer, length, update)
+                progress(length)
 
 
-def _insist_finite(tensor: LazyTensor, chunk: bytearray, update: Update) -> None:
-    if dtypes.has_non_finite(tensor.dtype, chunk):
+def _insist_finite(tensor: LazyTensor, buffer: bytearray, length: int, update: Update) -> None:
+    if dtypes.has_non_finite(tensor.dtype, buffer, length):
         raise BrokenAdapter(
             f"{tensor.where}: holds NaN or infinity ({update.name}); the training broke, or the file did: "
             "use an earlier checkpoint"
         )
 
 
-def _same_bytes(update: Update, other: Update, progress: Progress) -> list[bool]:
-    """Whether each tensor of `update` has the same bytes in `other`; looks for NaN on the way."""
+def _insist_on_number(update: Update) -> None:
+    alpha = update.alpha.value if update.alpha is not None else None
+    if update.alpha is not None and alpha is not None and not isfinite(alpha):
+        first = next(iter(update.tensors.values()))
+        raise BrokenAdapter(
+            f"{first.where}: the alpha of {update.name} is {alpha} ({update.alpha.source}); the file is damaged: "
+            "use an earlier checkpoint"
+        )
+
+
+def _same_structure(update: Update, other: Update, path: str) -> None:
+    """Raise `ProofFailed` where the two cannot be compared number by number: options, or a tensor's shape.
+
+    Equal bytes under another shape are another matrix.  A kernel may be written out or flattened, and ones added:
+    the matrix stays the same.
+    """
+    for name in sorted(update.options.keys() | other.options.keys()):
+        one, two = update.options.get(name), other.options.get(name)
+        if one != two:
+            raise ProofFailed(f"{path}: {update.method} of {update.name}: {name} is {one!r}, but {two!r} in the output")
+    for role, tensor in update.tensors.items():
+        twin = other.tensors.get(role)
+        if twin is not None and twin.numel == tensor.numel and not _same_matrix(tensor.shape, twin.shape):
+            raise ProofFailed(
+                f"{path}: tensor {twin.key!r} has shape {list(twin.shape)}, but {tensor.key!r} of the source has "
+                f"{list(tensor.shape)} ({update.name}); nothing was written"
+            )
+
+
+def _same_matrix(one: tuple[int, ...], two: tuple[int, ...]) -> bool:
+    """Whether shapes of as many elements differ only in ones, or in a kernel flattened into the columns."""
+    if [n for n in one if n != 1] == [n for n in two if n != 1]:
+        return True
+    return one[:1] == two[:1] and 2 in (len(one), len(two))
+
+
+def _same_bytes(
+    update: Update, other: Update, path: str, buffers: tuple[bytearray, bytearray], progress: Progress
+) -> list[bool]:
+    """Whether each tensor of `update` has the same bytes in `other`.
+
+    Looks for NaN and infinity on the way: in the source, where they break the adapter, and in an output of other
+    bytes, where a narrower dtype makes them.  Both are read through `buffers`.
+    """
+    ours, theirs = buffers
     out = []
     for role, tensor in update.tensors.items():
         twin = other.tensors.get(role)
         same = twin is not None and (twin.dtype, twin.numel) == (tensor.dtype, tensor.numel)
-        others = twin.chunks() if same and twin is not None else iter(())
-        for chunk in tensor.chunks():
-            _insist_finite(tensor, chunk, update)
-            if same and chunk != next(others):
-                same = False
-            progress(len(chunk))
+        lengths = twin.chunks(theirs) if same and twin is not None else iter(())
+        for length in tensor.chunks(ours):
+            _insist_finite(tensor, ours, length, update)
+            if same:
+                next(lengths)
+                # memcmp over the part that was read; comparing memoryviews goes element by element.
+                same = ours.startswith(memoryview(theirs)[:length])
+            progress(length)
         out.append(same)
+        if twin is not None and not same:
+            _insist_held(twin, theirs, path, update)
     return out
 
 
+def _insist_on_rounding(update: Update, other: Update, same: list[bool], path: str) -> None:
+    """Raise `ProofFailed` for a number that one rounding (of the value, or of the value times the scale) does not give.
+
+    The delta's norm alone would not notice one wrong number among many.
+    """
+    one, two = METHODS[update.method].scale(update), METHODS[other.method].scale(other)
+    factors = {1.0, one / two} if one and two else {1.0}
+    for (role, tensor), equal in zip(update.tensors.items(), same, strict=True):
+        twin = other.tensors.get(role)
+        comparable = twin is not None and twin.numel == tensor.numel and tensor.dtype in dtypes.NUMBERS
+        if equal or twin is None or not comparable or twin.dtype not in dtypes.EPSILON:
+            continue  # The delta decides.
+        wrong = [beyond_rounding(tensor, twin, factor) for factor in sorted(factors)]
+        if None not in wrong:
+            raise ProofFailed(
+                f"{path}: tensor {twin.key!r} ({update.name}): element {max(n for n in wrong if n is not None)} is not "
+                f"that of {tensor.key!r} in the source, rounded to {twin.dtype}; nothing was written"
+            )
+
+
+def _insist_held(tensor: LazyTensor, buffer: bytearray, path: str, update: Update) -> None:
+    for length in tensor.chunks(buffer):
+        if dtypes.has_non_finite(tensor.dtype, buffer, length):
+            raise ProofFailed(
+                f"{path}: tensor {tensor.key!r} ({update.name}) holds numbers that {tensor.dtype} cannot: they became "
+                "NaN or infinity; choose --dtype bfloat16 or float32; nothing was written"
+            )
+
+
 def _scale_error(update: Update, other: Update) -> float:
-    """The relative difference of two updates with equal tensors; inf where their options differ."""
-    if dict(update.options) != dict(other.options):
-        return float("inf")
+    """The relative difference of the scales of two updates with equal tensors."""
     method = METHODS[update.method]
     one, two = method.scale(update), method.scale(other)
     if one is None or two is None:

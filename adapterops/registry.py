@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib.metadata import entry_points
 
@@ -58,18 +58,19 @@ def recognise(
     Raises `NotAnAdapter`, `UnsupportedFormat`, or `AmbiguousFormat` where two dialects share the keys out
     between them.
     """
+    chosen = {form: [d for d in form.dialects if only in (None, form.name, d.name)] for form in formats().values()}
     candidates = [
-        (form, reading)
-        for form in formats().values()
-        for reading in form.recognise(source)
-        if only is None or only in (form.name, reading.dialect.name)
+        (form, reading) for form, dialects in chosen.items() if dialects for reading in form.recognise(source, dialects)
     ]
     candidates.sort(key=lambda c: _rank(c[1]), reverse=True)
     if only is not None and not candidates:
         find(only)
         raise UnsupportedFormat(f"{source.path}: no key reads as {only}")
     if not candidates or candidates[0][1].unclaimed:
-        _explain(source, candidates)
+        explain(source, candidates[0][1].unclaimed if candidates else source.tensors)
+    elif candidates[0][1].prefix == "":
+        # Without any prefix the keys of other writers read as module names too.
+        explain(source, source.tensors)
     if not candidates:
         raise NotAnAdapter(_what_is_it(source))
     _no_mixture(source, candidates)
@@ -83,13 +84,13 @@ def _rank(reading: Reading) -> tuple[float, int, bool]:
     return reading.score, reading.updates_claimed, reading.prefix is None
 
 
-def _explain(source: Source, candidates: list[tuple[Format, Reading]]) -> None:
-    """Raise `UnsupportedFormat` where a key is of a kind that a format knows by name and does not convert."""
-    unclaimed = candidates[0][1].unclaimed if candidates else tuple(source.tensors)
+def explain(source: Source, keys: Iterable[str]) -> None:
+    """Raise `UnsupportedFormat` where one of `keys` is of a kind that a format knows by name and does not convert."""
+    keys = tuple(keys)
     for form in formats().values():
         for pattern, what in form.foreign.items():
             matcher = re.compile(pattern)
-            hit = next((key for key in unclaimed if matcher.search(key)), None)
+            hit = next((key for key in keys if matcher.search(key)), None)
             if hit is not None:
                 raise UnsupportedFormat(f"{source.path}: tensor {hit!r}: {what}")
 

@@ -1,7 +1,9 @@
-"""diffusers: one file for a pipeline, in three generations of spelling.
+"""diffusers: one file for a pipeline, in several generations of spelling.
 
 - today's: peft's names under the component's (`unet.<module>.lora_A.weight`), scale in the header as a JSON
   config a component (`lora_adapter_metadata`), else alpha = rank;
+- what its training scripts have written since peft came (`convert_state_dict_to_diffusers`): attention in the older
+  spelling below, everything else in today's, in one file;
 - before peft: `unet.<module>.lora.down.weight`, text encoders `….lora_linear_layer.down.weight`; no alpha;
 - attention processors: `unet.<attention>.processor.to_q_lora.down.weight`, at first without `unet.`; no alpha.
 
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from adapterops.plugin import (
@@ -45,6 +48,12 @@ _ENCODER_PAIR = (
     Suffix(".lora_linear_layer.up.weight", "lora", "B"),
 )
 _PROCESSOR_PAIR = (Suffix(".down.weight", "lora", "A"), Suffix(".up.weight", "lora", "B"))
+
+
+def _only_after(suffixes: tuple[Suffix, ...], *endings: str) -> tuple[Suffix, ...]:
+    return tuple(replace(suffix, after=endings) for suffix in suffixes)
+
+
 _PROCESSOR_TAILS = (
     (".to_q", ".processor.to_q_lora"),
     (".to_k", ".processor.to_k_lora"),
@@ -76,6 +85,27 @@ BEFORE_PEFT = Dialect(
     exact_shapes=True,
     example="unet.down_blocks.1.attentions.0.proj_in.lora.down.weight",
 )
+MIXED = Dialect(
+    name="diffusers-mixed",
+    format="diffusers",
+    title="diffusers with two spellings (attention as .lora.down, the rest as .lora_A)",
+    places=(
+        Place("unet", "unet.", (*_only_after(_PAIR, ".to_q", ".to_k", ".to_v", ".to_out.0"), *LORA)),
+        *(
+            Place(
+                component,
+                f"{component}.",
+                (*_only_after(_ENCODER_PAIR, ".q_proj", ".k_proj", ".v_proj", ".out_proj"), *LORA),
+            )
+            for component in ("text_encoder", "text_encoder_2")
+        ),
+    ),
+    alpha=AlphaIn.CONFIG,
+    convention="rank",
+    vectors=True,
+    exact_shapes=True,
+    example="unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora.down.weight",
+)
 PROCESSORS = Dialect(
     name="diffusers-attn",
     format="diffusers",
@@ -105,7 +135,7 @@ class Diffusers(Format):
 
     name = "diffusers"
     title = "diffusers (pytorch_lora_weights.safetensors)"
-    dialects = (DIFFUSERS, BEFORE_PEFT, PROCESSORS, BARE_PROCESSORS)
+    dialects = (DIFFUSERS, BEFORE_PEFT, MIXED, PROCESSORS, BARE_PROCESSORS)
     file_name = "pytorch_lora_weights.safetensors"
     foreign = {
         r"^(double_blocks|single_blocks)\..*lora[12]?\.(down|up)\.weight$": f"is XLabs' Flux.1 spelling; {_LATER}",
@@ -123,7 +153,7 @@ class Diffusers(Format):
     }
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
-        if reading.dialect is not DIFFUSERS:
+        if reading.dialect.alpha is not AlphaIn.CONFIG:
             return read_by_table(reading, source, request)
         configs = _header_configs(source, request)
 
@@ -141,7 +171,7 @@ class Diffusers(Format):
         kept = adapter.with_updates(spelled.kept)
         metadata = header(adapter)
         notes = []
-        if target.dialect is DIFFUSERS and not _plain(kept):
+        if target.dialect.alpha is AlphaIn.CONFIG and not _plain(kept):
             metadata[METADATA_KEY] = _write_header(kept, target)
             notes.append(
                 "the scale stands in the header (lora_adapter_metadata): diffusers reads it there, Comfy does not and "

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from adapterops.plugin import (
     ONE_ENCODER,
-    TWO_ENCODERS,
     Adapter,
     AlphaIn,
     Dialect,
@@ -36,7 +35,8 @@ SUFFIXES = (
 )
 ENCODERS = (
     Place("text_encoder", "lora_te_", SUFFIXES, flat=True, only=frozenset({ONE_ENCODER})),
-    Place("text_encoder", "lora_te1_", SUFFIXES, flat=True, only=frozenset({TWO_ENCODERS})),
+    # diffusers' own export calls the encoder of SD 1.x so, too; it is read, and written only where there are two.
+    Place("text_encoder", "lora_te1_", SUFFIXES, flat=True),
     Place("text_encoder_2", "lora_te2_", SUFFIXES, flat=True),
 )
 KOHYA = Dialect(
@@ -77,6 +77,8 @@ class Kohya(Format):
         r"\.(diff|diff_b|w_norm|b_norm|set_weight)$": f"is a full, norm or bias difference (LyCORIS, Comfy); {_LATER}",
         r"^bundle_emb\.": f"is a textual inversion bundled into the LoRA file; {_LATER}",
         r"^lora_unet_(double_blocks|single_blocks)_": f"belongs to a Flux.1 adapter in Kohya's spelling; {_LATER}",
+        r"^lora_unet_blocks_\d+_(cross|self)_attn_": f"belongs to an Anima or Wan adapter in Kohya's spelling; {_LATER}",
+        r"^lora_unet_transformer_blocks_\d+_attn_": f"belongs to a Qwen-Image adapter in Kohya's spelling; {_LATER}",
         r"^lora_unet_joint_blocks_": f"belongs to an SD3 adapter in Kohya's spelling; {_LATER}",
         r"^lora_transformer_": f"belongs to a OneTrainer adapter of a transformer; {_LATER}",
         r"^lora_unet_unet_|_lora_(down|up)\.weight$": (

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from adapterops.plugin import (
     Adapter,
     AlphaIn,
-    Architecture,
+    Carried,
     Certainty,
     Dialect,
     Format,
@@ -38,9 +38,11 @@ from adapterops.plugin import (
 )
 from adapterops_formats.peft_config import (
     DERIVED,
+    NARROWING,
     LoraConfig,
     describes,
     from_updates,
+    shuts_out,
     with_parents,
 )
 from adapterops_formats.peft_names import LORA
@@ -89,6 +91,7 @@ _DEFAULTS: Mapping[str, Any] = {
 """What a config that is written anew says where nothing is known: fields that every peft since 0.3 has."""
 
 _LATER = "this version does not convert it"
+_OTHERS = "oft|boft|hra|vera|randlora|vblora|miss|bone|c3a|shira|road|hira|delora|gralora|glora|psoft"
 
 
 class Peft(Format):
@@ -98,10 +101,10 @@ class Peft(Format):
     title = "PEFT folder (adapter_config.json, adapter_model.safetensors)"
     dialects = (PEFT,)
     is_folder = True
-    variants = {
+    variants: ClassVar = {
         _PREFIX: (_PREFIX + _PREFIX, "base_model.", "module." + _PREFIX, "_orig_mod." + _PREFIX, ""),
     }
-    foreign = {
+    foreign: ClassVar = {
         r"\.lora_(a|b)$": f"is MLX's spelling (lora_a, lora_b); {_LATER}",
         r"\.lora_[ABE]$|\.ranknum$": f"is loralib's spelling (lora_A without .weight); {_LATER}",
         r"\.ia3_l|\.multi_lora_[ab]$": f"is (IA)³; {_LATER}",
@@ -110,27 +113,31 @@ class Peft(Format):
         r"\.lora_E|\.ranknum": f"is AdaLoRA; {_LATER}",
         r"\.lora_diag": f"is KaSA; {_LATER}",
         r"\.lora_monteclora_sampler": f"is MonteCLoRA; {_LATER}",
-        r"\.(oft_|boft_|hra_|vera_|randlora_|vblora_|miss_|bone_|c3a_|shira_|road_|hira_|delora_|gralora_|glora_|psoft_)": (
-            f"is a method of peft other than LoRA; {_LATER}"
-        ),
+        rf"\.({_OTHERS})_": f"is a method of peft other than LoRA; {_LATER}",
         r"finegates_": f"is FineGates, a method of a peft fork; {_LATER}",
         r"^prompt_embeddings$|\.prompt_embeddings$": f"is a soft prompt (prompt, prefix or P-tuning); {_LATER}",
         r"^w_[ab]_\d+$": f"is Sam_LoRA's spelling (no module names); {_LATER}",
         r"\.adapter\.linear_(in|out)\.": f"is NeMo's or Megatron's spelling; {_LATER}",
     }
 
-    def recognise(self, source: Source) -> list[Reading]:
+    def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
         config = source.config
         kind = str(config.get("peft_type", "")).upper() if config is not None else ""
         if config is not None and kind and kind != "LORA":
             raise errors.UnsupportedFormat(
                 f"{source.config_path}: peft_type is {kind[:40]}; this version converts LORA only"
             )
-        return super().recognise(source)
+        readings = [_unwrapped(reading) for reading in super().recognise(source, dialects)]
+        if config is None:
+            # Without a prefix and a config nothing tells a saved module's key from any other writer's.
+            bare = [r for r in readings if r.prefix == "" and any(c.suffix.method == "saved" for c in r.claims)]
+            readings = [r for r in readings if r not in bare]
+        return readings
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
         config = _config_of(source, request)
-        component = source.component or _component(source.config)
+        carried = Carried.parse(source.metadata).spelling.get(PEFT.name, {})
+        component = source.component or _component(source.config) or carried.get("component", "")
 
         def rule(component: str, module: str, rank: int) -> ScaleRule:
             return config.rule(module) if config is not None else ScaleRule()
@@ -141,7 +148,8 @@ class Peft(Format):
 
         def refine(updates: list[Update]) -> list[Update]:
             indices = config.fields.get("trainable_token_indices") if config is not None else None
-            return [_with_indices(u, indices) if u.method == "trainable_tokens" else u for u in updates]
+            updates = [_with_indices(u, indices) if u.method == "trainable_tokens" else u for u in updates]
+            return [_say_why_unknown(u, source) for u in updates]
 
         adapter = read_by_table(reading, source, request, rule, refine, settle)
         if config is None:
@@ -149,7 +157,7 @@ class Peft(Format):
         name = adapter.components[0] if adapter.components else "model"
         if source.config is not None:
             describes(config.fields, config.where, list(adapter), _conflict)
-        return replace(adapter, config={name: {k: v for k, v in config.fields.items()}})
+        return replace(adapter, config={name: dict(config.fields)})
 
     def write(self, adapter: Adapter, target: Target) -> Output:
         components = adapter.components
@@ -164,12 +172,55 @@ class Peft(Format):
             part = part.with_updates(spelled.kept)
             config, said = write_config(part, component, target)
             notes += said
+            notes += _lost_prefix(part, component, target)
             kept += spelled.kept
             dropped += spelled.dropped
-            own = {k: v for k, v in adapter.config.items() if k == component}
-            files.append(OutputFile(folder + WEIGHTS, spelled.tensors, header(replace(part, config=own))))
+            files.append(OutputFile(folder + WEIGHTS, spelled.tensors, _header(part, component)))
             files.append(OutputFile(folder + CONFIG, text=json.dumps(config, indent=2, sort_keys=True) + "\n"))
         return Output(tuple(files), tuple(kept), tuple(dropped), tuple(dict.fromkeys(notes)))
+
+
+def _header(part: Adapter, component: str) -> dict[str, str]:
+    """The header of one component's weights; it names the component, which neither keys nor config do."""
+    carried = part.provenance.carried
+    spelling = {**carried.spelling, PEFT.name: {**carried.spelling.get(PEFT.name, {}), "component": component}}
+    if component == "model":
+        spelling = dict(carried.spelling)
+    own = {k: v for k, v in part.config.items() if k == component}
+    provenance = replace(part.provenance, carried=replace(carried, spelling=spelling))
+    return header(replace(part, config=own, provenance=provenance))
+
+
+def _lost_prefix(part: Adapter, component: str, target: Target) -> list[str]:
+    """A warning where one version of the base's class has lost the beginning of its modules' names."""
+    base = target.architecture.components.get(component) if target.architecture else None
+    if base is None or not base.optional_prefix or not any(u.module.startswith(base.optional_prefix) for u in part):
+        return []
+    return [
+        f"{component}: its modules are named as in the published checkpoints ({base.optional_prefix}…), which peft "
+        f"finds in transformers 4; the {base.class_name.rpartition('.')[2]} of transformers 5 has lost that beginning: "
+        f"for it, convert the {component} folder once more with --base CONFIG of the text encoder"
+    ]
+
+
+def _unwrapped(reading: Reading) -> Reading:
+    """The reading with saved modules under their own names.
+
+    In a state dict that was saved by hand, peft's wrapper is still there: it keeps the trained module as
+    `modules_to_save.NAME` and the base's as `original_module`, which is no part of the adapter.
+    """
+    claims, unclaimed = [], list(reading.unclaimed)
+    for claim in reading.claims:
+        parts = claim.name.split(".") if claim.suffix.method == "saved" else []
+        if "original_module" in parts:
+            unclaimed.append(claim.key)
+            continue
+        if "modules_to_save" in parts[1:]:
+            at = parts.index("modules_to_save", 1)
+            named = parts[at + 1 : at + 2] in (["default"], [reading.adapter_name])
+            claim = replace(claim, name=".".join(parts[:at] + parts[at + 1 + named :]))
+        claims.append(claim)
+    return replace(reading, claims=tuple(claims), unclaimed=tuple(unclaimed))
 
 
 def _conflict(sentence: str) -> None:
@@ -183,6 +234,15 @@ def _config_of(source: Source, request: Request) -> LoraConfig | None:
     if request.fields:
         return replace(LoraConfig.parse(request.fields, "--set"), certainty=Certainty.GIVEN)
     return None
+
+
+def _say_why_unknown(update: Update, source: Source) -> Update:
+    """The update; where its alpha is unknown, with the reason that holds for PEFT."""
+    if update.alpha is None or update.alpha.value is not None:
+        return update
+    where = f"{source.config_path} says no lora_alpha" if source.config is not None else f"no {CONFIG} is beside them"
+    reason = f"PEFT stores no alpha among the tensors, and {where}"
+    return replace(update, alpha=replace(update.alpha, source=reason))
 
 
 def _component(config: Mapping[str, Any] | None) -> str:
@@ -226,26 +286,37 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
     names = set(base.modules) if base is not None else None
     optional = base.optional_prefix if base is not None else ""
     derived = from_updates(updates, names, optional)
-    saved, notes = _saved_fields(updates, target.architecture, component)
+    saved, notes = _saved_fields(updates, base)
     derived |= saved
     own = dict(adapter.config.get(component, {}))
-    if own and _still_true(own, updates, names):
-        # The config's own words hold; only a list of targets that would take in more is made anew.
+    if own and _still_true(own, updates):
+        # The config's own words hold, but for lists of names that would take in more, or that say nothing.
         config = {**_DEFAULTS, **derived, **own}
-        if names is not None and _takes_more(own, updates, names):
-            config["target_modules"] = derived["target_modules"]
+        more = names is not None and _takes_more(own, updates, names)
+        if more or own.get("target_modules") is None:
+            config |= {"target_modules": derived["target_modules"], **dict.fromkeys(NARROWING)}
+        if more:
             notes.append("target_modules is made anew: the one in the config would adapt more modules of the base")
-        if own.get("target_modules") is None:
-            config["target_modules"] = derived["target_modules"]
+        if base is not None and _bystander(own.get("modules_to_save") or (), _saved_modules(updates), base.modules):
+            config["modules_to_save"] = derived.get("modules_to_save")
+            notes.append("modules_to_save is made anew: the one in the config names modules that the file lacks")
     else:
-        config = {**_DEFAULTS, **{k: v for k, v in own.items() if k not in DERIVED}, **derived}
+        kept = {k: v for k, v in own.items() if k not in (*DERIVED, *NARROWING)}
+        config = {**_DEFAULTS, **kept, **derived}
         if own:
             notes.append("config fields that contradicted the tensors are derived from them")
     if base is not None and any(u.method == "lora" and _transposed(base, u.module) for u in updates):
         config["fan_in_fan_out"] = True
-    config.update({k: v for k, v in target.fields.items() if v is not None or k not in DERIVED})
+    config.update({k: v for k, v in target.fields.items() if not _answered(k, v, config)})
     describes(config, "the config to be written", updates, _conflict)
     return config, notes
+
+
+def _answered(name: str, value: Any, config: Mapping[str, Any]) -> bool:
+    """Whether a field that the user gave only asked for what stands in the config now, or says the same in short."""
+    if name in DERIVED and value is None:
+        return True
+    return name == "trainable_token_indices" and list((config.get(name) or {}).values()) == [value]
 
 
 def _transposed(base: Any, module: str) -> bool:
@@ -253,7 +324,7 @@ def _transposed(base: Any, module: str) -> bool:
     return spec is not None and spec.transposed
 
 
-def _still_true(config: Mapping[str, Any], updates: list[Update], names: set[str] | None) -> bool:
+def _still_true(config: Mapping[str, Any], updates: list[Update]) -> bool:
     """Whether a config that came along says of these updates what they are."""
     problems: list[str] = []
     try:
@@ -280,51 +351,68 @@ def _takes_more(config: Mapping[str, Any], updates: list[Update], names: set[str
     return any(view.targets(name) for name in with_parents(names) - adapted)
 
 
-def _saved_fields(
-    updates: list[Update], architecture: Architecture | None, component: str
-) -> tuple[dict[str, Any], list[str]]:
-    """`modules_to_save`, `bias` and `trainable_token_indices`."""
-    adapted = {u.module for u in updates if u.method == "lora"}
+def _saved_modules(updates: list[Update]) -> set[str]:
+    """The modules that are saved whole, by their own names or those of modules inside them."""
     whole = [u for u in updates if u.method == "saved" and u.options.get("kind") != "wrapped"]
+    return {u.module for u in whole if set(u.tensors) != {"bias"}}
+
+
+def _saved_fields(updates: list[Update], base: Any) -> tuple[dict[str, Any], list[str]]:
+    """`modules_to_save`, `bias` and `trainable_token_indices`, and notes."""
+    adapted = {u.module for u in updates if u.method == "lora"}
     biases = [u for u in updates if u.method == "saved" and set(u.tensors) == {"bias"}]
-    modules = [u for u in whole if u not in biases]
-    base = architecture.components.get(component) if architecture else None
+    saved = _saved_modules(updates)
     fields: dict[str, Any] = {}
     notes: list[str] = []
     if biases:
         fields["bias"] = "lora_only" if all(u.module in adapted for u in biases) else "all"
-    if modules:
-        fields["modules_to_save"] = sorted(u.module for u in modules)
-        _no_bystanders(fields["modules_to_save"], base)
-    for update in modules:
-        spec = base.modules.get(update.module) if base else None
-        if spec is not None and spec.tied_to:
-            notes.append(f"{update.name} is saved, and the base ties it to {spec.tied_to}: peft unties them")
-    tokens = [u for u in updates if u.method == "trainable_tokens"]
-    for update in tokens:
-        if update.options.get("indices") is None:
-            raise errors.UnknownFact(
-                f"{update.tensors['delta'].where}: which {update.tensors['delta'].shape[0]} tokens these rows are for "
-                "is not among the tensors; say it with --set trainable_token_indices='[…]'"
-            )
+    if saved:
+        # peft would look for a wrapper inside a wrapper, so only the outermost are named.
+        fields["modules_to_save"] = sorted(m for m in saved if with_parents([m]).isdisjoint(saved - {m}))
+    tokens = {u.module: _indices(u) for u in updates if u.method == "trainable_tokens"}
     if tokens:
-        fields["trainable_token_indices"] = {u.module: u.options["indices"] for u in tokens}
+        fields["trainable_token_indices"] = tokens
+    walk = with_parents(adapted | (set(base.modules) if base is not None else set()))
+    for field, inside in (("modules_to_save", saved), ("trainable_token_indices", set(tokens))):
+        clash = _bystander(fields.get(field, ()), inside, walk)
+        if clash is not None:
+            raise errors.CannotRepresent(
+                f"{clash[0]} is saved, but peft matches {field} by the bare end of a name, so it would also take "
+                f"{clash[1]}, of which the adapter saves nothing; rename the module in the base, or take the saved one "
+                "out of the file"
+            )
+    shut = next((m for m in sorted(adapted) if shuts_out(fields.get("modules_to_save", ()), m)), None)
+    if shut is not None:
+        raise errors.CannotRepresent(
+            f"{shut} is adapted, but its name holds that of a saved module ({', '.join(fields['modules_to_save'])}), "
+            "and peft adapts nothing under such a name; rename one of them in the base, or take the saved one out of "
+            "the file"
+        )
+    for name in sorted(saved):
+        spec = base.modules.get(name) if base is not None else None
+        if spec is not None and spec.tied_to:
+            notes.append(f"{name} is saved, and the base ties it to {spec.tied_to}: peft unties them")
     return fields, notes
 
 
-def _no_bystanders(modules: list[str], base: Any) -> None:
-    """Raise `CannotRepresent` where peft's bare-suffix matching of `modules_to_save` takes in another module."""
-    if base is None:
-        return
-    for name in with_parents(base.modules):
-        inside = any(name == m or name.startswith(m + ".") or m.startswith(name + ".") for m in modules)
-        entry = next((m for m in modules if name.endswith(m)), None)
-        if entry is not None and not inside:
-            raise errors.CannotRepresent(
-                f"{entry} is a saved module, but peft matches modules_to_save by the bare end of a name, so it would "
-                f"also take {name}, which the adapter does not save; rename the module in the base, or drop the saved "
-                "one with --allow-drop"
-            )
+def _indices(update: Update) -> list[int]:
+    delta, indices = update.tensors["delta"], update.options.get("indices")
+    if indices is None:
+        raise errors.UnknownFact(
+            f"{delta.where}: which {delta.shape[0]} tokens these rows are for is not among the tensors; say it with "
+            "--set trainable_token_indices='[…]'"
+        )
+    return list(indices)
+
+
+def _bystander(entries: Iterable[str], inside: set[str], walk: Iterable[str]) -> tuple[str, str] | None:
+    """An entry that peft matches by the bare end of a name, and a module outside `inside` that it takes too."""
+    mine = with_parents(inside)
+    for name in sorted(walk):
+        entry = next((e for e in entries if name.endswith(e)), None)
+        if entry is not None and name not in mine and with_parents([name]).isdisjoint(inside):
+            return entry, name
+    return None
 
 
 FORMAT = Peft()

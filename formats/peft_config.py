@@ -12,6 +12,8 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import isfinite
+from types import NoneType
 from typing import Any
 
 from adapterops.plugin import Certainty, ScaleRule, Update, errors
@@ -31,6 +33,9 @@ DERIVED = (
     "trainable_token_indices",
 )
 """Fields that the tensors and their facts decide; the rest of a config only travels."""
+
+NARROWING = ("exclude_modules", "layers_to_transform", "layers_pattern")
+"""Fields that narrow `target_modules`: void where that is made anew (peft refuses them beside a pattern)."""
 
 REFUSED = {
     "use_qalora": "QA-LoRA pools the module's input",
@@ -79,25 +84,41 @@ class LoraConfig:
         if type(rank) is not int or rank <= 0:
             raise _bad(where, "r", rank, "a positive number")
         alpha = fields.get("lora_alpha", 8)
-        if isinstance(alpha, bool) or not isinstance(alpha, (int, float)):
+        if not _is_number(alpha):
             raise _bad(where, "lora_alpha", alpha, "a number")
         for name in ("rank_pattern", "alpha_pattern"):
             pattern = fields.get(name) or {}
             if not isinstance(pattern, Mapping):
                 raise _bad(where, name, pattern, "a table of patterns")
             for key, value in pattern.items():
-                if isinstance(value, bool) or not isinstance(value, (int, float)):
-                    raise _bad(where, f"{name}[{key!r}]", value, "a number")
+                if not _is_number(value) or (name == "rank_pattern" and (value != int(value) or value <= 0)):
+                    wanted = "a rank" if name == "rank_pattern" else "a number"
+                    raise _bad(where, f"{name}[{key!r}]", value, wanted)
                 _compile(where, name, f"(.*\\.)?({key})$")
         targets = fields.get("target_modules")
         if isinstance(targets, str):
             _compile(where, "target_modules", targets)
         elif targets is not None and not _is_names(targets):
             raise _bad(where, "target_modules", targets, "a list of names, a pattern, or null")
-        for name in ("modules_to_save", "exclude_modules"):
-            value = fields.get(name)
-            if value is not None and not isinstance(value, str) and not _is_names(value):
-                raise _bad(where, name, value, "a list of names or null")
+        excluded = fields.get("exclude_modules")
+        if isinstance(excluded, str):
+            _compile(where, "exclude_modules", excluded)
+        elif excluded is not None and not _is_names(excluded):
+            raise _bad(where, "exclude_modules", excluded, "a list of names, a pattern, or null")
+        saved = fields.get("modules_to_save")
+        if saved is not None and not _is_names(saved):
+            raise _bad(where, "modules_to_save", saved, "a list of names or null")
+        for name in saved or ():
+            _compile(where, "modules_to_save", name)
+        layers = fields.get("layers_to_transform")
+        if layers is not None and type(layers) is not int and not _is_list_of(layers, int):
+            raise _bad(where, "layers_to_transform", layers, "a layer number, a list of them, or null")
+        patterns = fields.get("layers_pattern")
+        if patterns is not None and not isinstance(patterns, str) and not _is_names(patterns):
+            raise _bad(where, "layers_pattern", patterns, "a name, a list of them, or null")
+        for name in ("use_rslora", "use_dora", "lora_bias", "fan_in_fan_out"):
+            if not isinstance(fields.get(name, False), (bool, NoneType)):
+                raise _bad(where, name, fields[name], "true or false")
         return cls(fields, where)
 
     @property
@@ -127,12 +148,13 @@ class LoraConfig:
         """Whether peft would put an adapter on `module`, were it in the base (True where that cannot be told)."""
         fields = self.fields
         excluded, wanted = fields.get("exclude_modules"), fields.get("target_modules")
+        if shuts_out(fields.get("modules_to_save") or (), module):
+            return False
+        if wanted is None:
+            return True
         if excluded and _named(module, excluded):
             return False
-        saved = fields.get("modules_to_save") or []
-        if any(re.match(rf"(^|.*\.){re.escape(m)}($|\..*)", module) for m in saved):
-            return False
-        if wanted is None or wanted == "all-linear":
+        if wanted == "all-linear":
             return True
         if not _named(module, wanted):
             return False
@@ -148,6 +170,11 @@ class LoraConfig:
         return init if init.startswith(MUTATING) else None
 
 
+def shuts_out(modules_to_save: Iterable[str], module: str) -> bool:
+    """Whether peft leaves `module` unadapted for the sake of saved ones (it reads their names as patterns)."""
+    return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in modules_to_save)
+
+
 def _compile(where: str, name: str, pattern: str) -> None:
     try:
         re.compile(pattern)
@@ -155,8 +182,16 @@ def _compile(where: str, name: str, pattern: str) -> None:
         raise _bad(where, name, pattern, f"a regular expression ({error})") from error
 
 
+def _is_number(value: object) -> bool:
+    return type(value) is int or (isinstance(value, float) and isfinite(value))
+
+
+def _is_list_of(value: object, kind: type) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str) and all(type(v) is kind for v in value)
+
+
 def _is_names(value: object) -> bool:
-    return isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(v, str) for v in value)
+    return _is_list_of(value, str)
 
 
 def _named(module: str, wanted: Any) -> bool:
@@ -271,9 +306,7 @@ def number(value: float) -> int | float:
     return int(value) if value == int(value) else value
 
 
-def from_updates(
-    updates: Sequence[Update], base: set[str] | None, optional_prefix: str = ""
-) -> dict[str, Any]:
+def from_updates(updates: Sequence[Update], base: set[str] | None, optional_prefix: str = "") -> dict[str, Any]:
     """The fields of `DERIVED` that describe the LoRA updates of one component.
 
     Raises `Conflict` where modules have different scale rules (a config knows one).

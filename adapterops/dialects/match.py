@@ -59,6 +59,10 @@ def read_keys(dialect: Dialect, keys: Iterable[str], variants: Mapping[str, tupl
     keys = tuple(keys)
     best: Reading | None = None
     names = _adapter_names(dialect, keys)
+    # Most dialects have not one of a file's endings; that is cheap to see before their prefixes are tried.
+    endings = tuple({e for place in dialect.places for name in names for e in _endings(place, name)})
+    if not any(key.endswith(endings) for key in keys):
+        return Reading(dialect, (), keys)
     for swap in _swaps(dialect, variants or {}):
         for adapter in names:
             reading = _read(dialect, keys, adapter, swap)
@@ -71,10 +75,11 @@ def read_keys(dialect: Dialect, keys: Iterable[str], variants: Mapping[str, tupl
 
 
 def _swaps(dialect: Dialect, variants: Mapping[str, tuple[str, ...]]) -> list[tuple[str, str] | None]:
-    out: list[tuple[str, str] | None] = []
+    out: list[tuple[str, str]] = []
     for place in dialect.places:
         out += [(place.prefix, other) for other in variants.get(place.prefix, ())]
-    return [None, *out] if out else [None]
+    # A doubled prefix first: to the single one its second half would read as part of every module's name.
+    return [*(s for s in out if s[1].startswith(s[0])), None, *(s for s in out if not s[1].startswith(s[0]))]
 
 
 def _read(dialect: Dialect, keys: tuple[str, ...], adapter: str, swap: tuple[str, str] | None) -> Reading:
@@ -104,6 +109,10 @@ def _suffix_table(suffixes: tuple[str, ...], adapter: str) -> tuple[tuple[str, .
     texts = [s.replace(_SLOT, f".{adapter}" if adapter else "") for s in suffixes]
     table = {text: index for index, text in enumerate(texts)}
     return tuple(sorted(table, key=len, reverse=True)), table
+
+
+def _endings(place: Place, adapter: str) -> tuple[str, ...]:
+    return _suffix_table(tuple(s.text for s in place.suffixes), adapter)[0]
 
 
 def _instance(place: Place, adapter: str) -> tuple[Place, tuple[str, ...], dict[str, Suffix]]:

@@ -71,10 +71,12 @@ def read(
     if component_of is not None:
         groups = component_of(groups)
     notes = list(source.notes)
-    if request.architecture is not None:
-        groups, said = _align(groups, request.architecture)
+    given = request.architecture
+    if given is not None:
+        given = resolve.adopt(groups, given)
+        groups, said = _align(groups, given)
         notes += said
-    architecture, fact, said = resolve.identify(groups, source.path, request.architecture)
+    architecture, fact, said = resolve.identify(groups, source.path, given)
     notes += said
     updates: list[Update] = []
     alphas: dict[str, tuple[str, tuple[int, ...]]] = {}
@@ -86,16 +88,19 @@ def read(
         update = Update(entry.place.component, module, entry.method, tensors, options=entry.options)
         if not tensors and stored is not None:
             raise BrokenAdapter(f"{stored.where}: an alpha without factors ({update.name})")
+        update = _magnitude(update, reading.dialect)
         if METHODS[entry.method].scaled:
+            METHODS[entry.method].check(update)
             update = _settle(update, stored, reading.dialect, request, scale_of)
         if stored is not None:
             alphas[f"{update.component}.{module}"] = (stored.dtype, stored.shape)
             folded.append(stored.key)
-        updates.append(_magnitude(update, reading.dialect, architecture))
+        updates.append(update)
     if refine is not None:
         updates = refine(updates)
     for update in updates:
-        METHODS[update.method].check(update)
+        if not METHODS[update.method].scaled:
+            METHODS[update.method].check(update)
     _no_twins(updates)
     carried = Carried.parse(source.metadata)
     spelling = _spelling(reading, updates, alphas)
@@ -149,9 +154,6 @@ def _settle(
     update: Update, stored: LazyTensor | None, dialect: Dialect, request: Request, scale_of: ScaleOf
 ) -> Update:
     """Alpha from every source that holds it; they must agree."""
-    METHODS[update.method].check(replace(update, options={"dora_axis": "out", **update.options}, tensors={
-        role: t for role, t in update.tensors.items() if role != "magnitude"
-    }))
     rank = METHODS[update.method].rank(update) or 0
     rule = scale_of(update.component, update.module, rank)
     found: dict[str, tuple[float, str, Certainty]] = {}
@@ -191,11 +193,10 @@ def _settle(
     return replace(update, alpha=alpha, rslora=rule.rslora)
 
 
-def _magnitude(update: Update, dialect: Dialect, architecture: Architecture | None) -> Update:
+def _magnitude(update: Update, dialect: Dialect) -> Update:
     """A DoRA magnitude as a flat vector with its axis stated.
 
-    As columns and rows: (out, 1, …) is per output, (1, in, …) per input.  As vectors (peft): always per output,
-    except that an embedding's has one number a column of the weight, which its update shares with B's outputs.
+    As columns and rows: (out, 1, …) is per output, (1, in, …) per input.  As vectors (peft): always per output.
     """
     tensor = update.tensors.get("magnitude")
     if tensor is None:

@@ -18,6 +18,10 @@ _ENOUGH = 0.5
 """The share of a file's modules that must have an architecture's names and shapes for the rest to count as errors."""
 
 
+_SAMPLE = 24
+"""The number of modules that tell a hopeless architecture, or the better of two dialects, without a look at all."""
+
+
 @dataclass(frozen=True, slots=True)
 class Fit:
     """How well one architecture explains a file."""
@@ -84,6 +88,8 @@ def needs_table(place: Place) -> bool:
 def fit(architecture: Architecture, groups: Sequence[Group]) -> Fit:
     """Look every module up in `architecture`."""
     unknown, misshapen, named = [], [], 0
+    if len(groups) > 4 * _SAMPLE and not _plausible(architecture, groups):
+        return Fit(architecture, 0, 0, tuple(groups), (), len(groups))
     for entry in groups:
         name = None
         if applies(entry.place, architecture):
@@ -99,9 +105,16 @@ def fit(architecture: Architecture, groups: Sequence[Group]) -> Fit:
     return Fit(architecture, named, named - len(misshapen), tuple(unknown), tuple(misshapen), len(groups))
 
 
+def _plausible(architecture: Architecture, groups: Sequence[Group]) -> bool:
+    """Whether any of a spread of modules is in `architecture`; one that has none of them has not half of the file's."""
+    spread = groups[:: max(1, len(groups) // _SAMPLE)]
+    return any(applies(g.place, architecture) and g.name in book(architecture, g.place).table for g in spread)
+
+
 def best_fit(groups: Sequence[Group], given: Architecture | None = None) -> int:
     """The number of modules that the best of the architectures (or the given one) has, by name and shape."""
     candidates = [given] if given is not None else [architectures.load(name) for name in architectures.names()]
+    groups = groups[:: max(1, len(groups) // _SAMPLE)]
     return max((fit(architecture, groups).shaped for architecture in candidates), default=0)
 
 
@@ -225,6 +238,18 @@ def align(groups: Sequence[Group], architecture: Architecture) -> tuple[str, str
         if all(g.name.startswith(strip) and add + g.name[len(strip) :] in tables[g.place] for g in dotted):
             return strip, add
     return None
+
+
+def adopt(groups: Sequence[Group], architecture: Architecture) -> Architecture:
+    """The user's base under the name that the file gives its one component.
+
+    The config of a lone model does not say which part of a pipeline it is; the file does.
+    """
+    names = {g.place.component for g in groups}
+    if architecture.builtin or len(architecture.components) != 1 or len(names) != 1 or names <= set(architecture.components):
+        return architecture
+    name, component = names.pop(), next(iter(architecture.components.values()))
+    return replace(architecture, components={name: replace(component, name=name)})
 
 
 def spelled(architecture: Architecture | None, place: Place, module: str) -> str | None:

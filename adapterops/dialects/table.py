@@ -37,12 +37,17 @@ class AlphaIn(Enum):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Suffix:
-    """What follows a module's name in a key.  `{adapter}` in `text` stands where an adapter's name may be left."""
+    """What follows a module's name in a key.
+
+    `{adapter}` in `text` stands where an adapter's name may be left.  Where `after` is given, the row is written only
+    for modules whose names end so (it is read after any); of several rows that fit, the first is written.
+    """
 
     text: str
     method: str
     role: str
     options: Mapping[str, Any] = field(default_factory=dict)
+    after: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -126,14 +126,20 @@ def _tail(dialect: Dialect, place: Place, name: str, update: Update) -> str:
     raise CannotRepresent(f"{update.name}: {dialect.title} can hold only modules that end in {endings}")
 
 
+def _follows(suffix: Suffix, module: str) -> bool:
+    return not suffix.after or module.endswith(suffix.after)
+
+
 def _suffix(dialect: Dialect, place: Place, update: Update, role: str) -> Suffix:
     kind = update.options.get("kind")
     fallback = None
     for suffix in place.suffixes:
-        if (suffix.method, suffix.role) == (update.method, role):
+        if (suffix.method, suffix.role) == (update.method, role) and _follows(suffix, update.module):
             if suffix.options.get("kind") == kind:
                 return suffix
-            fallback = fallback or (suffix if not suffix.options and kind != "embedding" else None)
+            # An embedding's factors have names of their own; its magnitude is called as any other.
+            own_name = kind == "embedding" and role in ("A", "B")
+            fallback = fallback or (suffix if not suffix.options and not own_name else None)
     if fallback is not None:
         return fallback
     if update.method == "saved" and place.saved:

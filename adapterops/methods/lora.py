@@ -81,7 +81,9 @@ class Lora(Method):
 
     def fits(self, update: Update, shape: tuple[int, ...]) -> bool:
         a, b = update.tensors.get("A"), update.tensors.get("B")
-        if a is None or b is None or len(shape) < 2:
+        if a is None or b is None:
+            return True  # half an update: `check` says so better than a shape could
+        if len(shape) < 2 or len(a.shape) < 2 or len(b.shape) < 2:
             return False
         if update.options.get("kind") == "embedding":
             return (a.shape[1], b.shape[0]) == shape

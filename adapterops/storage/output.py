@@ -1,24 +1,31 @@
 """Output that appears whole or not at all.
 
-Everything is written into a temporary folder beside the target, flushed to disk, checked there by the caller,
-and only then renamed into place.  Whatever goes wrong before that (an error, a full disk, Ctrl-C, SIGTERM), the
-temporary folder is removed and the target is as it was.
+Everything is written into a temporary folder beside the target (in it, where it is a folder already), flushed to
+disk, checked there by the caller, and only then renamed into place.  Whatever goes wrong before that (an error, a
+full disk, Ctrl-C, SIGTERM), the temporary folder is removed and the target is as it was.
+
+A file, and a folder that was not there, appear in one rename.  Into a folder that exists, the files are renamed one
+after the other; an error among those renames is undone, but a power failure there can leave some old and some
+new files (the old ones then stand in its `.adapterops-*/.replaced`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import secrets
 import shutil
-import signal
-import tempfile
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from types import FrameType, TracebackType
+from types import TracebackType
 
 from adapterops.errors import OutputExists, OutputFailed
 from adapterops.storage import safetensors
+from adapterops.storage.signals import deferred, unwinding
+from adapterops.storage.source import FOLDER_WEIGHTS
 from adapterops.storage.tensor import CHUNK, ByteSource, LazyTensor
 
 Progress = Callable[[int], None]
@@ -48,28 +55,51 @@ class Staged:
     timings: Timings = field(default_factory=Timings)
     folder: str = ""
     files: list[str] = field(default_factory=list)
-    _handlers: dict[int, object] = field(default_factory=dict)
+    _made: list[str] = field(default_factory=list)
+    _scope: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def __enter__(self) -> Staged:
-        parent = os.path.dirname(os.path.abspath(self.target))
-        try:
-            os.makedirs(parent, exist_ok=True)
-            self.folder = tempfile.mkdtemp(prefix=".adapterops-", dir=parent)
-        except OSError as error:
-            raise OutputFailed(f"{self.target}: cannot write there: {error.strerror}") from error
-        # SIGTERM's default ends the process without unwinding, which would leave the temporary folder behind.
-        with contextlib.suppress(ValueError):  # not in the main thread: its owner handles signals
-            self._handlers[signal.SIGTERM] = signal.signal(signal.SIGTERM, _interrupt)
+        with self._scope:
+            # Innermost last: the folder is removed while signals are still caught.
+            self._scope.enter_context(unwinding())
+            self._scope.callback(self._clean)
+            # Inside a folder that is there already: it may be a mounted volume, and renames stay on one.
+            inside = self.is_folder and os.path.isdir(self.target)
+            parent = os.path.abspath(self.target) if inside else os.path.dirname(os.path.abspath(self.target))
+            try:
+                self._make_parents(parent)
+                # Named before it is made, so that an interruption in between leaves nothing that is not removed.
+                self.folder = os.path.join(parent, f".adapterops-{secrets.token_hex(8)}")
+                os.mkdir(self.folder)
+            except OSError as error:
+                raise OutputFailed(f"{self.target}: cannot write there: {_why(error)}") from error
+            self._scope = self._scope.pop_all()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._scope.close()
         if isinstance(error, OSError):
-            raise OutputFailed(f"{self.target}: {error.strerror or error}; nothing was written") from error
+            raise OutputFailed(f"{self.target}: {_why(error)}; nothing was written") from error
+
+    def _make_parents(self, parent: str) -> None:
+        missing = []
+        while not os.path.exists(parent):
+            missing.append(parent)
+            parent = os.path.dirname(parent)
+        for folder in reversed(missing):
+            self._made.append(folder)
+            os.mkdir(folder)
+
+    def _clean(self) -> None:
+        with deferred():
+            if self.folder and not os.path.isdir(os.path.join(self.folder, _REPLACED)):
+                shutil.rmtree(self.folder, ignore_errors=True)
+            # Folders that were made for an output that did not come; one that holds something stays.
+            for folder in reversed(self._made):
+                with contextlib.suppress(OSError):
+                    os.rmdir(folder)
 
     @property
     def staged(self) -> str:
@@ -105,40 +135,90 @@ class Staged:
 
     def commit(self) -> None:
         """Put the files in place.  Raises `OutputExists` where one is there and may not be replaced."""
-        check_target(self.target, self.is_folder, self.files, self.overwrite)
-        if not self.is_folder:
-            os.replace(self.staged, self.target)
-        elif not os.path.exists(self.target):
-            os.chmod(self.folder, 0o777 & ~_umask())
-            os.rename(self.folder, self.target)
-        else:
-            _move_into(self.folder, self.target, self.files)
+        for folder, _, _ in os.walk(self.folder, topdown=False):
+            _flush_folder(folder)
+        with deferred():
+            check_target(self.target, self.is_folder, self.files, self.overwrite)
+            if not self.is_folder:
+                _place(self.staged, self.target, self.overwrite)
+            elif not os.path.lexists(self.target):
+                os.rename(self.folder, self.target)
+            else:
+                _move_into(self.folder, self.target, self.files)
+            self._made.clear()
         _flush_folder(os.path.dirname(os.path.abspath(self.target)))
 
 
 def check_target(target: str, is_folder: bool, files: list[str], overwrite: bool) -> None:
-    """Raise `OutputExists` where writing would replace something and `overwrite` is not set."""
-    if is_folder:
-        if os.path.exists(target) and not os.path.isdir(target):
-            raise OutputExists(f"{target}: is a file; a folder is to be written there")
-        there = [name for name in files if os.path.exists(os.path.join(target, name))]
-        if there and not overwrite:
-            raise OutputExists(f"{os.path.join(target, there[0])}: exists already; --overwrite replaces it")
+    """Raise `OutputExists` where writing would replace something and `overwrite` is not set.
+
+    What is no ordinary file is never replaced; nor does an output join an adapter in whose shadow, or in front of
+    which, it would stand.
+    """
+    if not is_folder:
+        _check_file(target, overwrite)
         return
-    if os.path.isdir(target):
-        raise OutputExists(f"{target}: is a folder; a file is to be written there")
-    if os.path.exists(target) and not overwrite:
-        raise OutputExists(f"{target}: exists already; --overwrite replaces it")
+    if os.path.lexists(target) and not os.path.isdir(target):
+        raise OutputExists(f"{target}: is a file; a folder is to be written there")
+    for name in files:
+        folder = os.path.join(target, os.path.dirname(name))
+        if os.path.lexists(folder) and not os.path.isdir(folder):
+            raise OutputExists(f"{folder}: is a file; a folder is to be written there")
+        _check_file(os.path.join(target, name), overwrite)
+    other = _other_adapter(target, files)
+    if other:
+        raise OutputExists(
+            f"{other}: is part of another adapter, and whoever reads {target} would take it for part of this one; "
+            "name another folder, or remove it"
+        )
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def _check_file(path: str, overwrite: bool) -> None:
+    try:
+        mode = os.lstat(path).st_mode
+    except OSError:
+        return  # Not there; or out of reach, which writing will say better.
+    if stat.S_ISDIR(mode):
+        raise OutputExists(f"{path}: is a folder; a file is to be written there")
+    if not stat.S_ISREG(mode) and not stat.S_ISLNK(mode):
+        raise OutputExists(f"{path}: is a pipe, socket or device; name another output")
+    if not overwrite:
+        raise OutputExists(f"{path}: exists already; --overwrite replaces it")
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _other_adapter(target: str, files: list[str]) -> str | None:
+    """Weights in the folder, or one level below it, that stand where none of `files` does."""
+    folders = {os.path.dirname(name) for name in files}
+    with contextlib.suppress(OSError):
+        for folder in ["", *sorted(name for name in os.listdir(target) if not name.startswith("."))]:
+            for weights in FOLDER_WEIGHTS:
+                path = os.path.join(target, folder, weights)
+                if folder not in folders and os.path.lexists(path):
+                    return path
+    return None
+
+
+def _why(error: OSError) -> str:
+    reason = error.strerror or str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{reason}; free some space, or name a place on another disk with -o"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{reason}; name a folder that may be written with -o"
+    return reason
+
+
+def _place(staged: str, target: str, overwrite: bool) -> None:
+    """Rename a file to its place; without `overwrite`, never over one that has appeared there meanwhile."""
+    if not overwrite:
+        try:
+            os.link(staged, target)
+        except FileExistsError as error:
+            raise OutputExists(f"{target}: exists already; --overwrite replaces it") from error
+        except OSError:
+            pass  # No hard links on this file system (FAT, some network ones): the check just made must do.
+        else:
+            return
+    os.replace(staged, target)
 
 
 def _write_all(descriptor: int, data: memoryview) -> None:
@@ -180,24 +260,53 @@ def _runs(ordered: list[tuple[str, LazyTensor]]) -> Iterator[tuple[ByteSource, i
         yield source, start, length
 
 
+_REPLACED = ".replaced"
+"""Where old files stand until all new ones are in place.  Gone, it says that nothing in there is needed."""
+
+
 def _move_into(folder: str, target: str, files: list[str]) -> None:
     """Replace files of an existing folder, putting the old ones back should one of the moves fail."""
-    backup = os.path.join(folder, ".replaced")
-    moved: list[str] = []
+    backup = os.path.join(folder, _REPLACED)
+    undo: list[Callable[[], None]] = []
+    touched = {target}
+
+    def make(path: str, undone: bool) -> None:
+        if not os.path.isdir(path):
+            make(os.path.dirname(path), undone)
+            os.mkdir(path)
+            if undone:
+                undo.append(lambda: os.rmdir(path))
+
+    def move(one: str, two: str) -> None:
+        os.rename(one, two)
+        undo.append(lambda: os.replace(two, one))
+
     try:
         for name in files:
             old, place = os.path.join(backup, name), os.path.join(target, name)
-            os.makedirs(os.path.dirname(place), exist_ok=True)
-            os.makedirs(os.path.dirname(old), exist_ok=True)
-            if os.path.exists(place):
-                os.rename(place, old)
-            moved.append(name)
-            os.rename(os.path.join(folder, name), place)
-    except BaseException:
-        for name in moved:
-            if os.path.exists(os.path.join(backup, name)):
-                os.replace(os.path.join(backup, name), os.path.join(target, name))
+            make(os.path.dirname(place), True)
+            touched.add(os.path.dirname(place))
+            if os.path.lexists(place):
+                make(os.path.dirname(old), False)
+                move(place, old)
+            move(os.path.join(folder, name), place)
+    except BaseException as error:
+        failures = []
+        for step in reversed(undo):
+            try:
+                step()
+            except OSError as failure:
+                failures.append(failure)
+        if failures:
+            # `backup` stays, because it is there: `Staged` then keeps the temporary folder.
+            raise OutputFailed(
+                f"{target}: {error}; putting the old files back failed too ({failures[0]}); they are in {backup}"
+            ) from error
+        shutil.rmtree(backup, ignore_errors=True)
         raise
+    for path in touched:
+        _flush_folder(path)
+    shutil.rmtree(backup, ignore_errors=True)
 
 
 def _flush_folder(path: str) -> None:

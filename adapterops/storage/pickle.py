@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import re
+import warnings
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from adapterops.errors import NotAnAdapter, UnreadableFile, UnsafePickle
+from adapterops.storage.regular import open_regular
+from adapterops.storage.safetensors import insist_on_unicode
 from adapterops.storage.tensor import TORCH_NAMES, LazyTensor
 
 if TYPE_CHECKING:
@@ -15,7 +20,9 @@ if TYPE_CHECKING:
 
 _DTYPES = {name: dtype for dtype, name in TORCH_NAMES.items()}
 _MAX_RATIO = 64
-"""A torch zip stores its tensors uncompressed; an entry that expands more than this is a bomb."""
+"""Bytes of tensors to bytes of file.  Keys may share a tensor (tied weights); many more than that is a bomb."""
+_UNSAFE = re.compile(r"(?:GLOBAL|class|function) ([\w.]*\w)")
+"""How torch names, in its refusal, what a pickle wants to call."""
 
 
 @dataclass(slots=True)
@@ -24,15 +31,19 @@ class TensorSource:
 
     path: str
     tensor: torch.Tensor
-    _bytes: Any = field(default=None, repr=False)
+    _bytes: memoryview | None = field(default=None, repr=False)
 
     def readinto(self, start: int, buffer: memoryview) -> None:
         if self._bytes is None:
             import torch
 
-            flat = self.tensor.contiguous().reshape(-1).view(torch.uint8)
-            self._bytes = memoryview(flat.numpy())
-        buffer[:] = self._bytes[start : start + len(buffer)]
+            flat = self.tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+            self._bytes = flat.numpy().data
+        part = self._bytes[start : start + len(buffer)]
+        buffer[:] = part
+        if start + len(part) == len(self._bytes):
+            # A strided view was copied; its bytes are not kept, so that memory follows the largest tensor.
+            self._bytes = None
 
 
 def read(path: str) -> dict[str, LazyTensor]:
@@ -41,50 +52,77 @@ def read(path: str) -> dict[str, LazyTensor]:
     Raises `UnsafePickle` where the file holds more than tensors, `UnreadableFile` where it is damaged, and
     `NotAnAdapter` where it is sound but is not a mapping from names to tensors.
     """
+    descriptor, (_, _, size, _) = open_regular(path)
+    os.close(descriptor)
+    zipped = _check_zip(path)
+    return _flatten(path, _load(path, zipped), size)
+
+
+def _load(path: str, zipped: bool) -> object:
+    """What `torch.load(weights_only=True)` makes of the file; a zip is mapped into memory, not read."""
     import pickle
 
     import torch
 
-    _refuse_bombs(path)
     try:
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except RuntimeError as error:
-            if "mmap" not in str(error):
-                raise
-            loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            # About the pickle protocol and torch's own storages: nothing that the user could act on.
+            warnings.simplefilter("ignore")
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except pickle.UnpicklingError as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else "not a pickle of tensors"
-        if "weights_only" in str(error).lower() or "unsupported" in str(error).lower():
+        unsafe = _UNSAFE.search(_reason(error))
+        if unsafe:
             raise UnsafePickle(
-                f"{path}: refused: it holds more than tensors, and loading it could run code. "
-                f"Save the plain state dict, best as .safetensors. (torch: {first[:160]})"
+                f"{path}: refused: it holds more than tensors ({unsafe[1][:160]}), and loading that could run code. "
+                "Save the plain state dict, best as .safetensors"
             ) from error
-        raise UnreadableFile(f"{path}: not a file that torch.load can read: {first[:160]}") from error
+        raise UnreadableFile(
+            f"{path}: not a file of torch.save, or damaged: {_first_line(error)}; download it again"
+        ) from error
     except OSError as error:
-        raise UnreadableFile(f"{path}: {error.strerror or error}") from error
-    except (EOFError, RuntimeError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        first = (str(error).strip().splitlines() or ["damaged"])[0]
-        raise UnreadableFile(f"{path}: not a file that torch.load can read: {first[:160]}") from error
-    return _flatten(path, loaded)
+        raise UnreadableFile(f"{path}: cut short or damaged: {error.strerror or error}; download it again") from error
+    # Whatever bytes a stranger wrote decide what is raised here: KeyError, struct.error, OverflowError, MemoryError …
+    except Exception as error:
+        raise UnreadableFile(f"{path}: torch.load cannot read it: {_first_line(error)}; download it again") from error
 
 
-def _refuse_bombs(path: str) -> None:
+def _first_line(error: Exception) -> str:
+    """What torch says, without its advice (to load the file unsafely, among others)."""
+    lines = _reason(error).strip().splitlines() or [type(error).__name__]
+    return re.split(r"\. (?:In PyTorch|This is|Please)", lines[0])[0][:160]
+
+
+def _reason(error: Exception) -> str:
+    """The part of torch's message that is about the file: after its advice about `weights_only`."""
+    text = str(error)
+    return text.partition("WeightsUnpickler error:")[2] or text.partition("from a trusted source.")[2] or text
+
+
+def _check_zip(path: str) -> bool:
+    """Whether the file is a zip.  Raises `UnreadableFile` for one that torch.save cannot have written."""
     try:
-        if not zipfile.is_zipfile(path):
-            return
+        with open(path, "rb") as file:
+            if file.read(4) != b"PK\x03\x04":
+                return False
         with zipfile.ZipFile(path) as archive:
-            for info in archive.infolist():
-                if info.file_size > _MAX_RATIO * max(info.compress_size, 1024):
-                    raise UnreadableFile(
-                        f"{path}: entry {info.filename!r} expands from {info.compress_size} to {info.file_size} bytes; "
-                        "no torch file does that"
-                    )
-    except (OSError, zipfile.BadZipFile) as error:
-        raise UnreadableFile(f"{path}: {error}") from error
+            entries = archive.infolist()
+    # The last three are what zipfile makes of a damaged list of entries.
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
+        raise UnreadableFile(f"{path}: cut short or damaged ({error}); download it again") from error
+    names = [entry.filename for entry in entries]
+    if any("/code/" in name for name in names) and any(name.endswith("/constants.pkl") for name in names):
+        raise UnsafePickle(f"{path}: refused: it is a TorchScript program; save the plain state dict")
+    for entry in entries:
+        # torch stores its tensors as they are; memory mapping relies on it, and an entry that expands may be a bomb.
+        if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
+            raise UnreadableFile(
+                f"{path}: entry {entry.filename[:200]!r} is compressed, which torch.save never does; "
+                "load it where it came from and save it again, best as .safetensors"
+            )
+    return True
 
 
-def _flatten(path: str, loaded: object) -> dict[str, LazyTensor]:
+def _flatten(path: str, loaded: object, size: int) -> dict[str, LazyTensor]:
     import torch
 
     if isinstance(loaded, Mapping) and set(loaded) == {"state_dict"} and isinstance(loaded["state_dict"], Mapping):
@@ -96,13 +134,25 @@ def _flatten(path: str, loaded: object) -> dict[str, LazyTensor]:
         )
     tensors: dict[str, LazyTensor] = {}
     for key, value in loaded.items():
-        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+        if not isinstance(key, str):
+            raise NotAnAdapter(f"{path}: entry {str(key)[:80]!r}: its name is a {type(key).__name__}, not a string")
+        if not isinstance(value, torch.Tensor):
             raise NotAnAdapter(
-                f"{path}: entry {str(key)[:80]!r} is a {type(value).__name__}, not a tensor: "
+                f"{path}: entry {key[:80]!r} is a {type(value).__name__}, not a tensor: "
                 "a training checkpoint or optimizer state rather than an adapter's state dict"
             )
+        insist_on_unicode(path, [key])
+        if key == "__metadata__":
+            raise UnreadableFile(f"{path}: a tensor is named {key!r}, which safetensors reserves; rename it")
         name = _DTYPES.get(str(value.dtype).removeprefix("torch."))
-        if name is None or value.layout != torch.strided:
-            raise UnreadableFile(f"{path}: tensor {key!r} has dtype {value.dtype}, layout {value.layout}: cannot be used")
+        if name is None or value.layout != torch.strided or value.device.type != "cpu":
+            raise UnreadableFile(
+                f"{path}: tensor {key[:80]!r} has dtype {value.dtype}, layout {value.layout}, device {value.device}: "
+                "only plain tensors can be used; save it as one"
+            )
         tensors[key] = LazyTensor(key, name, tuple(value.shape), TensorSource(path, value), 0)
+    # A view may repeat one number without end, and many keys may name one tensor: a small file, a huge output.
+    total = sum(tensor.nbytes for tensor in tensors.values())
+    if total > _MAX_RATIO * max(size, 1 << 20):
+        raise UnreadableFile(f"{path}: its tensors claim {total} bytes, but the file has {size}; refused as a bomb")
     return tensors

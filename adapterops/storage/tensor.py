@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
-from adapterops.errors import UnreadableFile
+from adapterops.errors import CannotRepresent, UnreadableFile
 from adapterops.storage import dtypes
+from adapterops.storage.regular import Identity, open_regular
 
 if TYPE_CHECKING:
     import numpy.typing
@@ -32,23 +33,34 @@ class ByteSource(Protocol):
 
 @dataclass(slots=True)
 class FileSource:
-    """Byte ranges of a file.  The descriptor is opened at first use and closed with the object."""
+    """Byte ranges of a file.  The descriptor is opened at first use and closed with the object.
+
+    `identity` is what the file was when its header was read; another file under the same name is refused.
+    """
 
     path: str
-    _descriptor: int = -1
+    identity: Identity | None = None
+    _descriptor: int = field(default=-1, repr=False)
 
     def readinto(self, start: int, buffer: memoryview) -> None:
         if self._descriptor < 0:
-            try:
-                self._descriptor = os.open(self.path, os.O_RDONLY)
-            except OSError as error:
-                raise UnreadableFile(f"{self.path}: {error.strerror}") from error
+            self._open()
         done = 0
         while done < len(buffer):
-            got = os.preadv(self._descriptor, [buffer[done:]], start + done)
+            try:
+                got = os.preadv(self._descriptor, [buffer[done:]], start + done)
+            except OSError as error:
+                raise UnreadableFile(f"{self.path}: {error.strerror} at byte {start + done}") from error
             if not got:
                 raise UnreadableFile(f"{self.path}: ends at byte {start + done}; it was cut short while being read")
             done += got
+
+    def _open(self) -> None:
+        descriptor, found = open_regular(self.path)
+        if self.identity not in (None, found):
+            os.close(descriptor)
+            raise UnreadableFile(f"{self.path}: changed while being read; run the command again")
+        self._descriptor = descriptor
 
     def __del__(self) -> None:
         if self._descriptor >= 0:
@@ -95,16 +107,16 @@ class LazyTensor:
     @property
     def where(self) -> str:
         """The place that an error message names: file and tensor."""
-        return f"{self.source.path}: tensor {self.key!r}"
+        return f"{self.source.path}: tensor {self.key[:200]!r}"
 
-    def chunks(self, size: int = CHUNK) -> Iterator[bytearray]:
-        """The bytes, at most `size` at a time."""
-        start, end = self.start, self.start + self.nbytes
+    def chunks(self, buffer: bytearray) -> Iterator[int]:
+        """Read the bytes through `buffer`, which holds the next part after each step; yields that part's length."""
+        view, start, end = memoryview(buffer), self.start, self.start + self.nbytes
         while start < end:
-            part = bytearray(min(size, end - start))
-            self.source.readinto(start, memoryview(part))
-            yield part
-            start += len(part)
+            length = min(len(buffer), end - start)
+            self.source.readinto(start, view[:length])
+            yield length
+            start += length
 
     def read(self) -> bytearray:
         """All the bytes."""
@@ -126,13 +138,18 @@ class LazyTensor:
         return self if shape == self.shape else replace(self, shape=shape)
 
     def numpy(self) -> numpy.typing.NDArray[Any]:
-        """The values (BF16 as float32)."""
-        return dtypes.to_numpy(self.dtype, memoryview(self.read()), self.shape)
+        """The values (BF16 and 8-bit floats as float32).  Raises `CannotRepresent` for types that numpy has not."""
+        try:
+            return dtypes.to_numpy(self.dtype, memoryview(self.read()), self.shape)
+        except ValueError as error:
+            raise CannotRepresent(f"{self.where}: {error}; nothing can be computed with it") from error
 
     def torch(self) -> torch.Tensor:
-        """The values as a CPU tensor of the same dtype."""
+        """The values as a CPU tensor of the same dtype.  Raises `CannotRepresent` for types that torch has not."""
         import torch
 
+        if self.dtype not in TORCH_NAMES:
+            raise CannotRepresent(f"{self.where}: torch has no dtype {self.dtype}")
         data = self.read()
         kind = getattr(torch, TORCH_NAMES[self.dtype])
         if not data:
@@ -142,11 +159,16 @@ class LazyTensor:
     def mapped(self, dtype: str | None = None, factor: float = 1.0) -> LazyTensor:
         """The values times `factor`, rounded once to the float type `dtype`; computed when they are read.
 
-        Tensors of whole numbers stay as they are; so does everything where nothing changes.
+        Without a factor, tensors of other types than floats stay as they are; so does everything where nothing
+        changes.  Raises `CannotRepresent` where a factor cannot be applied.
         """
         dtype = dtype or self.dtype
-        if self.dtype not in dtypes.FLOATS or (dtype == self.dtype and factor == 1.0):
+        if factor == 1.0 and (dtype == self.dtype or self.dtype not in dtypes.NUMBERS):
             return self
+        if self.dtype not in dtypes.NUMBERS:
+            raise CannotRepresent(f"{self.where}: a scale cannot be folded into dtype {self.dtype}; leave it unfolded")
+        if dtype not in dtypes.FLOATS:
+            raise CannotRepresent(f"{self.where}: {dtype} is read but not written; give --dtype (float16, bfloat16 …)")
         return LazyTensor(self.key, dtype, self.shape, MappedSource(self, dtype, factor), 0)
 
 
@@ -170,7 +192,9 @@ class MappedSource:
         first, last = start // width, -(-(start + len(buffer)) // width)
         data = bytearray((last - first) * before)
         self.tensor.source.readinto(self.tensor.start + first * before, memoryview(data))
-        values = dtypes.to_numpy(self.tensor.dtype, data, (last - first,)).astype(np.float64) * self.factor
+        # Overflow and NaN are for the proof to report, with the tensor's name.
+        with np.errstate(all="ignore"):
+            values = dtypes.to_numpy(self.tensor.dtype, data, (last - first,)).astype(np.float64) * self.factor
         out = dtypes.from_numpy(self.dtype, values)
         buffer[:] = memoryview(out)[start - first * width :][: len(buffer)]
 

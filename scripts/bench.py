@@ -1,0 +1,17 @@
+"""`scripts/bench`: one subcommand a benchmark."""
+
+from __future__ import annotations
+
+import click
+from benchmarks import convert
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
+    """Measure adapterops against the peers that do the same job, in one run."""
+
+
+main.add_command(convert.command)
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""There and back: through every other dialect that can hold it, a file comes back bit for bit, alphas included."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from raw import load_tensors
+
+import adapterops as ao
+from adapterops import registry
+from adapterops.adapter import Adapter
+from adapterops.errors import CannotRepresent, UnknownArchitectureOfFile
+
+DIALECTS = [d.name for form in registry.formats().values() for d in form.dialects]
+FIXTURES = Path(__file__).parents[2] / "fixtures"
+SD_FILES = (
+    "timohavdk-sd-lora/2100-lora.safetensors",
+    "catundchat-sd15/pytorch_lora_weights.bin",
+    "vfph55-my-lora/pytorch_lora_weights.safetensors",
+    "difusor-susana",
+)
+LM_FILES = ("gpt2-anirudh", "gemma3-270m-svg-adapter", "peft-bin-sidkris", "agnews-krish-ckpt6750")
+
+
+def holders(adapter: Adapter) -> set[str]:
+    """The dialects that can hold an adapter, by what each of them can say (not by trying)."""
+    out = {"peft"}
+    parts = set(adapter.components)
+    if any(u.options.get("dora_axis") == "in" for u in adapter):
+        return {"kohya", "kohya-diffusers"}
+    if any(u.method != "lora" for u in adapter):
+        return out
+    plain = all(set(u.tensors) == {"A", "B"} and not u.options.get("kind") for u in adapter)
+    if parts <= {"unet", "text_encoder", "text_encoder_2", "transformer"} and not any("mid" in u.tensors for u in adapter):
+        out.add("diffusers")
+        if "transformer" not in parts:
+            out.add("diffusers-mixed")
+    if adapter.base is not None:
+        out |= {"kohya", "kohya-diffusers"}
+    unit = all(u.alpha is not None and u.alpha.value == u.tensors["B"].shape[1] and not u.rslora for u in adapter)
+    if parts <= {"unet", "text_encoder", "text_encoder_2"} and plain and unit:
+        out.add("diffusers-lora")
+        tails = (".to_q", ".to_k", ".to_v", ".to_out.0")
+        if all(u.component != "unet" or u.module.endswith(tails) for u in adapter):
+            out.add("diffusers-attn")
+            if parts == {"unet"}:
+                out.add("diffusers-attn-bare")
+    return out
+
+
+def raw(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
+    """Every tensor of a file or folder: dtype, shape and bytes, read by the reference libraries."""
+    import torch
+
+    files = [path] if path.is_file() else sorted([*path.glob("**/adapter_model.safetensors"), *path.glob("*.bin")])
+    return {
+        f"{file.parent.relative_to(path) if path.is_dir() else '.'}/{key}": (
+            str(t.dtype),
+            tuple(t.shape),
+            t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() if t.numel() else b"",
+        )
+        for file in files
+        for key, t in load_tensors(file).items()
+    }
+
+
+def there_and_back(path: Path, tmp_path: Path) -> None:
+    source = ao.load(path)
+    home = source.provenance.dialect
+    wanted = raw(path)
+    able = holders(source)
+    assert home in able
+    for target in DIALECTS:
+        there = tmp_path / f"there-{target}"
+        if target not in able:
+            with pytest.raises((CannotRepresent, UnknownArchitectureOfFile)):
+                ao.save(source, there, format=target)
+            assert not there.exists() or not any(there.iterdir())
+            continue
+        result = ao.save(source, there, format=target)
+        assert result.proof is not None
+        assert result.proof.exact, (target, result.proof)
+        back = tmp_path / f"back-{target}"
+        again = ao.convert(result.path, home, back)
+        assert again.proof is not None
+        assert again.proof.exact
+        # The one spelling that is read and not kept: SD 1.x's encoder under SDXL's prefix, diffusers' own export.
+        found = {k if k in wanted else k.replace("lora_te_", "lora_te1_"): v for k, v in raw(Path(again.path)).items()}
+        assert found == wanted, target
+
+
+@pytest.mark.parametrize("name", SD_FILES + LM_FILES)
+def test_published_files_come_back(name: str, corpus: Path, tmp_path: Path) -> None:
+    there_and_back(corpus / "files" / name, tmp_path)
+
+
+@pytest.mark.parametrize("path", sorted([*FIXTURES.glob("*.safetensors"), *FIXTURES.glob("*.bin"), *FIXTURES.glob("*/adapter_config.json")]), ids=lambda p: p.name if p.name != "adapter_config.json" else p.parent.name)
+def test_fixtures_come_back(path: Path, tmp_path: Path) -> None:
+    there_and_back(path.parent if path.name == "adapter_config.json" else path, tmp_path)
+
+
+@pytest.mark.parametrize("name", SD_FILES + LM_FILES)
+def test_writing_what_was_read_gives_the_same_file(name: str, corpus: Path, tmp_path: Path) -> None:
+    path = corpus / "files" / name
+    result = ao.save(ao.load(path), tmp_path / "same")
+    assert raw(Path(result.path)) == raw(path)
