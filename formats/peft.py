@@ -13,6 +13,17 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from adapterops_formats.peft_config import (
+    DERIVED,
+    NARROWING,
+    LoraConfig,
+    describes,
+    from_updates,
+    shuts_out,
+    with_parents,
+)
+from adapterops_formats.peft_names import LORA
+
 from adapterops.plugin import (
     Adapter,
     AlphaIn,
@@ -36,16 +47,6 @@ from adapterops.plugin import (
     header,
     read_by_table,
 )
-from adapterops_formats.peft_config import (
-    DERIVED,
-    NARROWING,
-    LoraConfig,
-    describes,
-    from_updates,
-    shuts_out,
-    with_parents,
-)
-from adapterops_formats.peft_names import LORA
 
 _PREFIX = "base_model.model."
 _SUFFIXES = (

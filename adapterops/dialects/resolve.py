@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -57,6 +56,8 @@ class NameBook:
 
     def nearest(self, name: str) -> list[str]:
         """The known names most like `name`."""
+        import difflib  # only ever needed for a message
+
         return difflib.get_close_matches(name, self.table, n=2, cutoff=0.5)
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import peft_models as pm
 import pytest
 import torch
+from adapterops_formats.peft import FORMAT, PEFT
 from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import (
@@ -32,7 +33,6 @@ from adapterops import errors
 from adapterops.architectures import Architecture, Component, ModuleSpec
 from adapterops.methods import METHODS
 from adapterops.plugin import Target
-from adapterops_formats.peft import FORMAT, PEFT
 
 WIDTH = 8
 TOKENS = torch.tensor([[1, 2, 3, 4]])
@@ -152,7 +152,9 @@ CASES: dict[str, Case] = {
         {"r": 2, "lora_alpha": 4, "target_modules": ["weight", "lora_A", "base_layer", "model"]},
     ),
     "the adapter's own name": Case(
-        _tree({"default": {"query": linear()}, "x": {"default": linear(), "default_query": linear()}, "query": linear()}),
+        _tree({
+            "default": {"query": linear()}, "x": {"default": linear(), "default_query": linear()}, "query": linear(),
+        }),
         {"r": 2, "lora_alpha": 4, "target_modules": ["default.query", "x.default"]},
     ),
     "saved module": Case(
@@ -227,7 +229,8 @@ CASES: dict[str, Case] = {
     ),
     "all-linear": Case(_llama, {"r": 2, "lora_alpha": 4, "target_modules": "all-linear"}, (TOKENS,)),
     "exclude_modules": Case(
-        _llama, {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.0\..*v_proj"},
+        _llama,
+        {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj", "v_proj"], "exclude_modules": r".*\.0\..*v_proj"},
         (TOKENS,),
     ),
     "classifier that peft saves by itself": Case(
@@ -251,7 +254,8 @@ CASES: dict[str, Case] = {
     ),
     "trainable tokens, a table": Case(
         _tree({"tokens": lambda: nn.Embedding(10, WIDTH), "places": lambda: nn.Embedding(10, WIDTH)}),
-        {"r": 2, "lora_alpha": 4, "target_modules": ["places"], "trainable_token_indices": {"tokens": [4, 1]}}, (TOKENS,),
+        {"r": 2, "lora_alpha": 4, "target_modules": ["places"], "trainable_token_indices": {"tokens": [4, 1]}},
+        (TOKENS,),
         said={"trainable_token_indices": {"tokens": [4, 1]}},
     ),
 }  # fmt: skip
@@ -309,6 +313,14 @@ def test_alphas_that_differ_can_be_said(tmp_path: Path) -> None:
     original, folder = make(case, tmp_path / "original")
     said = {"lora_alpha": 4, "alpha_pattern": case.config["alpha_pattern"]}
     ao.convert(alone(folder, tmp_path / "alone"), to="peft", output=tmp_path / "converted", fields=said)
+    compare(case, original, folder, tmp_path / "converted")
+
+
+def test_scale_rule_survives_when_only_the_reader_is_told(tmp_path: Path) -> None:
+    case = CASES["rsLoRA"]
+    original, folder = make(case, tmp_path / "original")
+    adapter = ao.load(alone(folder, tmp_path / "alone"), alpha=6, fields={"use_rslora": True})
+    ao.save(adapter, tmp_path / "converted", format="peft")
     compare(case, original, folder, tmp_path / "converted")
 
 
@@ -549,10 +561,12 @@ CONTRADICTIONS: dict[str, tuple[Case, dict[str, Any], type[Exception], str, dict
         PLAIN, {"lora_alpha": [4]}, errors.UnreadableFile, "lora_alpha is .4., not a number", {"lora_alpha": 4},
     ),
     "alpha not a number": (
-        PLAIN, {"lora_alpha": float("nan")}, errors.UnreadableFile, "lora_alpha is NaN, not a number", {"lora_alpha": 4},
+        PLAIN, {"lora_alpha": float("nan")}, errors.UnreadableFile, "lora_alpha is NaN, not a number",
+        {"lora_alpha": 4},
     ),
     "pattern of the wrong type": (
-        PLAIN, {"alpha_pattern": {"key": "2"}}, errors.UnreadableFile, "alpha_pattern.*not a number", {"alpha_pattern": {}},
+        PLAIN, {"alpha_pattern": {"key": "2"}}, errors.UnreadableFile, "alpha_pattern.*not a number",
+        {"alpha_pattern": {}},
     ),
     "pattern broken": (
         PLAIN, {"rank_pattern": {"(key": 2}}, errors.UnreadableFile, "rank_pattern.*regular expression",
@@ -570,7 +584,8 @@ CONTRADICTIONS: dict[str, tuple[Case, dict[str, Any], type[Exception], str, dict
         PLAIN, {"modules_to_save": "head"}, errors.UnreadableFile, "modules_to_save is", {"modules_to_save": None},
     ),
     "layers of the wrong type": (
-        PLAIN, {"layers_to_transform": "1"}, errors.UnreadableFile, "layers_to_transform is", {"layers_to_transform": None},
+        PLAIN, {"layers_to_transform": "1"}, errors.UnreadableFile, "layers_to_transform is",
+        {"layers_to_transform": None},
     ),
     "flag of the wrong type": (
         PLAIN, {"use_rslora": "no"}, errors.UnreadableFile, "use_rslora is", {"use_rslora": False},
