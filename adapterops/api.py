@@ -13,7 +13,14 @@ from adapterops.adapter import Adapter, Certainty, Fact, Update
 from adapterops.architectures import Architecture
 from adapterops.dialects.read import Request
 from adapterops.dialects.table import Dialect
-from adapterops.errors import AmbiguousFormat, CannotRepresent, NotAnAdapter, UnknownArchitectureOfFile, UnknownFact, UsageError
+from adapterops.errors import (
+    AmbiguousFormat,
+    CannotRepresent,
+    NotAnAdapter,
+    UnknownArchitectureOfFile,
+    UnknownFact,
+    UsageError,
+)
 from adapterops.methods import METHODS
 from adapterops.plugin import Format, Output, Target
 from adapterops.proof import Proof, check_finite, prove
@@ -102,9 +109,7 @@ def _read(source: Source, format: str | None, request: Request) -> Adapter:
         return _read(next(iter(source.parts.values())), format, request)
     unknown = [name for name in source.parts if name not in _COMPONENTS]
     if unknown:
-        raise AmbiguousFormat(
-            f"{source.path}: holds several adapters ({', '.join(source.parts)}); name one of them"
-        )
+        raise AmbiguousFormat(f"{source.path}: holds several adapters ({', '.join(source.parts)}); name one of them")
     return _join(source, [_read(part, format, request) for part in source.parts.values()])
 
 
@@ -116,7 +121,11 @@ def _join(source: Source, parts: list[Adapter]) -> Adapter:
     names = {p.architecture.value for p in parts if p.architecture.value is not None}
     bases = [p.base for p in parts if p.base is not None]
     fact, base = parts[0].architecture, parts[0].base
-    if len(names) > 1 or len(bases) < len(parts) or any(set(p.components) - set(b.components) for b in bases for p in parts):
+    if (
+        len(names) > 1
+        or len(bases) < len(parts)
+        or any(set(p.components) - set(b.components) for b in bases for p in parts)
+    ):
         fact, base = _common(parts)
     first = parts[0].provenance
     provenance = replace(
@@ -147,10 +156,7 @@ def _common(parts: list[Adapter]) -> tuple[Fact[str | None], Architecture | None
         fits = all(
             u.component in arch.components
             and (u.method == "saved" or u.module in arch.components[u.component].modules)
-            and (
-                u.method == "saved"
-                or METHODS[u.method].fits(u, arch.components[u.component].modules[u.module].shape)
-            )
+            and (u.method == "saved" or METHODS[u.method].fits(u, arch.components[u.component].modules[u.module].shape))
             for p in parts
             for u in p
         )
@@ -209,9 +215,7 @@ def save(
     return _result(adapter, out, place, form, dialect, proof, timings)
 
 
-def _prove(
-    adapter: Adapter, staged: str, place: str, dialect: Dialect, rounded: bool, progress: Progress
-) -> Proof:
+def _prove(adapter: Adapter, staged: str, place: str, dialect: Dialect, rounded: bool, progress: Progress) -> Proof:
     given = adapter.base if adapter.architecture.certainty is Certainty.GIVEN else None
     back = _read(open_source(staged), dialect.name, Request(given))
     return prove(adapter, back, place, rounded, progress)
@@ -323,9 +327,7 @@ def convert(
     """
     form, dialect = registry.find(to)
     place = os.fspath(output) if output is not None else default_output(source, form, dialect)
-    adapter = load(
-        source, format=format, arch=arch, base=base, alpha=alpha, fields=fields, allow_drop=allow_drop
-    )
+    adapter = load(source, format=format, arch=arch, base=base, alpha=alpha, fields=fields, allow_drop=allow_drop)
     return save(
         adapter,
         place,

@@ -96,7 +96,7 @@ def explain(source: Source, keys: Iterable[str]) -> None:
 
 
 def _no_mixture(source: Source, candidates: list[tuple[Format, Reading]]) -> None:
-    form, best = candidates[0]
+    best = candidates[0][1]
     if not best.unclaimed:
         return
     rest = set(best.unclaimed)

@@ -18,6 +18,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from adapterops_formats.peft_config import LoraConfig, describes, from_updates
+from adapterops_formats.peft_names import LORA
+
 from adapterops.plugin import (
     Adapter,
     AlphaIn,
@@ -36,8 +39,6 @@ from adapterops.plugin import (
     header,
     read_by_table,
 )
-from adapterops_formats.peft_config import LoraConfig, describes, from_updates
-from adapterops_formats.peft_names import LORA
 
 METADATA_KEY = "lora_adapter_metadata"
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")

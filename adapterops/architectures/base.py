@@ -54,9 +54,7 @@ def from_config(path: str | os.PathLike[str]) -> Architecture:
         return _folders(path)
     if path.is_file():
         return _pipeline(path.parent) if path.name == "model_index.json" else _single(path)
-    raise BadBaseConfig(
-        f"{path}: no such file or folder; give a config.json, or a model's or pipeline's folder"
-    )
+    raise BadBaseConfig(f"{path}: no such file or folder; give a config.json, or a model's or pipeline's folder")
 
 
 def _single(path: Path) -> Architecture:
@@ -88,9 +86,7 @@ def _pipeline(folder: Path) -> Architecture:
             "download those too"
         )
     pipeline = index.get("_class_name")
-    return _architecture(
-        pipeline if isinstance(pipeline, str) else folder.resolve().name, str(folder), components
-    )
+    return _architecture(pipeline if isinstance(pipeline, str) else folder.resolve().name, str(folder), components)
 
 
 def _folders(folder: Path) -> Architecture:
@@ -117,9 +113,7 @@ def _read(path: Path) -> dict[str, Any]:
         document = json.loads(path.read_bytes())
     # ValueError: not JSON, or not text; RecursionError: nested beyond what the parser takes.
     except (OSError, ValueError, RecursionError) as error:
-        raise BadBaseConfig(
-            f"{path}: not a readable JSON file ({error}); give a model's config.json"
-        ) from error
+        raise BadBaseConfig(f"{path}: not a readable JSON file ({error}); give a model's config.json") from error
     if not isinstance(document, dict):
         raise BadBaseConfig(f"{path}: holds no JSON object; give a model's config.json")
     return document
@@ -183,8 +177,7 @@ def _model_class(library: str, name: str, path: Path) -> Any:
     found = _attribute(module, name, path)
     if not isinstance(found, type):
         raise BadBaseConfig(
-            f"{path}: the installed {library} {module.__version__} has no class {name!r}; "
-            "install a version that has it"
+            f"{path}: the installed {library} {module.__version__} has no class {name!r}; install a version that has it"
         )
     return found if _is_model(found, module) else None
 

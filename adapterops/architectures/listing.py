@@ -22,9 +22,7 @@ def list_modules(model: nn.Module) -> dict[str, ModuleSpec]:
     modules: dict[str, ModuleSpec] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         # Private, but the public iterators drop what is shared with a module that came before.
-        params = [
-            key for key, value in (*module._parameters.items(), *module._buffers.items()) if value is not None
-        ]
+        params = [key for key, value in (*module._parameters.items(), *module._buffers.items()) if value is not None]
         if not params:
             continue
         weight = module._parameters.get("weight")

@@ -74,7 +74,9 @@ def convert(
         return
     titles = {d.name: d.title for f in registry.formats().values() for d in f.dialects}
     arch_text = f", {result.architecture.value}" if result.architecture.value else ""
-    click.echo(f"{result.source} ({titles[result.source_dialect]}{arch_text}) → {result.path} ({titles[result.dialect]})")
+    click.echo(
+        f"{result.source} ({titles[result.source_dialect]}{arch_text}) → {result.path} ({titles[result.dialect]})"
+    )
     click.echo(f"  {result.modules} modules, {result.tensors} tensors, {bytes_text(result.bytes)}")
     if result.proof is not None:
         click.echo(f"  {click.style('proved', fg='green')}: {result.proof}")

@@ -43,9 +43,7 @@ def architectures(as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    rows = [
-        [a.name, a.title, ", ".join(f"{c.name} ({len(c.modules)})" for c in a.components.values())] for a in tables
-    ]
+    rows = [[a.name, a.title, ", ".join(f"{c.name} ({len(c.modules)})" for c in a.components.values())] for a in tables]
     for line in table(["name", "base model", "components (modules)"], rows):
         click.echo(line)
 

@@ -41,7 +41,9 @@ def parse_fields(context: click.Context, parameter: click.Parameter, values: tup
 def reading(command: Command) -> Command:
     """The options of every command that reads an adapter."""
     options = (
-        click.option("--from", "source_format", metavar="FORMAT", help="Read as this format or dialect; else recognised."),
+        click.option(
+            "--from", "source_format", metavar="FORMAT", help="Read as this format or dialect; else recognised."
+        ),
         click.option("--arch", metavar="NAME", help="The base model: sd1, sd2, sdxl (adapterops architectures)."),
         click.option(
             "--base",
@@ -63,9 +65,7 @@ def reading(command: Command) -> Command:
             callback=parse_fields,
             help="A PEFT config field that no source holds, or that is wrong; VALUE is JSON. May be repeated.",
         ),
-        click.option(
-            "--allow-drop", is_flag=True, help="Leave out what cannot be understood or held, and list it."
-        ),
+        click.option("--allow-drop", is_flag=True, help="Leave out what cannot be understood or held, and list it."),
     )
     for option in reversed(options):
         command = option(command)

@@ -36,5 +36,8 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     Plain text by hand: importing a table library would cost `inspect` a third of its time.
     """
     widths = [max(len(str(row[i])) for row in [head, *rows]) for i in range(len(head))]
-    lines = ["  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in [head, *rows]]
+    lines = [
+        "  ".join(str(cell).ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [head, *rows]
+    ]
     return [lines[0], "  ".join("─" * width for width in widths), *lines[1:]]

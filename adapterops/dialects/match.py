@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from adapterops.errors import AmbiguousFormat
 from adapterops.dialects.table import Dialect, Place, Suffix
+from adapterops.errors import AmbiguousFormat
 from adapterops.storage.tensor import LazyTensor
 
 _SLOT = "{adapter}"
@@ -120,9 +120,7 @@ def _instance(place: Place, adapter: str) -> tuple[Place, tuple[str, ...], dict[
     return place, endings, {text: place.suffixes[index] for text, index in table.items()}
 
 
-def _claim(
-    key: str, start: int, place: Place, endings: tuple[str, ...], table: Mapping[str, Suffix]
-) -> Claim | None:
+def _claim(key: str, start: int, place: Place, endings: tuple[str, ...], table: Mapping[str, Suffix]) -> Claim | None:
     for ending in endings:
         if key.endswith(ending):
             name = key[start : len(key) - len(ending)]
@@ -153,13 +151,14 @@ def _saved(key: str, start: int, place: Place) -> Claim | None:
 def _adapter_names(dialect: Dialect, keys: tuple[str, ...]) -> list[str]:
     """The adapter names that the keys may hold, "" (none) first."""
     stems = {
-        tuple(suffix.text.split(_SLOT, 1)) for place in dialect.places for suffix in place.suffixes if _SLOT in suffix.text
+        tuple(suffix.text.split(_SLOT, 1))
+        for place in dialect.places
+        for suffix in place.suffixes
+        if _SLOT in suffix.text
     }
     if not stems:
         return [""]
-    pattern = re.compile(
-        "(?:" + "|".join(re.escape(a) + r"\.([^.]+)" + re.escape(b) for a, b in sorted(stems)) + ")$"
-    )
+    pattern = re.compile("(?:" + "|".join(re.escape(a) + r"\.([^.]+)" + re.escape(b) for a, b in sorted(stems)) + ")$")
     found: dict[str, int] = {}
     for key in keys:
         match = pattern.search(key)

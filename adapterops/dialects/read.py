@@ -150,9 +150,7 @@ def _align(groups: list[Group], architecture: Architecture) -> tuple[list[Group]
     )
 
 
-def _settle(
-    update: Update, stored: LazyTensor | None, dialect: Dialect, request: Request, scale_of: ScaleOf
-) -> Update:
+def _settle(update: Update, stored: LazyTensor | None, dialect: Dialect, request: Request, scale_of: ScaleOf) -> Update:
     """Alpha from every source that holds it; they must agree."""
     rank = METHODS[update.method].rank(update) or 0
     rule = scale_of(update.component, update.module, rank)
@@ -205,9 +203,7 @@ def _magnitude(update: Update, dialect: Dialect) -> Update:
     if not dialect.vectors and len(tensor.shape) > 1 and tensor.shape[0] == 1 and tensor.numel > 1:
         axis = "in"
     flat = tensor.reshape((tensor.numel,))
-    return replace(
-        update, tensors={**update.tensors, "magnitude": flat}, options={**update.options, "dora_axis": axis}
-    )
+    return replace(update, tensors={**update.tensors, "magnitude": flat}, options={**update.options, "dora_axis": axis})
 
 
 def _no_twins(updates: list[Update]) -> None:

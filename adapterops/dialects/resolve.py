@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from adapterops import architectures
@@ -76,9 +76,7 @@ def applies(place: Place, architecture: Architecture) -> bool:
     """Whether the table's row is meant for this architecture."""
     if place.component not in architecture.components:
         return False
-    return not place.only or bool(
-        place.only & traits(architecture.name, architecture.builtin, architecture.components)
-    )
+    return not place.only or bool(place.only & traits(architecture.name, architecture.builtin, architecture.components))
 
 
 def needs_table(place: Place) -> bool:
@@ -247,7 +245,12 @@ def adopt(groups: Sequence[Group], architecture: Architecture) -> Architecture:
     The config of a lone model does not say which part of a pipeline it is; the file does.
     """
     names = {g.place.component for g in groups}
-    if architecture.builtin or len(architecture.components) != 1 or len(names) != 1 or names <= set(architecture.components):
+    if (
+        architecture.builtin
+        or len(architecture.components) != 1
+        or len(names) != 1
+        or names <= set(architecture.components)
+    ):
         return architecture
     name, component = names.pop(), next(iter(architecture.components.values()))
     return replace(architecture, components={name: replace(component, name=name)})
@@ -262,5 +265,3 @@ def spelled(architecture: Architecture | None, place: Place, module: str) -> str
         return None
     name = spec.original if place.column(architecture.name) == "original" else spec.name
     return name.replace(".", "_") if place.flat else name
-
-

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from math import inf, isnan
 from typing import TYPE_CHECKING, ClassVar
 
 from adapterops.adapter import Update
@@ -48,7 +50,12 @@ class Method:
         """How far `other` is from `update`, relative to the size of `update`; 0 where they are the same."""
         if update.tensors.keys() != other.tensors.keys():
             return float("inf")
-        return max((tensor_error(t, other.tensors[role]) for role, t in update.tensors.items()), default=0.0)
+        return worst(tensor_error(t, other.tensors[role]) for role, t in update.tensors.items())
+
+
+def worst(errors: Iterable[float]) -> float:
+    """The largest error; inf where one is no number (`max` would lose a NaN that comes second)."""
+    return max((inf if isnan(error) else error for error in errors), default=0.0)
 
 
 def need(update: Update, *roles: str) -> None:

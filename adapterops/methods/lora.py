@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterops.adapter import Update
 from adapterops.errors import BrokenAdapter, CannotRepresent
-from adapterops.methods.base import Method, need, tensor_error
+from adapterops.methods.base import Method, need, tensor_error, worst
 
 if TYPE_CHECKING:
     import numpy.typing
@@ -135,7 +135,7 @@ class Lora(Method):
         b2, a2 = self.factors(other)
         if (b.shape[0], a.shape[1]) != (b2.shape[0], a2.shape[1]):
             return float("inf")
-        return max([product_error(b, a, b2, a2), *errors])
+        return worst([product_error(b, a, b2, a2), *errors])
 
 
 def product_error(b: Array, a: Array, b2: Array, a2: Array) -> float:

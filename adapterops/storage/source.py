@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from adapterops.errors import NotAnAdapter, UnreadableFile, UnsupportedFormat
-from adapterops.storage import pickle, safetensors
+from adapterops.storage import safetensors
 from adapterops.storage.regular import open_regular
 from adapterops.storage.tensor import LazyTensor
 
@@ -87,6 +87,8 @@ def _read_weights(path: str) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     if suffix == ".json" and head.lstrip()[:1] in (b"{", b"["):
         raise NotAnAdapter(f"{path}: is a JSON file, not weights; name the weights or their folder")
     if suffix in _PICKLES or (suffix != ".safetensors" and (head[:2] == b"PK" or head[:1] == b"\x80")):
+        from adapterops.storage import pickle  # with it come zip archives, and torch when it reads
+
         return pickle.read(path), {}
     return safetensors.read_header(path)
 

@@ -160,10 +160,7 @@ def test_multihead_attention_is_listed_by_its_parameters(tmp_path: Path) -> None
 def test_class_falls_back_to_the_model_type(tmp_path: Path) -> None:
     for number, architectures in enumerate([None, [], ["SomebodysLlama"]]):
         config = LLAMA | {"architectures": architectures}
-        assert (
-            from_values(tmp_path / str(number), config).components["model"].class_name
-            == "transformers.LlamaModel"
-        )
+        assert from_values(tmp_path / str(number), config).components["model"].class_name == "transformers.LlamaModel"
 
 
 def test_native_class_is_used_and_auto_map_is_not(tmp_path: Path) -> None:
@@ -258,9 +255,7 @@ def test_missing_extra(
         from_values(tmp_path, config)
 
 
-def test_building_is_offline_and_the_setting_comes_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_building_is_offline_and_the_setting_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
     from transformers import LlamaForCausalLM
 

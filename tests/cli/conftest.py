@@ -10,7 +10,7 @@ from outcome import Outcome
 from adapterops.cli.main import run
 
 
-@pytest.fixture()
+@pytest.fixture
 def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     """`command("inspect", path)` gives the exit status and what was printed."""
 

@@ -52,8 +52,14 @@ CASES: dict[str, tuple[Tensors, list[str]]] = {
     ),
     "nothing known": ({"foo": torch.ones(2, 2, 2), "bar": torch.ones(3)}, ["no installed format knows its keys"]),
     "no tensors": ({}, ["holds no tensors"]),
-    "A without B": (without(kohya(), f"{FLAT}.lora_up.weight"), [f"{FLAT}.lora_down.weight", "counterpart B is missing"]),
-    "B without A": (without(kohya(), f"{FLAT}.lora_down.weight"), [f"{FLAT}.lora_up.weight", "counterpart A is missing"]),
+    "A without B": (
+        without(kohya(), f"{FLAT}.lora_up.weight"),
+        [f"{FLAT}.lora_down.weight", "counterpart B is missing"],
+    ),
+    "B without A": (
+        without(kohya(), f"{FLAT}.lora_down.weight"),
+        [f"{FLAT}.lora_up.weight", "counterpart A is missing"],
+    ),
     "alpha alone": (
         {**kohya(), "lora_unet_mid_block_attentions_0_proj_in.alpha": torch.tensor(4.0)},
         ["lora_unet_mid_block_attentions_0_proj_in.alpha", "an alpha without factors"],
@@ -66,7 +72,13 @@ CASES: dict[str, tuple[Tensors, list[str]]] = {
     "NaN": (nan(kohya()), [f"{FLAT}.lora_down.weight", "NaN or infinity", "earlier checkpoint"]),
     "unknown module": (
         {**kohya(), **kohya(FLAT + "uery")},
-        [f"{FLAT}uery.lora_down.weight", "sd1 has no module", "the nearest known", FLAT.removeprefix("lora_unet_"), "--base"],
+        [
+            f"{FLAT}uery.lora_down.weight",
+            "sd1 has no module",
+            "the nearest known",
+            FLAT.removeprefix("lora_unet_"),
+            "--base",
+        ],
     ),
     "wrong shape": (
         {**kohya(), **kohya(FLAT.replace("to_q", "to_k"), inputs=333)},
@@ -92,7 +104,10 @@ CASES: dict[str, tuple[Tensors, list[str]]] = {
         {**kohya(), "mystery.tensor": torch.ones(2)},
         ["does not know 'mystery.tensor'", "--allow-drop"],
     ),
-    "LoKr": ({f"{FLAT}.lokr_w1": torch.ones(4, 4), f"{FLAT}.lokr_w2": torch.ones(80, 80)}, ["is LoKr", f"{FLAT}.lokr_w1"]),
+    "LoKr": (
+        {f"{FLAT}.lokr_w1": torch.ones(4, 4), f"{FLAT}.lokr_w2": torch.ones(80, 80)},
+        ["is LoKr", f"{FLAT}.lokr_w1"],
+    ),
     "Flux in Kohya's spelling": (
         kohya("lora_unet_double_blocks_0_img_attn_proj", inputs=3072, outputs=3072),
         ["Flux.1", "lora_unet_double_blocks_0_img_attn_proj"],
@@ -157,7 +172,8 @@ def test_header_alpha_that_no_tensor_has(command: Callable[..., Outcome], tmp_pa
     assert outcome.code == 2
     assert "ss_network_alpha is 16" in outcome.err
     assert "has 2" in outcome.err
-    assert command("convert", source, "--to", "diffusers", "-o", tmp_path / "d.safetensors", "--alpha", "tensors").code == 0
+    arguments = ("convert", source, "--to", "diffusers", "-o", tmp_path / "d.safetensors", "--alpha")
+    assert command(*arguments, "tensors").code == 0
 
 
 def test_alpha_in_two_places(command: Callable[..., Outcome], tmp_path: Path) -> None:
@@ -207,7 +223,11 @@ def test_source_is_never_the_target(command: Callable[..., Outcome], tmp_path: P
     ],
 )
 def test_wrong_usage(
-    arguments: list[str], words: list[str], command: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str],
+    words: list[str],
+    command: Callable[..., Outcome],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
     save_file(kohya(), "k.safetensors")

@@ -79,9 +79,7 @@ def adapted_by_diffusers(architecture: str, path: str) -> dict[tuple[str, str], 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pipe.load_lora_weights(path, adapter_name="x", low_cpu_mem_usage=True)
-    return {
-        key: layer.scaling["x"] for c, m in models.items() if m is not None for key, layer in adapted(c, m).items()
-    }
+    return {key: layer.scaling["x"] for c, m in models.items() if m is not None for key, layer in adapted(c, m).items()}
 
 
 def adapted(component: str, model: torch.nn.Module) -> dict[tuple[str, str], Any]:

@@ -14,6 +14,13 @@ from adapterops.errors import CannotRepresent, UnknownArchitectureOfFile
 
 DIALECTS = [d.name for form in registry.formats().values() for d in form.dialects]
 FIXTURES = Path(__file__).parents[2] / "fixtures"
+OURS = sorted(
+    [
+        *FIXTURES.glob("*.safetensors"),
+        *FIXTURES.glob("*.bin"),
+        *(config.parent for config in FIXTURES.glob("*/adapter_config.json")),
+    ]
+)
 SD_FILES = (
     "timohavdk-sd-lora/2100-lora.safetensors",
     "catundchat-sd15/pytorch_lora_weights.bin",
@@ -32,7 +39,8 @@ def holders(adapter: Adapter) -> set[str]:
     if any(u.method != "lora" for u in adapter):
         return out
     plain = all(set(u.tensors) == {"A", "B"} and not u.options.get("kind") for u in adapter)
-    if parts <= {"unet", "text_encoder", "text_encoder_2", "transformer"} and not any("mid" in u.tensors for u in adapter):
+    known = {"unet", "text_encoder", "text_encoder_2", "transformer"}
+    if parts <= known and not any("mid" in u.tensors for u in adapter):
         out.add("diffusers")
         if "transformer" not in parts:
             out.add("diffusers-mixed")
@@ -95,9 +103,9 @@ def test_published_files_come_back(name: str, corpus: Path, tmp_path: Path) -> N
     there_and_back(corpus / "files" / name, tmp_path)
 
 
-@pytest.mark.parametrize("path", sorted([*FIXTURES.glob("*.safetensors"), *FIXTURES.glob("*.bin"), *FIXTURES.glob("*/adapter_config.json")]), ids=lambda p: p.name if p.name != "adapter_config.json" else p.parent.name)
+@pytest.mark.parametrize("path", OURS, ids=lambda p: p.name)
 def test_fixtures_come_back(path: Path, tmp_path: Path) -> None:
-    there_and_back(path.parent if path.name == "adapter_config.json" else path, tmp_path)
+    there_and_back(path, tmp_path)
 
 
 @pytest.mark.parametrize("name", SD_FILES + LM_FILES)

@@ -1,4 +1,4 @@
-"""SD 1.x, 2.x and SDXL files: every delta against an independent computation, every target loaded by its own library."""
+"""SD 1.x, 2.x and SDXL files: every delta against an independent computation, every target loaded by its library."""
 
 from __future__ import annotations
 
@@ -114,9 +114,7 @@ def xl_names(original: bool) -> dict[str, tuple[str, str]]:
     if not original:
         return flat_names(module_names("sdxl"), XL_PREFIXES)
     inside = [(c, n) for c, n in module_names("sdxl") if c != "unet" or ".attentions." in n]
-    return {
-        f"{XL_PREFIXES[c]}_{(sgm(n) if c == 'unet' else n).replace('.', '_')}": (c, n) for c, n in inside
-    }
+    return {f"{XL_PREFIXES[c]}_{(sgm(n) if c == 'unet' else n).replace('.', '_')}": (c, n) for c, n in inside}
 
 
 @pytest.mark.parametrize(("file", "original"), [("k0", True), ("d0", False)])
