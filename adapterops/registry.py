@@ -8,7 +8,7 @@ from functools import cache
 from importlib.metadata import entry_points
 
 from adapterops.architectures import Architecture
-from adapterops.dialects.match import Reading, group
+from adapterops.dialects.match import Reading, group, sample
 from adapterops.dialects.resolve import best_fit
 from adapterops.dialects.table import Dialect
 from adapterops.errors import AmbiguousFormat, NotAnAdapter, UnknownFormat, UnsupportedFormat
@@ -76,7 +76,8 @@ def recognise(
     _no_mixture(source, candidates)
     ties = [c for c in candidates if _rank(c[1]) == _rank(candidates[0][1])]
     if len(ties) > 1:
-        return max(ties, key=lambda c: best_fit(group(c[1], source.tensors), architecture))
+        # They differ in module names only, which a few dozen modules tell as well as all.
+        return max(ties, key=lambda c: best_fit(group(sample(c[1], 24), source.tensors), architecture))
     return candidates[0]
 
 
@@ -120,6 +121,18 @@ def _what_is_it(source: Source) -> str:
         names = " ".join(keys).lower()
         if any(word in names for word in ("emb_params", "<", "clip_l", "clip_g", "string_to_param", "embed")):
             return f"{source.path}: is an embedding (textual inversion or soft prompt: {shapes}), not an adapter"
+    for dialect in (d for form in formats().values() for d in form.dialects):
+        endings = tuple(
+            s.text.replace("{adapter}", "") for p in dialect.places for s in p.suffixes if s.method == "lora"
+        )
+        hit = next((key for key in keys if key.endswith(endings)), None)
+        if hit is not None:
+            return (
+                f"{source.path}: tensor {hit!r} ends as {dialect.title} spells a factor, but neither that format nor "
+                f"another can read the file's {len(keys)} keys as an adapter: their beginnings are nobody's, or plain "
+                "weights stand beside the factors. For a PEFT adapter, put its adapter_config.json beside "
+                "adapter_model.safetensors"
+            )
     weights = sum(1 for k in keys if k.endswith((".weight", ".bias")))
     if weights > 0.5 * len(keys):
         return (

@@ -219,7 +219,7 @@ def _unwrapped(reading: Reading) -> Reading:
         if "modules_to_save" in parts[1:]:
             at = parts.index("modules_to_save", 1)
             named = parts[at + 1 : at + 2] in (["default"], [reading.adapter_name])
-            claim = replace(claim, name=".".join(parts[:at] + parts[at + 1 + named :]))
+            claim = claim._replace(name=".".join(parts[:at] + parts[at + 1 + named :]))
         claims.append(claim)
     return replace(reading, claims=tuple(claims), unclaimed=tuple(unclaimed))
 

@@ -6,9 +6,9 @@ Loading is on the path of every command, so this file imports neither torch nor 
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +90,7 @@ def load(name: str) -> Architecture:
     templates |= document.get("templates", {})
     components: dict[str, Component] = {}
     for component_name, table in document["components"].items():
-        try:
-            components[component_name] = _component(component_name, table, templates)
-        except ValueError as error:
-            raise ValueError(f"{name}.toml, component {component_name}: {error}") from error
+        components[component_name] = _component(component_name, table, templates)
     return Architecture(name=name, title=document["title"], components=components, builtin=True)
 
 
@@ -105,12 +102,43 @@ def _read(path: Path) -> dict[str, Any]:
 def _component(name: str, table: Mapping[str, Any], templates: Mapping[str, list[Row]]) -> Component:
     # The config's numbers are in scope, so that no size stands twice in a file.
     scope: dict[str, Value] = {**table["config"], **table.get("vars", {})}
-    modules: dict[str, ModuleSpec] = {}
-    for leaf in Expander(templates, scope).expand(table["rows"]):
-        if leaf.canonical in modules:
-            raise ValueError(f"module {leaf.canonical!r} is listed twice")
-        modules[leaf.canonical] = _spec(leaf)
+    modules = _Modules(f"component {name}", Expander(templates, scope), table["rows"])
     return Component(name, modules, table["class"], table["config"], table.get("optional_prefix", ""))
+
+
+class _Modules(Mapping[str, ModuleSpec]):
+    """The modules of a template's rows, written out when they are first asked for."""
+
+    def __init__(self, where: str, expander: Expander, rows: list[Row]) -> None:
+        self._where, self._expander, self._rows = where, expander, rows
+
+    @cached_property
+    def _table(self) -> dict[str, ModuleSpec]:
+        modules: dict[str, ModuleSpec] = {}
+        try:
+            for leaf in self._expander.expand(self._rows):
+                if leaf.canonical in modules:
+                    raise ValueError(f"module {leaf.canonical!r} is listed twice")
+                modules[leaf.canonical] = _spec(leaf)
+        except ValueError as error:
+            raise ValueError(f"{self._where}: {error}") from error
+        return modules
+
+    def __getitem__(self, name: str) -> ModuleSpec:
+        return self._table[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._table
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """As `dict.get`; the inherited one costs an exception a miss."""
+        return self._table.get(name, default)
 
 
 def _spec(leaf: Leaf) -> ModuleSpec:

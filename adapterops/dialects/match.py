@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from adapterops.dialects.table import Dialect, Place, Suffix
 from adapterops.errors import AmbiguousFormat
@@ -17,8 +17,7 @@ PARAMETERS = frozenset({"weight", "bias", "running_mean", "running_var", "num_ba
 """The names under which torch's own layers keep parameters and buffers."""
 
 
-@dataclass(frozen=True, slots=True)
-class Claim:
+class Claim(NamedTuple):
     """One key, read: its place, the module's name as spelled (tail undone), and its suffix."""
 
     key: str
@@ -60,7 +59,7 @@ def read_keys(dialect: Dialect, keys: Iterable[str], variants: Mapping[str, tupl
     best: Reading | None = None
     names = _adapter_names(dialect, keys)
     # Most dialects have not one of a file's endings; that is cheap to see before their prefixes are tried.
-    endings = tuple({e for place in dialect.places for name in names for e in _endings(place, name)})
+    endings = tuple({text for place in dialect.places for name in names for text in _table(place, name)})
     if not any(key.endswith(endings) for key in keys):
         return Reading(dialect, (), keys)
     for swap in _swaps(dialect, variants or {}):
@@ -84,15 +83,20 @@ def _swaps(dialect: Dialect, variants: Mapping[str, tuple[str, ...]]) -> list[tu
 
 def _read(dialect: Dialect, keys: tuple[str, ...], adapter: str, swap: tuple[str, str] | None) -> Reading:
     claims, unclaimed = [], []
-    places = [_instance(place, adapter) for place in dialect.places]
+    places = [
+        (place, place.prefix if swap is None or place.prefix != swap[0] else swap[1], _table(place, adapter))
+        for place in dialect.places
+    ]
+    depth = max(text.count(".") for _, _, table in places for text in table)
     for key in keys:
+        endings = _endings_of(key, depth)
         claim = None
-        for place, endings, table in places:
-            prefix = place.prefix if swap is None or place.prefix != swap[0] else swap[1]
+        for place, prefix, table in places:
             if not key.startswith(prefix):
                 continue
-            if key.endswith(endings):
-                claim = _claim(key, len(prefix), place, endings, table)
+            ending = next((e for e in endings if e in table), None)
+            if ending is not None:
+                claim = _claim(key, len(prefix), place, ending, table[ending])
             elif place.saved:
                 claim = _saved(key, len(prefix), place)
             if claim is not None:
@@ -105,30 +109,30 @@ def _read(dialect: Dialect, keys: tuple[str, ...], adapter: str, swap: tuple[str
 
 
 @lru_cache(maxsize=256)
-def _suffix_table(suffixes: tuple[str, ...], adapter: str) -> tuple[tuple[str, ...], dict[str, int]]:
-    texts = [s.replace(_SLOT, f".{adapter}" if adapter else "") for s in suffixes]
-    table = {text: index for index, text in enumerate(texts)}
-    return tuple(sorted(table, key=len, reverse=True)), table
+def _table(place: Place, adapter: str) -> dict[str, Suffix]:
+    """The place's suffixes by their text, with an adapter's name in it."""
+    return {s.text.replace(_SLOT, f".{adapter}" if adapter else ""): s for s in place.suffixes}
 
 
-def _endings(place: Place, adapter: str) -> tuple[str, ...]:
-    return _suffix_table(tuple(s.text for s in place.suffixes), adapter)[0]
+def _endings_of(key: str, depth: int) -> list[str]:
+    """The dotted endings of a key, longest first: all that a suffix of at most `depth` dots can be."""
+    endings, at = [], len(key)
+    for _ in range(depth):
+        at = key.rfind(".", 0, at)
+        if at < 0:
+            break
+        endings.append(key[at:])
+    endings.reverse()
+    return endings
 
 
-def _instance(place: Place, adapter: str) -> tuple[Place, tuple[str, ...], dict[str, Suffix]]:
-    endings, table = _suffix_table(tuple(s.text for s in place.suffixes), adapter)
-    return place, endings, {text: place.suffixes[index] for text, index in table.items()}
-
-
-def _claim(key: str, start: int, place: Place, endings: tuple[str, ...], table: Mapping[str, Suffix]) -> Claim | None:
-    for ending in endings:
-        if key.endswith(ending):
-            name = key[start : len(key) - len(ending)]
-            if not place.tails:
-                return Claim(key, place, name, table[ending]) if name else None
-            for canonical, spelled in place.tails:
-                if name.endswith(spelled):
-                    return Claim(key, place, name[: len(name) - len(spelled)] + canonical, table[ending])
+def _claim(key: str, start: int, place: Place, ending: str, suffix: Suffix) -> Claim | None:
+    name = key[start : len(key) - len(ending)]
+    if not place.tails:
+        return Claim(key, place, name, suffix) if name else None
+    for canonical, spelled in place.tails:
+        if name.endswith(spelled):
+            return Claim(key, place, name[: len(name) - len(spelled)] + canonical, suffix)
     return None
 
 
@@ -177,6 +181,13 @@ class Group:
     method: str
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
+
+
+def sample(reading: Reading, size: int) -> Reading:
+    """The same reading of some `size` modules, spread over the file."""
+    names = list(dict.fromkeys(claim.name for claim in reading.claims))
+    chosen = set(names[:: max(1, len(names) // size)])
+    return replace(reading, claims=tuple(claim for claim in reading.claims if claim.name in chosen))
 
 
 def group(reading: Reading, tensors: Mapping[str, LazyTensor]) -> list[Group]:

@@ -188,7 +188,7 @@ def _settle(update: Update, stored: LazyTensor | None, dialect: Dialect, request
         alpha = Fact(float(rank), Certainty.ASSUMED, f"none stored: readers of {dialect.title} apply scale 1")
     else:
         alpha = Fact(None, Certainty.UNKNOWN, "no tensor, header or config holds it")
-    return replace(update, alpha=alpha, rslora=rule.rslora)
+    return Update(update.component, update.module, update.method, update.tensors, alpha, rule.rslora, update.options)
 
 
 def _magnitude(update: Update, dialect: Dialect) -> Update:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from adapterops import architectures
@@ -89,10 +89,11 @@ def fit(architecture: Architecture, groups: Sequence[Group]) -> Fit:
     unknown, misshapen, named = [], [], 0
     if len(groups) > 4 * _SAMPLE and not _plausible(architecture, groups):
         return Fit(architecture, 0, 0, tuple(groups), (), len(groups))
+    tables: dict[Place, Mapping[str, str]] = {}
     for entry in groups:
-        name = None
-        if applies(entry.place, architecture):
-            name = book(architecture, entry.place).table.get(entry.name)
+        if entry.place not in tables:
+            tables[entry.place] = book(architecture, entry.place).table if applies(entry.place, architecture) else {}
+        name = tables[entry.place].get(entry.name)
         if name is None:
             unknown.append(entry)
             continue
@@ -104,6 +105,13 @@ def fit(architecture: Architecture, groups: Sequence[Group]) -> Fit:
     return Fit(architecture, named, named - len(misshapen), tuple(unknown), tuple(misshapen), len(groups))
 
 
+def _candidates(groups: Sequence[Group]) -> list[Architecture]:
+    """The built-in architectures that have every component of a file; all of them where none does."""
+    known = [architectures.load(name) for name in architectures.names()]
+    wanted = {g.place.component for g in groups}
+    return [a for a in known if wanted <= set(a.components)] or known
+
+
 def _plausible(architecture: Architecture, groups: Sequence[Group]) -> bool:
     """Whether any of a spread of modules is in `architecture`; one that has none of them has not half of the file's."""
     spread = groups[:: max(1, len(groups) // _SAMPLE)]
@@ -113,7 +121,6 @@ def _plausible(architecture: Architecture, groups: Sequence[Group]) -> bool:
 def best_fit(groups: Sequence[Group], given: Architecture | None = None) -> int:
     """The number of modules that the best of the architectures (or the given one) has, by name and shape."""
     candidates = [given] if given is not None else [architectures.load(name) for name in architectures.names()]
-    groups = groups[:: max(1, len(groups) // _SAMPLE)]
     return max((fit(architecture, groups).shaped for architecture in candidates), default=0)
 
 
@@ -146,7 +153,7 @@ def identify(
         _insist(found, path)
         return given, Fact(given.name, Certainty.GIVEN, "--arch or --base"), []
     lookup = [g for g in groups if g.method != "saved"] or list(groups)
-    fits = [fit(architectures.load(name), lookup) for name in architectures.names()]
+    fits = [fit(architecture, lookup) for architecture in _candidates(lookup)]
     best = max(fits, key=lambda f: (f.shaped, f.named))
     dependent = any(needs_table(g.place) for g in groups)
     enough = best.total and best.shaped / best.total >= _ENOUGH
