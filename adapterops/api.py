@@ -216,9 +216,16 @@ def save(
 
 
 def _prove(adapter: Adapter, staged: str, place: str, dialect: Dialect, rounded: bool, progress: Progress) -> Proof:
-    given = adapter.base if adapter.architecture.certainty is Certainty.GIVEN else None
+    # What the source was read with, where it has every module; saved heads need not be in a table.
+    known = adapter.base is not None and all(_in_base(u, adapter.base) for u in adapter)
+    given = adapter.base if known else None
     back = _read(open_source(staged), dialect.name, Request(given))
     return prove(adapter, back, place, rounded, progress)
+
+
+def _in_base(update: Update, base: Architecture) -> bool:
+    component = base.components.get(update.component)
+    return component is not None and update.module in component.modules
 
 
 def insist_on_alphas(adapter: Adapter) -> None:

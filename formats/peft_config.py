@@ -274,7 +274,8 @@ def target_modules(adapted: set[str], base: set[str] | None, optional_prefix: st
     if base is not None:
         walk = with_parents(base)
         endings = sorted(set(shortest_suffixes(adapted, walk).values()))
-        exact = all(_named(n, endings) == (n in adapted) for n in walk)
+        chosen = set(endings)
+        exact = all(chosen.isdisjoint(_endings(n)) != (n in adapted) for n in walk)
         if exact and (not optional_prefix or not any(e.startswith(optional_prefix) for e in endings)):
             return endings
     return _optional(names_regex(sorted(adapted)), optional_prefix)

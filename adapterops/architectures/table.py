@@ -94,6 +94,7 @@ def load(name: str) -> Architecture:
     return Architecture(name=name, title=document["title"], components=components, builtin=True)
 
 
+@cache
 def _read(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return tomllib.load(file)

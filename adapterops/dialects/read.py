@@ -154,34 +154,28 @@ def _settle(update: Update, stored: LazyTensor | None, dialect: Dialect, request
     """Alpha from every source that holds it; they must agree."""
     rank = METHODS[update.method].rank(update) or 0
     rule = scale_of(update.component, update.module, rank)
-    found: dict[str, tuple[float, str, Certainty]] = {}
+    given = request.alpha
+    alpha: Fact[float | None] | None = None
     if stored is not None:
         try:
-            found["tensors"] = (stored.item(), f"tensor {stored.key}", Certainty.READ)
+            alpha = Fact(stored.item(), Certainty.READ, f"tensor {stored.key}")
         except ValueError as error:
             raise BrokenAdapter(f"{stored.where}: shape {list(stored.shape)}; alpha must be one number") from error
     if rule.alpha is not None:
-        found["config"] = (rule.alpha, rule.source, rule.certainty)
-    given = request.alpha
-    if isinstance(given, str):
-        name = "config" if given == "header" else given
-        found = {name: found[name]} if name in found else found
-    values = {value for value, _, _ in found.values()}
-    if len(values) > 1 and not isinstance(given, float):
-        both = " and ".join(f"{value:g} ({where})" for value, where, _ in found.values())
-        raise Conflict(
-            f"{next(iter(update.tensors.values())).where}: two alphas for {update.name}: {both}; "
-            "--alpha tensors or --alpha config says which to believe"
-        )
-    alpha: Fact[float | None]
-    if len(values) == 1:
-        value, where, certainty = next(iter(found.values()))
-        if isinstance(given, float) and given != value:
+        stated: Fact[float | None] = Fact(rule.alpha, rule.certainty, rule.source)
+        if alpha is None or given in ("config", "header"):
+            alpha = stated
+        elif alpha.value != stated.value and given != "tensors":
             raise Conflict(
-                f"{next(iter(update.tensors.values())).where}: --alpha {given:g}, but the file says {value:g} "
-                f"({where}) for {update.name}; leave --alpha out"
+                f"{next(iter(update.tensors.values())).where}: two alphas for {update.name}: {alpha} and {stated}; "
+                "--alpha tensors or --alpha config says which to believe"
             )
-        alpha = Fact(value, certainty, where)
+    if alpha is not None:
+        if isinstance(given, float) and given != alpha.value:
+            raise Conflict(
+                f"{next(iter(update.tensors.values())).where}: --alpha {given:g}, but the file says {alpha} "
+                f"for {update.name}; leave --alpha out"
+            )
     elif isinstance(given, float):
         alpha = Fact(given, Certainty.GIVEN, "--alpha")
     elif dialect.convention == "rank":

@@ -120,7 +120,7 @@ def _plausible(architecture: Architecture, groups: Sequence[Group]) -> bool:
 
 def best_fit(groups: Sequence[Group], given: Architecture | None = None) -> int:
     """The number of modules that the best of the architectures (or the given one) has, by name and shape."""
-    candidates = [given] if given is not None else [architectures.load(name) for name in architectures.names()]
+    candidates = [given] if given is not None else _candidates(groups)
     return max((fit(architecture, groups).shaped for architecture in candidates), default=0)
 
 
