@@ -22,7 +22,7 @@ import adapterops as ao  # noqa: E402
 
 def row(name: str, path: Path, folder: Path) -> str:
     """The verdict on one file as a row of the table."""
-    output = folder / "out" / name.replace("/", "_")
+    output = folder / "out" / name.replace("/", "_").replace(".", "_")
     try:
         result = ao.convert(path, "peft", output)
     except ao.AdapterOpsError as error:

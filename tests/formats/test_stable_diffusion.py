@@ -15,6 +15,7 @@ from peft import PeftModel
 from raw import Deltas, dotted_deltas, flat_names, kohya_deltas, peft_deltas, probe, sgm
 
 import adapterops as ao
+from adapterops.methods import METHODS
 
 FILES = {
     "timohavdk-sd-lora/pytorch_lora_weights.safetensors": "sd1",
@@ -45,8 +46,6 @@ def assert_same(found: Deltas, wanted: Deltas) -> None:
 
 def library_deltas(path: Path | str) -> Deltas:
     """What adapterops itself says the deltas are, in float32."""
-    from adapterops.methods import METHODS
-
     deltas = {(u.component, u.module): METHODS["lora"].delta(u).double().flatten(1) for u in ao.load(path)}
     return {key: delta @ probe(delta.shape[1]) for key, delta in deltas.items()}
 
@@ -168,3 +167,28 @@ def _no_missing_keys() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Found missing adapter keys")
         yield
+
+
+@pytest.mark.parametrize(
+    ("name", "arch"),
+    [("kohya-sd15", "sd1"), ("diffusers-sd15", "sd1"), ("kohya-dora-output-sd15", "sd1"), ("kohya-sdxl", "sdxl")],
+)
+def test_diffusers_applies_each_modules_own_scale(name: str, arch: str, tmp_path: Path) -> None:
+    """Ranks and alphas that differ by module: the header's patterns say to diffusers what the tensors said."""
+    source = Path(__file__).parents[2] / "fixtures" / f"{name}.safetensors"
+    result = ao.convert(source, "diffusers", tmp_path / "x.safetensors")
+    wanted = {(u.component, u.module): METHODS["lora"].scale(u) for u in ao.load(source)}
+    assert len(set(wanted.values())) > 1 or name != "kohya-sd15"
+    assert adapted_by_diffusers(arch, result.path) == wanted
+
+
+@pytest.mark.parametrize("name", ["kohya-sd15", "diffusers-sd15", "kohya-dora-output-sd15"])
+def test_peft_applies_each_modules_own_scale(name: str, tmp_path: Path) -> None:
+    source = Path(__file__).parents[2] / "fixtures" / f"{name}.safetensors"
+    ao.convert(source, "peft", tmp_path / "peft")
+    wanted = {u.module: METHODS["lora"].scale(u) for u in ao.load(source).of("unet")}
+    folder = tmp_path / "peft" / "unet" if (tmp_path / "peft" / "unet").is_dir() else tmp_path / "peft"
+    with _no_missing_keys():
+        model = PeftModel.from_pretrained(build("sd1")["unet"], folder, low_cpu_mem_usage=True)
+    found = {module: layer.scaling["default"] for (_, module), layer in adapted("unet", model.base_model.model).items()}
+    assert found == wanted
