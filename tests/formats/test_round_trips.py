@@ -21,13 +21,46 @@ OURS = sorted(
         *(config.parent for config in FIXTURES.glob("*/adapter_config.json")),
     ]
 )
-SD_FILES = (
+FILES = (
+    "timohavdk-sd-lora/pytorch_lora_weights.safetensors",
     "timohavdk-sd-lora/2100-lora.safetensors",
-    "catundchat-sd15/pytorch_lora_weights.bin",
     "vfph55-my-lora/pytorch_lora_weights.safetensors",
+    "rafidreezwan-brain-mri-sd/pytorch_lora_weights.safetensors",
+    "catundchat-sd15/pytorch_lora_weights.bin",
+    "catundchat-sd15/pytorch_lora_weights.safetensors",
+    "thehydrowave-naruto/teacher_lora_weights.bin",
+    "dyfuzja-filip-base/pytorch_lora_weights.safetensors",
+    "dyfuzja-filip-dreambooth/pytorch_lora_weights.safetensors",
+    "diffusers-pr-pokemon/pytorch_lora_weights.safetensors",
+    "age-prediction-whyiswmm",
+    "agnews-krish-ckpt6750",
+    "agnews-subro-2400",
+    "agnews-subro-500",
+    "be-great-yoonyerin",
+    "bert-rank1-trungmac",
+    "bloom-560m-vuong",
+    "convnext-mountain-tommyroar",
     "difusor-susana",
+    "distilbert-emotion-dayanidhi",
+    "distilbert-imdb-tashu",
+    "flan-t5-medicalqna",
+    "gemma3-270m-svg-adapter",
+    "gemma3-270m-svg-adapter_curriculum_stage1",
+    "gpt-lora-bin-thesotti",
+    "gpt2-anirudh",
+    "gpt2-stathopoan",
+    "monteclora-roberta-mrpc",
+    "multitask-haresh",
+    "neurodx-eeg-letitbe",
+    "peft-bin-sidkris",
+    "peft-regression-0.6.1-lora_conv2d",
+    "peft-regression-0.6.1-lora_mlp",
+    "peft-regression-0.6.1-lora_mlp_modules_to_save",
+    "peft-regression-0.6.1-lora_opt-350m",
+    "peft-regression-0.6.1-lora_opt-350m_bnb_4bit",
+    "speech-erika",
 )
-LM_FILES = ("gpt2-anirudh", "gemma3-270m-svg-adapter", "peft-bin-sidkris", "agnews-krish-ckpt6750")
+"""Every LoRA of the corpus in the formats that are read and written."""
 
 
 def holders(adapter: Adapter) -> set[str]:
@@ -61,7 +94,8 @@ def raw(path: Path) -> dict[str, tuple[str, tuple[int, ...], bytes]]:
     """Every tensor of a file or folder: dtype, shape and bytes, read by the reference libraries."""
     import torch
 
-    files = [path] if path.is_file() else sorted([*path.glob("**/adapter_model.safetensors"), *path.glob("*.bin")])
+    weights = ("**/adapter_model.safetensors", "adapter_model.bin")
+    files = [path] if path.is_file() else sorted(f for pattern in weights for f in path.glob(pattern))
     return {
         f"{file.parent.relative_to(path) if path.is_dir() else '.'}/{key}": (
             str(t.dtype),
@@ -98,7 +132,7 @@ def there_and_back(path: Path, tmp_path: Path) -> None:
         assert found == wanted, target
 
 
-@pytest.mark.parametrize("name", SD_FILES + LM_FILES)
+@pytest.mark.parametrize("name", FILES)
 def test_published_files_come_back(name: str, corpus: Path, tmp_path: Path) -> None:
     there_and_back(corpus / "files" / name, tmp_path)
 
@@ -108,7 +142,7 @@ def test_fixtures_come_back(path: Path, tmp_path: Path) -> None:
     there_and_back(path, tmp_path)
 
 
-@pytest.mark.parametrize("name", SD_FILES + LM_FILES)
+@pytest.mark.parametrize("name", FILES)
 def test_writing_what_was_read_gives_the_same_file(name: str, corpus: Path, tmp_path: Path) -> None:
     path = corpus / "files" / name
     result = ao.save(ao.load(path), tmp_path / "same")
