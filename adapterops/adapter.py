@@ -18,6 +18,9 @@ from adapterops.storage.tensor import LazyTensor
 
 T = TypeVar("T")
 
+COMPONENTS = ("model", "unet", "transformer", "prior", "text_encoder", "text_encoder_2", "text_encoder_3")
+"""The names of components: a lone model, and the parts of a pipeline as diffusers calls them."""
+
 
 class Certainty(StrEnum):
     """How a fact is known."""
@@ -87,8 +90,8 @@ class Provenance:
     dialect: str = ""
     spelling: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
-    folded: tuple[str, ...] = ()
-    """Keys that became facts instead of tensors (alphas, ranks)."""
+    folded: Mapping[tuple[str, str, str], str] = field(default_factory=dict)
+    """The key of each update's alpha tensor, which became a fact."""
     dropped: tuple[str, ...] = ()
     """Keys lost under `--allow-drop`."""
     size: int = 0
@@ -102,7 +105,9 @@ class Adapter:
     """The whole set of updates of one file or folder.
 
     `config` holds, for each component, the facts of a PEFT config that belong to no module (task type, base
-    model, dropout …); `metadata` the strings of the source's header; `base` the table behind `architecture`.
+    model, dropout …); `metadata` the strings of the source's header; `base` the table behind `architecture`;
+    `mutated_init` names a way of initialising (PiSSA …) that changed the base weights, which the deltas then
+    are relative to.
     """
 
     updates: Mapping[tuple[str, str, str], Update]
@@ -111,6 +116,7 @@ class Adapter:
     metadata: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     base: Architecture | None = None
+    mutated_init: str | None = None
 
     def __iter__(self) -> Iterator[Update]:
         return iter(self.updates.values())

@@ -6,13 +6,14 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from typing import Any
 
 from adapterops import architectures, registry
-from adapterops.adapter import Adapter, Certainty, Fact, Update
+from adapterops.adapter import COMPONENTS, Adapter, Certainty, Fact, Update
 from adapterops.architectures import Architecture
 from adapterops.dialects.read import Request
-from adapterops.dialects.table import Dialect
+from adapterops.dialects.table import AlphaIn, Dialect
 from adapterops.errors import (
     AmbiguousFormat,
     CannotRepresent,
@@ -35,6 +36,7 @@ _DTYPE_NAMES = {
     "float16": "F16", "f16": "F16", "fp16": "F16", "half": "F16",
     "bfloat16": "BF16", "bf16": "BF16",
 }  # fmt: skip
+_SAFETENSORS = (".safetensors", ".sft")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -81,6 +83,10 @@ def load(
 
     Raises the errors of `adapterops.errors`, each naming the file, the tensor and what to do.
     """
+    if isinstance(alpha, str) and alpha not in ("tensors", "header", "config"):
+        raise UsageError(f"--alpha {alpha!r} is neither a number nor one of tensors, header, config")
+    if isinstance(alpha, float) and not isfinite(alpha):
+        raise UsageError(f"--alpha {alpha} is no number that a scale can have")
     if arch is not None and base is not None:
         raise UsageError("--arch and --base both name the base model; give one of them")
     given: Architecture | None = None
@@ -96,7 +102,7 @@ def load(
 
 def _read(source: Source, format: str | None, request: Request) -> Adapter:
     if not source.parts:
-        form, reading = registry.recognise(source, format, request.architecture)
+        form, reading = registry.recognise(source, format, request.architecture, request.allow_drop)
         try:
             adapter = form.read(source, reading, request)
         except UnknownArchitectureOfFile:
@@ -106,14 +112,12 @@ def _read(source: Source, format: str | None, request: Request) -> Adapter:
             raise NotAnAdapter(f"{source.path}: holds saved modules only and no update of any method")
         return adapter
     if len(source.parts) == 1:
-        return _read(next(iter(source.parts.values())), format, request)
-    unknown = [name for name in source.parts if name not in _COMPONENTS]
+        name, part = next(iter(source.parts.items()))
+        return _read(part if name in COMPONENTS else replace(part, component=""), format, request)
+    unknown = [name for name in source.parts if name not in COMPONENTS]
     if unknown:
         raise AmbiguousFormat(f"{source.path}: holds several adapters ({', '.join(source.parts)}); name one of them")
     return _join(source, [_read(part, format, request) for part in source.parts.values()])
-
-
-_COMPONENTS = ("model", "unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
 
 
 def _join(source: Source, parts: list[Adapter]) -> Adapter:
@@ -132,7 +136,7 @@ def _join(source: Source, parts: list[Adapter]) -> Adapter:
         first,
         path=source.path,
         notes=tuple(dict.fromkeys(n for p in parts for n in p.provenance.notes)),
-        folded=tuple(k for p in parts for k in p.provenance.folded),
+        folded={k: v for p in parts for k, v in p.provenance.folded.items()},
         dropped=tuple(k for p in parts for k in p.provenance.dropped),
         size=source.size,
     )
@@ -187,11 +191,15 @@ def save(
     the source by more than rounding explains, `OutputExists`, `OutputFailed` …; nothing is left behind then.
     """
     form, dialect = registry.find(format or adapter.provenance.dialect)
+    _insist_on_use(adapter, dialect, fields or {})
     insist_on_alphas(adapter)
     wanted = _dtype(dtype)
     changed = adapter.with_updates(_map(u, wanted, fold_alpha) for u in adapter)
     target = Target(dialect, adapter.base, dict(fields or {}), format is None, allow_drop)
+    _insist_on_init(adapter, form)
     out = form.write(changed, target)
+    if not out.kept:
+        raise CannotRepresent(f"{adapter.provenance.path}: nothing of it is left to write as {dialect.title}")
     place = _place(os.fspath(path), form)
     timings = Timings()
     names = [file.path or os.path.basename(place) for file in out.files]
@@ -228,6 +236,26 @@ def _in_base(update: Update, base: Architecture) -> bool:
     return component is not None and update.module in component.modules
 
 
+def _insist_on_use(adapter: Adapter, dialect: Dialect, fields: Mapping[str, Any]) -> None:
+    """Raise `UsageError` for fields of a config where neither the source nor the target has one."""
+    known = adapter.provenance.dialect
+    configs = [d for d in (dialect, registry.find(known)[1] if known else None) if d and d.alpha is AlphaIn.CONFIG]
+    if fields and not configs:
+        raise UsageError(
+            f"--set {next(iter(fields))}: neither {known} nor {dialect.name} has a PEFT config to set it in"
+        )
+
+
+def _insist_on_init(adapter: Adapter, form: Format) -> None:
+    """Raise `CannotRepresent` where the deltas are relative to a base that the target cannot tell of."""
+    if adapter.mutated_init and not form.tells_init:
+        raise CannotRepresent(
+            f"{adapter.provenance.path}: was trained from {adapter.mutated_init}, which changed the base weights: on the "
+            f"published base its deltas are wrong, and {form.title} cannot say so. Make a plain LoRA of it first "
+            "(peft: save_pretrained with path_initial_model_for_weight_conversion)"
+        )
+
+
 def insist_on_alphas(adapter: Adapter) -> None:
     """Raise `UnknownFact` for the first update whose alpha no source holds."""
     for update in adapter:
@@ -251,7 +279,7 @@ def _dtype(name: str | None) -> str | None:
 def _map(update: Update, dtype: str | None, fold: bool) -> Update:
     """The update in another dtype, or with its scale multiplied into B (and B's bias)."""
     scale = METHODS[update.method].scale(update)
-    folded = fold and scale is not None and scale != 1.0
+    folded = fold and scale is not None
     if dtype is None and not folded:
         return update
     tensors = {
@@ -270,10 +298,10 @@ def _place(path: str, form: Format) -> str:
     if suffix in _PICKLE_SUFFIXES:
         raise UsageError(f"{path}: only safetensors are written; name a .safetensors file or a folder")
     if form.is_folder:
-        if suffix == ".safetensors":
+        if suffix in _SAFETENSORS:
             raise UsageError(f"{path}: {form.title} is a folder; name a folder")
         return os.path.normpath(path)
-    if suffix != ".safetensors" or os.path.isdir(path):
+    if suffix not in _SAFETENSORS or os.path.isdir(path):
         return os.path.join(path, form.file_name)
     return os.path.normpath(path)
 
@@ -293,6 +321,8 @@ def _result(
 ) -> Result:
     files = tuple(os.path.join(place, f.path) if form.is_folder else place for f in out.files)
     notes = (*adapter.provenance.notes, *out.notes)
+    # Where the target keeps alphas as tensors too, they were converted and not folded.
+    written = set(adapter.provenance.folded.values()) if dialect.alpha is AlphaIn.TENSOR else set()
     return Result(
         source=adapter.provenance.path,
         path=place,
@@ -303,7 +333,7 @@ def _result(
         tensors=sum(len(f.tensors) for f in out.files),
         bytes=sum(t.nbytes for f in out.files for t in f.tensors.values()),
         proof=proof,
-        folded=adapter.provenance.folded,
+        folded=tuple(k for u in out.kept if (k := adapter.provenance.folded.get(u.key)) and k not in written),
         dropped=(*adapter.provenance.dropped, *out.dropped),
         notes=tuple(dict.fromkeys(notes)),
         files=files,

@@ -22,17 +22,24 @@ class Carried:
 
     spelling: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    architecture: str | None = None
+    """The base model where it was known; it decides where modules alone fit several."""
 
     @classmethod
     def parse(cls, metadata: Mapping[str, str]) -> Carried:
         """The entry of a header; empty where there is none, or where someone else wrote something else there."""
         try:
             value = json.loads(metadata.get(KEY, "{}"))
-        except ValueError:
+        except (ValueError, RecursionError):
             return cls()
         if not isinstance(value, dict):
             return cls()
-        return cls(_tables(value.get("spelling")), _tables(value.get("config")))
+        architecture = value.get("architecture")
+        return cls(
+            _tables(value.get("spelling")),
+            _tables(value.get("config")),
+            architecture if isinstance(architecture, str) else None,
+        )
 
     @staticmethod
     def strip(metadata: Mapping[str, str]) -> dict[str, str]:
@@ -41,10 +48,11 @@ class Carried:
 
     def dump(self) -> str | None:
         """The entry's text, the same for the same contents; None where there is nothing to say."""
-        value = {
+        value: dict[str, Any] = {
             name: {k: dict(v) for k, v in part.items() if v}
             for name, part in (("config", self.config), ("spelling", self.spelling))
         }
+        value["architecture"] = self.architecture
         value = {name: part for name, part in value.items() if part}
         return json.dumps(value, sort_keys=True, separators=(",", ":")) if value else None
 

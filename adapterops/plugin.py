@@ -78,6 +78,8 @@ class Format:
     file_name: ClassVar[str] = ""
     """The usual file name inside a folder; "" for formats that are folders themselves."""
     is_folder: ClassVar[bool] = False
+    tells_init: ClassVar[bool] = False
+    """Whether the format can say that the base weights were changed at initialisation (`Adapter.mutated_init`)."""
     variants: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Prefixes that may stand for a place's own (wrappers left in keys)."""
     foreign: ClassVar[Mapping[str, str]] = {}
@@ -106,20 +108,21 @@ class Format:
     def spelling(self, adapter: Adapter, target: Target) -> dict[str, Any]:
         """The recorded choices of spelling that apply to `target`.
 
-        How alphas were stored is kept for every dialect of the format; prefixes and an adapter's name only where the
-        same dialect is to be written faithfully.
+        How alphas and unusual shapes were stored is kept for every dialect of the format; prefixes and an adapter's
+        name only where the same dialect is to be written faithfully.
         """
         recorded = adapter.provenance.carried.spelling
         own = recorded.get(target.dialect.name)
         if own is not None and target.faithful:
             return dict(own)
         near = own or next((recorded[d.name] for d in self.dialects if d.name in recorded), {})
-        return {k: v for k, v in near.items() if k in ("alpha_absent", "alpha_as")}
+        return {k: v for k, v in near.items() if k in ("alpha_absent", "alpha_as", "shapes")}
 
 
 def header(adapter: Adapter) -> dict[str, str]:
     """The header's strings for a converted file: the source's own, and what is carried for the way back."""
-    carried = Carried(adapter.provenance.carried.spelling, adapter.config).dump()
+    known = adapter.base.name if adapter.base is not None and adapter.base.builtin else None
+    carried = Carried(adapter.provenance.carried.spelling, adapter.config, known).dump()
     out = {"format": "pt", **{k: v for k, v in sorted(adapter.metadata.items()) if k != CARRIED_KEY}}
     return {**out, CARRIED_KEY: carried} if carried else out
 

@@ -189,7 +189,7 @@ def _insist_on_rounding(update: Update, other: Update, same: list[bool], path: s
     The delta's norm alone would not notice one wrong number among many.
     """
     one, two = METHODS[update.method].scale(update), METHODS[other.method].scale(other)
-    factors = {1.0, one / two} if one and two else {1.0}
+    factors = {1.0, one / two} if one is not None and two else {1.0}
     for (role, tensor), equal in zip(update.tensors.items(), same, strict=True):
         twin = other.tensors.get(role)
         comparable = twin is not None and twin.numel == tensor.numel and tensor.dtype in dtypes.NUMBERS

@@ -48,7 +48,7 @@ def find(name: str) -> tuple[Format, Dialect]:
 
 
 def recognise(
-    source: Source, only: str | None = None, architecture: Architecture | None = None
+    source: Source, only: str | None = None, architecture: Architecture | None = None, allow_drop: bool = False
 ) -> tuple[Format, Reading]:
     """The format and dialect of a source.
 
@@ -66,7 +66,7 @@ def recognise(
     if only is not None and not candidates:
         find(only)
         raise UnsupportedFormat(f"{source.path}: no key reads as {only}")
-    if not candidates or candidates[0][1].unclaimed:
+    if not candidates or (candidates[0][1].unclaimed and not allow_drop):
         explain(source, candidates[0][1].unclaimed if candidates else source.tensors)
     elif candidates[0][1].prefix == "":
         # Without any prefix the keys of other writers read as module names too.

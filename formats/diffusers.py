@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from adapterops_formats.peft_config import LoraConfig, describes, from_updates
+from adapterops_formats.peft_config import LoraConfig, check_given, describes, from_updates, refuse_scale
 from adapterops_formats.peft_names import LORA
 
 from adapterops.plugin import (
@@ -143,6 +143,7 @@ class Diffusers(Format):
         r"^(base_model\.model\.)?(double_blocks|single_blocks|img_in|txt_in)\.": (
             f"is spelled by Flux.1's own module names (BFL, fal, control LoRA); {_LATER}"
         ),
+        r"^(controlnet|vae|image_encoder|image_proj)\.": "belongs to a component that no format here converts",
         r"^diffusion_model\.": f"is Comfy's generic spelling; {_LATER}",
         r"^lora_controlnet$": f"is a Stability control-LoRA; {_LATER}",
         r"^(unet|text_encoder):\d+:(up|down)$": (
@@ -154,7 +155,9 @@ class Diffusers(Format):
     }
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
-        if reading.dialect.alpha is not AlphaIn.CONFIG:
+        check_given(request.fields)
+        if reading.dialect.alpha is not AlphaIn.CONFIG or METADATA_KEY not in source.metadata:
+            refuse_scale(request.fields, f"{reading.dialect.title} without a header")
             return read_by_table(reading, source, request)
         configs = _header_configs(source, request)
 
@@ -165,7 +168,16 @@ class Diffusers(Format):
         adapter = read_by_table(reading, source, request, rule)
         for component, config in configs.items():
             describes(config.fields, config.where, adapter.of(component), _conflict)
-        return adapter
+        silent = [c for c in adapter.components if c not in configs]
+        notes = [f"the header's {METADATA_KEY} says nothing of {c}: scale 1 is assumed" for c in silent]
+        notes += [
+            f"the header's {METADATA_KEY} speaks of {c}, of which the file has nothing"
+            for c in configs
+            if c not in adapter.components
+        ]
+        mutated = next((config.mutated_init for config in configs.values() if config.mutated_init), None)
+        provenance = replace(adapter.provenance, notes=(*adapter.provenance.notes, *notes))
+        return replace(adapter, provenance=provenance, mutated_init=mutated)
 
     def write(self, adapter: Adapter, target: Target) -> Output:
         spelled = self.spell(adapter, target)
@@ -223,7 +235,7 @@ def _write_header(adapter: Adapter, target: Target) -> str:
         base = target.architecture.components.get(component) if target.architecture else None
         fields = from_updates(
             adapter.of(component),
-            set(base.modules) if base else None,
+            set(base.modules) | base.bare if base else None,
             base.optional_prefix if base else "",
         )
         value.update({f"{component}.{name}": v for name, v in fields.items()})

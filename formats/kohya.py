@@ -11,10 +11,16 @@ that train SDXL on a diffusers UNet write diffusers' names there too, which is t
 
 from __future__ import annotations
 
+from math import isfinite, sqrt
+
+from adapterops_formats.peft_config import refuse_scale
+
 from adapterops.plugin import (
     ONE_ENCODER,
+    TWO_ENCODERS,
     Adapter,
     AlphaIn,
+    Certainty,
     Dialect,
     Format,
     Place,
@@ -36,7 +42,7 @@ SUFFIXES = (
 ENCODERS = (
     Place("text_encoder", "lora_te_", SUFFIXES, flat=True, only=frozenset({ONE_ENCODER})),
     # diffusers' own export calls the encoder of SD 1.x so, too; it is read, and written only where there are two.
-    Place("text_encoder", "lora_te1_", SUFFIXES, flat=True),
+    Place("text_encoder", "lora_te1_", SUFFIXES, flat=True, usual=frozenset({TWO_ENCODERS})),
     Place("text_encoder_2", "lora_te2_", SUFFIXES, flat=True),
 )
 KOHYA = Dialect(
@@ -89,6 +95,7 @@ class Kohya(Format):
     }
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
+        refuse_scale(request.fields, "a Kohya file")
         adapter = read_by_table(reading, source, request)
         if not isinstance(request.alpha, (str, float)):
             _agree_with_header(adapter, source)
@@ -106,17 +113,21 @@ def _agree_with_header(adapter: Adapter, source: Source) -> None:
         stated = float(text)
     except ValueError:
         return
-    read = {u.alpha.value: u for u in adapter if u.alpha is not None and u.alpha.value is not None}
-    # 16-bit alphas are rounded: within bfloat16's spacing they say the same.
-    if not read or any(abs(value - stated) <= abs(stated) * 2**-7 for value in read if value is not None):
+    # Zero says "as the rank" to trainers; some write None or Dynamic.
+    if not isfinite(stated) or stated == 0:
         return
-    value, update = next(iter(read.items()))
-    assert update.alpha is not None
-    raise errors.Conflict(
-        f"{source.path}: two alphas: the header's ss_network_alpha is {stated:g}, but no module has it "
-        f"({update.name} has {value:g}, {update.alpha}); --alpha tensors believes the tensors, as readers do; "
-        f"--alpha {stated:g} cannot be right unless they are wrong"
-    )
+    read = [u for u in adapter if u.alpha is not None and u.alpha.certainty is Certainty.READ]
+    for update in read:
+        value, rank = update.alpha.value or 0.0, update.tensors["B"].shape[1]  # type: ignore[union-attr]
+        # 16-bit alphas are rounded: within bfloat16's spacing they say the same.  LyCORIS stores rsLoRA's scale as
+        # alpha·√rank (`lycoris/modules/locon.py`).
+        if any(abs(value - said) <= abs(said) * 2**-7 for said in (stated, stated * sqrt(rank))):
+            return
+    if read:
+        raise errors.Conflict(
+            f"{source.path}: two alphas: the header's ss_network_alpha is {stated:g}, but no module has it "
+            f"({read[0].name}: {read[0].alpha}); --alpha tensors believes the tensors, as readers do"
+        )
 
 
 FORMAT = Kohya()

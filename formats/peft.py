@@ -16,7 +16,9 @@ from typing import Any, ClassVar
 from adapterops_formats.peft_config import (
     DERIVED,
     NARROWING,
+    REFUSED,
     LoraConfig,
+    check_given,
     describes,
     from_updates,
     shuts_out,
@@ -102,6 +104,7 @@ class Peft(Format):
     title = "PEFT folder (adapter_config.json, adapter_model.safetensors)"
     dialects = (PEFT,)
     is_folder = True
+    tells_init = True
     variants: ClassVar = {
         _PREFIX: (_PREFIX + _PREFIX, "base_model.", "module." + _PREFIX, "_orig_mod." + _PREFIX, ""),
     }
@@ -136,6 +139,7 @@ class Peft(Format):
         return readings
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
+        check_given(request.fields)
         config = _config_of(source, request)
         carried = Carried.parse(source.metadata).spelling.get(PEFT.name, {})
         component = source.component or _component(source.config) or carried.get("component", "")
@@ -158,7 +162,14 @@ class Peft(Format):
         name = adapter.components[0] if adapter.components else "model"
         if source.config is not None:
             describes(config.fields, config.where, list(adapter), _conflict)
-        return replace(adapter, config={name: dict(config.fields)})
+        notes = list(adapter.provenance.notes)
+        if config.mutated_init:
+            notes.append(
+                f"was trained from {config.mutated_init}, which changed the base weights: it is right on that changed base only"
+            )
+        provenance = replace(adapter.provenance, notes=tuple(notes))
+        own = {name: dict(config.fields)}
+        return replace(adapter, config=own, provenance=provenance, mutated_init=config.mutated_init)
 
     def write(self, adapter: Adapter, target: Target) -> Output:
         components = adapter.components
@@ -170,12 +181,15 @@ class Peft(Format):
             part = adapter.with_updates(adapter.of(component))
             folder = f"{component}/" if len(components) > 1 else ""
             spelled = self.spell(part, target)
+            dropped += spelled.dropped
+            if not any(u.method != "saved" for u in spelled.kept):
+                dropped += [f"{u.name}: nothing but saved parameters was left beside it" for u in spelled.kept]
+                continue
             part = part.with_updates(spelled.kept)
             config, said = write_config(part, component, target)
             notes += said
             notes += _lost_prefix(part, component, target)
             kept += spelled.kept
-            dropped += spelled.dropped
             files.append(OutputFile(folder + WEIGHTS, spelled.tensors, _header(part, component)))
             files.append(OutputFile(folder + CONFIG, text=json.dumps(config, indent=2, sort_keys=True) + "\n"))
         return Output(tuple(files), tuple(kept), tuple(dropped), tuple(dict.fromkeys(notes)))
@@ -284,7 +298,8 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
     """
     updates = list(adapter)
     base = target.architecture.components.get(component) if target.architecture else None
-    names = set(base.modules) if base is not None else None
+    check_given(target.fields)
+    names = set(base.modules) | base.bare if base is not None else None
     optional = base.optional_prefix if base is not None else ""
     derived = from_updates(updates, names, optional)
     saved, notes = _saved_fields(updates, base)
@@ -302,15 +317,45 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
             config["modules_to_save"] = derived.get("modules_to_save")
             notes.append("modules_to_save is made anew: the one in the config names modules that the file lacks")
     else:
-        kept = {k: v for k, v in own.items() if k not in (*DERIVED, *NARROWING)}
+        kept = {k: v for k, v in own.items() if k not in (*DERIVED, *NARROWING, *REFUSED, "peft_type")}
         config = {**_DEFAULTS, **kept, **derived}
         if own:
             notes.append("config fields that contradicted the tensors are derived from them")
     if base is not None and any(u.method == "lora" and _transposed(base, u.module) for u in updates):
         config["fan_in_fan_out"] = True
     config.update({k: v for k, v in target.fields.items() if not _answered(k, v, config)})
-    describes(config, "the config to be written", updates, _conflict)
+    _agrees(config, updates, names, target.fields)
+    absent = [m for m in config.get("modules_to_save") or () if not _is_saved(m, updates)]
+    if absent:
+        notes.append(
+            f"modules_to_save lists {', '.join(dict.fromkeys(absent))}, of which the file holds nothing: peft cannot load "
+            "it into a base that has such a module"
+        )
     return config, notes
+
+
+def _agrees(config: Mapping[str, Any], updates: list[Update], names: set[str] | None, given: Mapping[str, Any]) -> None:
+    """Raise `Conflict` where the finished config, the user's fields in it, does not say what the tensors are."""
+    where = f"the config to be written (--set {', '.join(given)})" if given else "the config to be written"
+    describes(config, where, updates, _conflict)
+    view = LoraConfig.parse(config, where)
+    for update in (u for u in updates if u.method == "lora"):
+        rule = view.rule(update.module)
+        if update.alpha is not None and (rule.alpha != update.alpha.value or rule.rslora != update.rslora):
+            raise errors.Conflict(
+                f"{update.tensors['A'].where}: {where} says lora_alpha {rule.alpha}, use_rslora {rule.rslora} for "
+                f"{update.name}, but the adapter has {update.alpha}, use_rslora {update.rslora}"
+            )
+    if names is not None and "target_modules" in given and _takes_more(config, updates, names):
+        raise errors.Conflict(f"{where}: its target_modules would adapt modules of the base that the file lacks")
+    absent = [m for m in given.get("modules_to_save") or () if not _is_saved(m, updates)]
+    if absent:
+        raise errors.Conflict(f"{where}: modules_to_save names {absent[0]}, of which the file holds no tensor")
+
+
+def _is_saved(entry: str, updates: list[Update]) -> bool:
+    """Whether a saved module of the file is one that peft would find by an entry of `modules_to_save`."""
+    return any(path.endswith(entry) for u in updates if u.method == "saved" for path in with_parents([u.module]))
 
 
 def _answered(name: str, value: Any, config: Mapping[str, Any]) -> bool:

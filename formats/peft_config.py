@@ -7,6 +7,7 @@ of a diffusers file (`lora_adapter_metadata`).  Sources: huggingface/peft 0.21.2
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections import Counter
@@ -51,6 +52,53 @@ REFUSED = {
 
 MUTATING = ("pissa", "olora", "corda", "lora_ga")
 """Values of `init_lora_weights` (or their beginnings) after which the base weights are no longer the published ones."""
+
+
+KNOWN = (
+    *(
+        "peft_type",
+        "task_type",
+        "base_model_name_or_path",
+        "revision",
+        "auto_mapping",
+        "inference_mode",
+        "peft_version",
+    ),
+    *DERIVED,
+    *NARROWING,
+    *REFUSED,
+    *("lora_dropout", "fan_in_fan_out", "bias", "init_lora_weights", "megatron_core", "loftq_config", "eva_config"),
+    *("corda_config", "lora_ga_config", "velora_config", "qalora_group_size", "monteclora_config", "runtime_config"),
+    "ensure_weight_tying",
+)
+"""The fields of peft 0.21.2's LoraConfig: what `--set` may name."""
+SCALE = ("lora_alpha", "alpha_pattern", "use_rslora")
+"""Fields that say a scale."""
+_CHOICES = {
+    "bias": ("none", "all", "lora_only"),
+    "task_type": (*(None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"),),
+}
+
+
+def check_given(fields: Config) -> None:
+    """Raise `UsageError` for a field of `--set` that peft does not have, or a value that it would refuse."""
+    for name, value in fields.items():
+        if name not in KNOWN:
+            near = difflib.get_close_matches(name, KNOWN, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise errors.UsageError(f"--set {name}: PEFT's LoRA config has no such field{hint}")
+        if name in _CHOICES and value not in _CHOICES[name]:
+            known = ", ".join(str(v) for v in _CHOICES[name])
+            raise errors.UsageError(f"--set {name}={value}: must be one of {known}")
+
+
+def refuse_scale(fields: Config, title: str) -> None:
+    """Raise `UsageError` where `--set` says a scale to a file that has no config to say it in."""
+    name = next((n for n in SCALE if n in fields), None)
+    if name is not None:
+        raise errors.UsageError(
+            f"--set {name}: the input is {title} and keeps no config; --alpha X says the alpha of modules that have none"
+        )
 
 
 def _bad(where: str, name: str, value: object, wanted: str) -> errors.AdapterOpsError:
@@ -175,7 +223,14 @@ def shuts_out(modules_to_save: Iterable[str], module: str) -> bool:
     return any(re.match(rf"(^|.*\.){name}($|\..*)", module) for name in modules_to_save)
 
 
+_REPEATED_REPEAT = re.compile(r"[*+}]\??\)*\)[*+{]")
+"""`(a+)+` and the like, which take exponential time on a name that does not match."""
+_UNBOUNDED = re.compile(r"(?<!\\)[*+]|,\}")
+
+
 def _compile(where: str, name: str, pattern: str) -> None:
+    if len(pattern) > 100_000 or _REPEATED_REPEAT.search(pattern) or len(_UNBOUNDED.findall(pattern)) > 16:
+        raise _bad(where, name, pattern, "a pattern that can be matched in bounded time (a repeat inside a repeat?)")
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:
@@ -248,7 +303,10 @@ def shortest_suffixes(chosen: set[str], among: Iterable[str]) -> dict[str, str]:
         inside = name in chosen
         for ending in _endings(name):
             taken[ending] = taken.get(ending, True) and inside
-    return {name: next((e for e in _endings(name) if taken.get(e, True)), name) for name in chosen}
+    # An ending that begins with a number would also fit a sibling without parameters, which no table lists.
+    return {
+        name: next((e for e in _endings(name) if taken.get(e, True) and not e[0].isdigit()), name) for name in chosen
+    }
 
 
 def _endings(name: str) -> list[str]:

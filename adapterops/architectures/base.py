@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +18,9 @@ from typing import Any
 from adapterops.architectures.errors import BadBaseConfig
 from adapterops.architectures.listing import list_modules
 from adapterops.architectures.table import Architecture, Component
+
+_LOST_BEGINNINGS = {"CLIPTextModel": "text_model."}
+"""Classes of which one version names its modules with a beginning that another has lost (transformers 4 and 5)."""
 
 _LIBRARIES = {"diffusers": "ModelMixin", "transformers": "PreTrainedModel"}
 """The libraries whose models can be listed, and the base class that their models have in common."""
@@ -66,7 +70,7 @@ def _single(path: Path) -> Architecture:
             name = "unet"
         elif "Transformer" in class_name and class_name.endswith("Model"):
             name = "transformer"
-        component = Component(name, component.modules, component.class_name, component.config)
+        component = replace(component, name=name)
     return _architecture(class_name, component.class_name, [component])
 
 
@@ -130,7 +134,10 @@ def _component(name: str, path: Path, class_name: str | None = None) -> Componen
         )
     build = _build_diffusers if library == "diffusers" else _build_transformers
     model = build(path, config, class_name)
-    return Component(name, list_modules(model), f"{library}.{type(model).__name__}", config)
+    class_name = type(model).__name__
+    modules = list_modules(model)
+    bare = frozenset(path for path, _ in model.named_modules() if path and path not in modules)
+    return Component(name, modules, f"{library}.{class_name}", config, bare, _LOST_BEGINNINGS.get(class_name, ""))
 
 
 def _build_diffusers(path: Path, config: Mapping[str, Any], class_name: str | None) -> Any:

@@ -54,6 +54,8 @@ class Component:
     """The class that implements it, with its library: `diffusers.UNet2DConditionModel`."""
     config: Mapping[str, object]
     """What that class is built from."""
+    bare: frozenset[str] = frozenset()
+    """The modules that own no parameter, where they are known (`--base`): a walk over the model meets them too."""
     optional_prefix: str = ""
     """What the names of one version of the class begin with and those of another do not (`text_model.`)."""
 
@@ -104,7 +106,7 @@ def _component(name: str, table: Mapping[str, Any], templates: Mapping[str, list
     # The config's numbers are in scope, so that no size stands twice in a file.
     scope: dict[str, Value] = {**table["config"], **table.get("vars", {})}
     modules = _Modules(f"component {name}", Expander(templates, scope), table["rows"])
-    return Component(name, modules, table["class"], table["config"], table.get("optional_prefix", ""))
+    return Component(name, modules, table["class"], table["config"], optional_prefix=table.get("optional_prefix", ""))
 
 
 class _Modules(Mapping[str, ModuleSpec]):

@@ -86,6 +86,8 @@ def run(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         _stop()
     except click.ClickException as error:
+        if wants_json:
+            print_json({"error": {"kind": "UsageError", "message": error.format_message()}})
         error.show()
         sys.exit(2)
     except BrokenPipeError:
@@ -96,6 +98,8 @@ def run(arguments: list[str] | None = None) -> None:
         # A bug of ours: still no traceback, but what to send us.
         if debug:
             raise
+        if wants_json:
+            print_json({"error": {"kind": type(error).__name__, "message": str(error)}})
         click.echo(
             f"error: {type(error).__name__}: {error}\nThis is a fault of adapterops. Please report it with the output "
             "of the same command under --debug.",
@@ -117,8 +121,8 @@ def _fail(error: AdapterOpsError, wants_json: bool, code: int) -> None:
 
 
 def print_json(value: Any) -> None:
-    """The one JSON document of `--json`."""
-    click.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    """The one JSON document of `--json`, in ASCII: file names may hold bytes that no text encoding has."""
+    click.echo(json.dumps(value, indent=2))
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def reading(command: Command) -> Command:
             "--alpha",
             metavar="X",
             callback=parse_alpha,
-            help="Alpha where the file holds none; or tensors, header, config: which of two to believe.",
+            help="Alpha of the modules for which the file holds none; or tensors, header, config: which of two to believe.",
         ),
         click.option(
             "--set",

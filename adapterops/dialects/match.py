@@ -18,12 +18,13 @@ PARAMETERS = frozenset({"weight", "bias", "running_mean", "running_var", "num_ba
 
 
 class Claim(NamedTuple):
-    """One key, read: its place, the module's name as spelled (tail undone), and its suffix."""
+    """One key, read: its place, the module's name as spelled (tail undone), its suffix, and the key without it."""
 
     key: str
     place: Place
     name: str
     suffix: Suffix
+    stem: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +128,13 @@ def _endings_of(key: str, depth: int) -> list[str]:
 
 
 def _claim(key: str, start: int, place: Place, ending: str, suffix: Suffix) -> Claim | None:
-    name = key[start : len(key) - len(ending)]
+    stem = key[: len(key) - len(ending)]
+    name = stem[start:]
     if not place.tails:
-        return Claim(key, place, name, suffix) if name else None
+        return Claim(key, place, name, suffix, stem) if name else None
     for canonical, spelled in place.tails:
         if name.endswith(spelled):
-            return Claim(key, place, name[: len(name) - len(spelled)] + canonical, suffix)
+            return Claim(key, place, name[: len(name) - len(spelled)] + canonical, suffix, stem)
     return None
 
 
@@ -149,7 +151,7 @@ def _saved(key: str, start: int, place: Place) -> Claim | None:
     # `x.lora_A.other.weight` is a factor of an adapter called `other`, not a saved module `x.lora_A.other`.
     if not _reserved(place).isdisjoint(name.split(".")):
         return None
-    return Claim(key, place, name, Suffix("." + parameter, "saved", parameter))
+    return Claim(key, place, name, Suffix("." + parameter, "saved", parameter), key[:start] + name)
 
 
 def _adapter_names(dialect: Dialect, keys: tuple[str, ...]) -> list[str]:
@@ -179,6 +181,7 @@ class Group:
     place: Place
     name: str
     method: str
+    stem: str
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -200,7 +203,7 @@ def group(reading: Reading, tensors: Mapping[str, LazyTensor]) -> list[Group]:
         at = (claim.place, claim.name, claim.suffix.method)
         entry = out.get(at)
         if entry is None:
-            entry = out[at] = Group(*at)
+            entry = out[at] = Group(*at, claim.stem)
         role = claim.suffix.role
         if role in entry.tensors:
             raise AmbiguousFormat(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from math import isfinite
 from typing import Any
 
 from adapterops.adapter import Adapter, Certainty, Fact, Provenance, Update
@@ -12,7 +13,7 @@ from adapterops.carried import Carried
 from adapterops.dialects import resolve
 from adapterops.dialects.match import Group, Reading, group
 from adapterops.dialects.table import AlphaIn, Dialect
-from adapterops.errors import BrokenAdapter, Conflict, UnsupportedFormat
+from adapterops.errors import BrokenAdapter, CannotRepresent, Conflict, UnsupportedFormat, UsageError
 from adapterops.methods import METHODS
 from adapterops.storage import LazyTensor, Source
 
@@ -66,8 +67,9 @@ def read(
     Raises the errors of `resolve.identify`, `BrokenAdapter` for tensors that contradict each other, `Conflict`
     for alphas that do, and `UnsupportedFormat` for keys that the dialect does not know.
     """
-    dropped = _leftover(reading, source, request)
+    _refuse_leftover(reading, source, request)
     groups = group(reading, source.tensors)
+    groups, dropped = _without_owners(groups, reading)
     if component_of is not None:
         groups = component_of(groups)
     notes = list(source.notes)
@@ -76,11 +78,16 @@ def read(
         given = resolve.adopt(groups, given)
         groups, said = _align(groups, given)
         notes += said
-    architecture, fact, said = resolve.identify(groups, source.path, given)
-    notes += said
+    carried = Carried.parse(source.metadata)
+    found = resolve.identify(groups, source.path, given, carried.architecture, request.allow_drop)
+    architecture = found.architecture
+    notes += found.notes
+    for entry in found.unknown:
+        dropped += [t.key for t in entry.tensors.values()]
+        groups.remove(entry)
     updates: list[Update] = []
     alphas: dict[str, tuple[str, tuple[int, ...]]] = {}
-    folded: list[str] = []
+    folded: dict[tuple[str, str, str], str] = {}
     for entry in groups:
         tensors = dict(entry.tensors)
         stored = tensors.pop("alpha", None)
@@ -94,7 +101,7 @@ def read(
             update = _settle(update, stored, reading.dialect, request, scale_of)
         if stored is not None:
             alphas[f"{update.component}.{module}"] = (stored.dtype, stored.shape)
-            folded.append(stored.key)
+            folded[update.key] = stored.key
         updates.append(update)
     if refine is not None:
         updates = refine(updates)
@@ -102,22 +109,22 @@ def read(
         if not METHODS[update.method].scaled:
             METHODS[update.method].check(update)
     _no_twins(updates)
-    carried = Carried.parse(source.metadata)
-    spelling = _spelling(reading, updates, alphas)
+    _refuse_idle_alpha(updates, request)
+    spelling = _spelling(reading, updates, alphas, groups, architecture)
     provenance = Provenance(
         path=source.path,
         format=reading.dialect.format,
         dialect=reading.dialect.name,
         spelling=spelling,
         notes=tuple(notes),
-        folded=tuple(folded),
-        dropped=dropped,
+        folded=folded,
+        dropped=tuple(dropped),
         size=source.size,
         carried=replace(carried, spelling={**carried.spelling, reading.dialect.name: spelling}),
     )
     return Adapter(
         {u.key: u for u in updates},
-        fact,
+        found.fact,
         provenance,
         Carried.strip(source.metadata),
         dict(carried.config),
@@ -125,11 +132,40 @@ def read(
     )
 
 
-def _leftover(reading: Reading, source: Source, request: Request) -> tuple[str, ...]:
+def _without_owners(groups: list[Group], reading: Reading) -> tuple[list[Group], list[str]]:
+    """The groups that can be kept when the unclaimed keys are dropped, and every key that goes.
+
+    A key that nobody understands may change what its module's other tensors mean (another scale, a core), so they go
+    with it.
+    """
     if not reading.unclaimed:
-        return ()
-    if request.allow_drop:
-        return reading.unclaimed
+        return groups, []
+    stems = {g.stem for g in groups}
+    owners: set[str] = set()
+    for key in reading.unclaimed:
+        parts = key.split(".")
+        owners |= {".".join(parts[:n]) for n in range(1, len(parts))} & stems
+    lost = [t.key for g in groups if g.stem in owners for t in g.tensors.values()]
+    return [g for g in groups if g.stem not in owners], [*reading.unclaimed, *lost]
+
+
+def _refuse_idle_alpha(updates: list[Update], request: Request) -> None:
+    """Raise `Conflict` where `--alpha X` had nothing to say, since the file holds every alpha, and says otherwise."""
+    given = request.alpha
+    scaled = [u for u in updates if u.alpha is not None]
+    if not isinstance(given, float) or any(u.alpha.certainty is Certainty.GIVEN for u in scaled if u.alpha):
+        return
+    other = next((u for u in scaled if u.alpha is not None and u.alpha.value != given), None)
+    if other is not None:
+        raise Conflict(
+            f"{next(iter(other.tensors.values())).where}: --alpha {given:g}, but the file says {other.alpha} for "
+            f"{other.name}; leave --alpha out"
+        )
+
+
+def _refuse_leftover(reading: Reading, source: Source, request: Request) -> None:
+    if not reading.unclaimed or request.allow_drop:
+        return
     shown = ", ".join(repr(k) for k in reading.unclaimed[:3])
     more = f" and {len(reading.unclaimed) - 3} more" if len(reading.unclaimed) > 3 else ""
     raise UnsupportedFormat(
@@ -161,6 +197,15 @@ def _settle(update: Update, stored: LazyTensor | None, dialect: Dialect, request
             alpha = Fact(stored.item(), Certainty.READ, f"tensor {stored.key}")
         except ValueError as error:
             raise BrokenAdapter(f"{stored.where}: shape {list(stored.shape)}; alpha must be one number") from error
+        if not isfinite(alpha.value or 0.0):
+            raise BrokenAdapter(
+                f"{stored.where}: the alpha of {update.name} is {alpha.value}; the file is damaged: use an earlier "
+                "checkpoint"
+            )
+    if isinstance(given, str) and (stored if given == "tensors" else rule.alpha) is None:
+        raise UsageError(
+            f"{next(iter(update.tensors.values())).where}: --alpha {given}, but the file has no alpha of {update.name} there"
+        )
     if rule.alpha is not None:
         stated: Fact[float | None] = Fact(rule.alpha, rule.certainty, rule.source)
         if alpha is None or given in ("config", "header"):
@@ -171,11 +216,7 @@ def _settle(update: Update, stored: LazyTensor | None, dialect: Dialect, request
                 "--alpha tensors or --alpha config says which to believe"
             )
     if alpha is not None:
-        if isinstance(given, float) and given != alpha.value:
-            raise Conflict(
-                f"{next(iter(update.tensors.values())).where}: --alpha {given:g}, but the file says {alpha} "
-                f"for {update.name}; leave --alpha out"
-            )
+        pass  # `--alpha X` speaks for modules whose alpha the file lacks; see `_refuse_idle_alpha`.
     elif isinstance(given, float):
         alpha = Fact(given, Certainty.GIVEN, "--alpha")
     elif dialect.convention == "rank":
@@ -200,6 +241,29 @@ def _magnitude(update: Update, dialect: Dialect) -> Update:
     return replace(update, tensors={**update.tensors, "magnitude": flat}, options={**update.options, "dora_axis": axis})
 
 
+def _odd_shapes(
+    updates: list[Update], groups: list[Group], dialect: Dialect, architecture: Architecture | None
+) -> dict[str, dict[str, list[int]]]:
+    """The shapes that writing the update in its dialect would not give again: kernels left out, or flattened."""
+    from adapterops.dialects.write import shaped
+
+    out: dict[str, dict[str, list[int]]] = {}
+    dialect = replace(dialect, exact_shapes=True)
+    for update, entry in zip(updates, groups, strict=True):
+        if update.method != "lora":
+            continue
+        for role, tensor in entry.tensors.items():
+            if role == "alpha":
+                continue
+            try:
+                written = shaped(dialect, update, role, update.tensors[role], architecture)
+            except CannotRepresent:
+                continue
+            if written.shape != tensor.shape:
+                out.setdefault(f"{update.component}.{update.module}", {})[role] = list(tensor.shape)
+    return out
+
+
 def _no_twins(updates: list[Update]) -> None:
     seen: dict[tuple[str, str, str], Update] = {}
     for update in updates:
@@ -213,7 +277,11 @@ def _no_twins(updates: list[Update]) -> None:
 
 
 def _spelling(
-    reading: Reading, updates: list[Update], alphas: Mapping[str, tuple[str, tuple[int, ...]]]
+    reading: Reading,
+    updates: list[Update],
+    alphas: Mapping[str, tuple[str, tuple[int, ...]]],
+    groups: list[Group],
+    architecture: Architecture | None,
 ) -> dict[str, Any]:
     """What the keys leave open: enough to write the same file again."""
     spelling: dict[str, Any] = {}
@@ -221,6 +289,13 @@ def _spelling(
         spelling["adapter_name"] = reading.adapter_name
     if reading.prefix is not None:
         spelling["prefix"] = reading.prefix
+    for place in {g.place for g in groups}:
+        usual = resolve.writing_place(reading.dialect, place.component, architecture)
+        if usual is not None and usual.component == place.component and usual.prefix != place.prefix:
+            spelling.setdefault("prefixes", {})[place.component] = place.prefix
+    shapes = _odd_shapes(updates, groups, reading.dialect, architecture)
+    if shapes:
+        spelling["shapes"] = shapes
     if reading.dialect.alpha is not AlphaIn.TENSOR:
         return spelling
     scaled = [u for u in updates if u.alpha is not None]

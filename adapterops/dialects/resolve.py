@@ -9,7 +9,7 @@ from adapterops import architectures
 from adapterops.adapter import Certainty, Fact, Update
 from adapterops.architectures import Architecture
 from adapterops.dialects.match import Group
-from adapterops.dialects.table import Place, traits
+from adapterops.dialects.table import Dialect, Place, traits
 from adapterops.errors import BrokenAdapter, UnknownArchitectureOfFile, UnknownModule
 from adapterops.methods import METHODS
 
@@ -38,6 +38,16 @@ class Fit:
         return not self.unknown and not self.misshapen
 
 
+@dataclass(frozen=True, slots=True)
+class Identified:
+    """What `identify` found: the table, how certain it is, what to tell the user, and modules it has not."""
+
+    architecture: Architecture | None
+    fact: Fact[str | None]
+    notes: tuple[str, ...] = ()
+    unknown: tuple[Group, ...] = ()
+
+
 class NameBook:
     """The spelled names of one component under one place's rules, and the canonical names they stand for."""
 
@@ -53,6 +63,17 @@ class NameBook:
             if name in self.table:
                 self.clashes[name] = (self.table[name], spec.name)
             self.table[name] = spec.name
+            other = self._other_beginning(name, component.optional_prefix if component else "", place.flat)
+            if other is not None:
+                self.table.setdefault(other, spec.name)
+
+    @staticmethod
+    def _other_beginning(name: str, prefix: str, flat: bool) -> str | None:
+        """A flat name as another version of the class begins it; dotted ones are aligned as a whole."""
+        if not prefix or not flat:
+            return None
+        start = prefix.replace(".", "_")
+        return name[len(start) :] if name.startswith(start) else start + name
 
     def nearest(self, name: str) -> list[str]:
         """The known names most like `name`."""
@@ -138,10 +159,23 @@ def component_by_names(groups: Sequence[Group], given: Architecture | None = Non
     return None
 
 
+def _usual(found: Fit, groups: Sequence[Group]) -> int:
+    """The number of modules that stand where files for this architecture usually have them."""
+    own = traits(found.architecture.name, found.architecture.builtin, found.architecture.components)
+    return sum(1 for g in groups if not g.place.usual or g.place.usual & own)
+
+
 def identify(
-    groups: Sequence[Group], path: str, given: Architecture | None = None
-) -> tuple[Architecture | None, Fact[str | None], list[str]]:
-    """The architecture of a file, how certain it is, and what to tell the user about it.
+    groups: Sequence[Group],
+    path: str,
+    given: Architecture | None = None,
+    hint: str | None = None,
+    allow_drop: bool = False,
+) -> Identified:
+    """The architecture of a file.
+
+    `hint` is the one that a conversion recorded; it decides where modules alone fit several.  With `allow_drop`
+    modules that the architecture has not are returned in `unknown` instead of raised.
 
     With `given` (`--arch`, `--base`) every module must be in it.  Otherwise all known ones compete by names and
     shapes; a file whose names are canonical already may belong to none.
@@ -150,24 +184,29 @@ def identify(
     """
     if given is not None:
         found = fit(given, groups)
-        _insist(found, path)
-        return given, Fact(given.name, Certainty.GIVEN, "--arch or --base"), []
+        _insist(found, path, allow_drop)
+        return Identified(given, Fact(given.name, Certainty.GIVEN, "--arch or --base"), unknown=found.unknown)
     lookup = [g for g in groups if g.method != "saved"] or list(groups)
     fits = [fit(architecture, lookup) for architecture in _candidates(lookup)]
-    best = max(fits, key=lambda f: (f.shaped, f.named))
+    best = max(fits, key=lambda f: (f.shaped, f.named, f.architecture.name == hint, _usual(f, lookup)))
     dependent = any(needs_table(g.place) for g in groups)
     enough = best.total and best.shaped / best.total >= _ENOUGH
     if not enough:
         if not dependent:
-            return None, Fact(None, Certainty.UNKNOWN, "its module names are used as they stand"), []
+            return Identified(None, Fact(None, Certainty.UNKNOWN, "its module names are used as they stand"))
         _refuse(best, path, fits)
-    _insist(best, path)
-    others = [f.architecture.name for f in fits if f.whole and f is not best]
+    _insist(best, path, allow_drop)
+    unknown = best.unknown
     name = best.architecture.name
+    rivals = [f for f in fits if f.whole and f is not best]
+    if rivals and name == hint:
+        recorded: Fact[str | None] = Fact(name, Certainty.READ, "recorded by the conversion that wrote the file")
+        return Identified(best.architecture, recorded, unknown=unknown)
+    others = [f.architecture.name for f in rivals if _usual(f, lookup) == _usual(best, lookup)]
     if others:
         note = f"its modules fit {name} and {', '.join(others)} alike; {name} is taken (--arch decides)"
-        return best.architecture, Fact(name, Certainty.ASSUMED, note), [f"architecture: {note}"]
-    return best.architecture, Fact(name, Certainty.DERIVED, "module names and shapes"), []
+        return Identified(best.architecture, Fact(name, Certainty.ASSUMED, note), (f"architecture: {note}",), unknown)
+    return Identified(best.architecture, Fact(name, Certainty.DERIVED, "module names and shapes"), unknown=unknown)
 
 
 def _refuse(best: Fit, path: str, fits: Iterable[Fit]) -> None:
@@ -186,9 +225,9 @@ def _refuse(best: Fit, path: str, fits: Iterable[Fit]) -> None:
     )
 
 
-def _insist(found: Fit, path: str) -> None:
+def _insist(found: Fit, path: str, allow_drop: bool) -> None:
     arch = found.architecture
-    if found.unknown:
+    if found.unknown and not allow_drop:
         entry = found.unknown[0]
         tensor = next(iter(entry.tensors.values()))
         near = book(arch, entry.place).nearest(entry.name) if applies(entry.place, arch) else []
@@ -267,8 +306,23 @@ def spelled(architecture: Architecture | None, place: Place, module: str) -> str
     """A module's name as `place` spells it (tails not yet applied), or None where the architecture lacks it."""
     if architecture is None:
         return None if needs_table(place) else module
-    spec = architecture.components[place.component].modules.get(module)
+    component = architecture.components[place.component]
+    spec = component.modules.get(module)
     if spec is None:
         return None
     name = spec.original if place.column(architecture.name) == "original" else spec.name
-    return name.replace(".", "_") if place.flat else name
+    if not place.flat:
+        return name
+    # Flat names are those of the published checkpoints, also where the installed class has lost their beginning.
+    lost = component.optional_prefix if not name.startswith(component.optional_prefix) else ""
+    return (lost + name).replace(".", "_")
+
+
+def writing_place(dialect: Dialect, component: str, architecture: Architecture | None) -> Place | None:
+    """The row by which `dialect` spells a component: the first that is meant for the architecture."""
+    for place in dialect.places:
+        if place.component not in (component, "*"):
+            continue
+        if architecture is None or place.component == "*" or applies(place, architecture):
+            return place
+    return None

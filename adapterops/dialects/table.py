@@ -58,7 +58,8 @@ class Place:
     architectures that it names, `flat` writes dots as underscores,
     `tails` (canonical ending, spelled ending) rewrites the end of a module's name; with tails, no other module
     can be spelled.  `only` limits the row to architectures (names, or CUSTOM, ONE_ENCODER, TWO_ENCODERS).
-    `saved` lets a key without a known suffix be a saved parameter of its module.
+    `usual` names those for which the row is the usual one though others are read too: where modules alone fit several
+    base models, it decides.  `saved` lets a key without a known suffix be a saved parameter of its module.
     """
 
     component: str
@@ -69,6 +70,7 @@ class Place:
     flat: bool = False
     tails: tuple[tuple[str, str], ...] = ()
     only: frozenset[str] = frozenset()
+    usual: frozenset[str] = frozenset()
     saved: bool = False
 
     def column(self, architecture: str) -> str:

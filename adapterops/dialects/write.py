@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
-from adapterops.adapter import Adapter, Certainty, Update
+from adapterops.adapter import Adapter, Update
 from adapterops.architectures import Architecture
 from adapterops.dialects import resolve
 from adapterops.dialects.table import AlphaIn, Dialect, Place, Suffix
@@ -62,14 +63,14 @@ def _spell(
     dialect: Dialect, update: Update, architecture: Architecture | None, spelling: Mapping[str, Any]
 ) -> dict[str, LazyTensor]:
     """The keys and tensors of one update."""
-    place = _place(dialect, update, architecture)
+    place = _place(dialect, update, architecture, spelling)
     name = _name(dialect, place, update, architecture)
     prefix = spelling.get("prefix", place.prefix) if place.saved else place.prefix
     stem = prefix + _tail(dialect, place, name, update)
     out = {}
     for role, tensor in update.tensors.items():
         text = _suffix(dialect, place, update, role).text.replace("{adapter}", _adapter_slot(spelling))
-        out[stem + text] = _shaped(dialect, update, role, tensor, architecture)
+        out[stem + text] = _as_it_was(shaped(dialect, update, role, tensor, architecture), update, role, spelling)
     if METHODS[update.method].scaled:
         out |= _alpha(dialect, place, stem, update, spelling)
     return out
@@ -80,12 +81,14 @@ def _adapter_slot(spelling: Mapping[str, Any]) -> str:
     return f".{name}" if name else ""
 
 
-def _place(dialect: Dialect, update: Update, architecture: Architecture | None) -> Place:
-    for place in dialect.places:
-        if place.component not in (update.component, "*"):
-            continue
-        if architecture is None or place.component == "*" or resolve.applies(place, architecture):
+def _place(dialect: Dialect, update: Update, architecture: Architecture | None, spelling: Mapping[str, Any]) -> Place:
+    recorded = spelling.get("prefixes", {}).get(update.component)
+    for place in dialect.places if recorded is not None else ():
+        if (place.component, place.prefix) == (update.component, recorded):
             return place
+    usual = resolve.writing_place(dialect, update.component, architecture)
+    if usual is not None:
+        return usual
     if any(p.component == update.component for p in dialect.places):
         what = architecture.name if architecture else "a base model that is not known"
         raise CannotRepresent(f"{update.name}: {dialect.title} has no spelling for this component of {what}")
@@ -151,7 +154,15 @@ def _suffix(dialect: Dialect, place: Place, update: Update, role: str) -> Suffix
     )
 
 
-def _shaped(
+def _as_it_was(tensor: LazyTensor, update: Update, role: str, spelling: Mapping[str, Any]) -> LazyTensor:
+    """The tensor in the unusual shape that its file recorded, where that still fits."""
+    recorded = spelling.get("shapes", {}).get(f"{update.component}.{update.module}", {}).get(role)
+    if isinstance(recorded, list) and all(type(n) is int for n in recorded) and prod(recorded) == tensor.numel:
+        return tensor.reshape(tuple(recorded))
+    return tensor
+
+
+def shaped(
     dialect: Dialect, update: Update, role: str, tensor: LazyTensor, architecture: Architecture | None
 ) -> LazyTensor:
     """The tensor in the shape that the dialect's readers expect; bytes never change."""
@@ -215,7 +226,7 @@ def _alpha(
         return {}
     at = f"{update.component}.{update.module}"
     absent = spelling.get("alpha_absent", ())
-    if (absent == "all" or at in absent) and update.alpha.certainty is Certainty.ASSUMED and scale == 1.0:
+    if (absent == "all" or at in absent) and scale == 1.0:
         return {}
     value = scale * rank if update.rslora else update.alpha.value
     assert value is not None
@@ -228,7 +239,7 @@ def _alpha_tensor(key: str, value: float, at: str, update: Update, spelling: Map
     recorded = spelling.get("alpha_as")
     recorded = recorded.get(at) if isinstance(recorded, dict) else recorded
     candidates: list[tuple[str, tuple[int, ...]]] = []
-    if isinstance(recorded, list) and len(recorded) == 2 and recorded[0] in dtypes.BITS and recorded[1] in ([], [1]):
+    if isinstance(recorded, list) and len(recorded) == 2 and recorded[0] in dtypes.BITS and set(recorded[1]) <= {1}:
         candidates.append((recorded[0], tuple(recorded[1])))
     candidates += [(update.tensors["A"].dtype, ()), ("F32", ()), ("F64", ())]
     for dtype, shape in candidates:

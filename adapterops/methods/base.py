@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from math import inf, isnan
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterops.adapter import Update
 from adapterops.errors import BrokenAdapter
 from adapterops.storage.tensor import LazyTensor
 
 if TYPE_CHECKING:
+    import numpy.typing
     import torch
+
+    Array = numpy.typing.NDArray[Any]
 
 
 class Method:
@@ -71,11 +74,14 @@ def need(update: Update, *roles: str) -> None:
 
 def tensor_error(a: LazyTensor, b: LazyTensor) -> float:
     """‖a − b‖ / ‖a‖ over all elements, in float64 (absolute where a is zero); inf for other element counts."""
+    if a.numel != b.numel:
+        return inf
+    return array_error(a.numpy().astype("f8"), b.numpy().astype("f8"))
+
+
+def array_error(a: Array, b: Array) -> float:
+    """`tensor_error` of arrays of float64."""
     import numpy as np
 
-    if a.numel != b.numel:
-        return float("inf")
-    x = a.numpy().astype(np.float64).reshape(-1)
-    difference = float(np.linalg.norm(x - b.numpy().astype(np.float64).reshape(-1)))
-    norm = float(np.linalg.norm(x))
+    difference, norm = float(np.linalg.norm(a.reshape(-1) - b.reshape(-1))), float(np.linalg.norm(a))
     return difference / norm if norm else difference

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from adapterops.adapter import Update
 from adapterops.errors import BrokenAdapter, CannotRepresent
-from adapterops.methods.base import Method, need, tensor_error, worst
+from adapterops.methods.base import Method, array_error, need, tensor_error, worst
 
 if TYPE_CHECKING:
     import numpy.typing
@@ -130,7 +130,12 @@ class Lora(Method):
         extra, others = ({k: v for k, v in u.tensors.items() if k in ("magnitude", "bias")} for u in (update, other))
         if extra.keys() != others.keys() or update.options.get("dora_axis") != other.options.get("dora_axis"):
             return float("inf")
-        errors = [tensor_error(t, others[role]) for role, t in extra.items()]
+        errors = [tensor_error(t, others[role]) for role, t in extra.items() if role == "magnitude"]
+        if "bias" in extra:
+            one, two = (t.numpy().astype("f8") for t in (extra["bias"], others["bias"]))
+            # The bias is B's, so the scale acts on it too.
+            scales = [1.0 if (s := self.scale(u)) is None else s for u in (update, other)]
+            errors.append(array_error(scales[0] * one, scales[1] * two))
         b, a = self.factors(update)
         b2, a2 = self.factors(other)
         if (b.shape[0], a.shape[1]) != (b2.shape[0], a2.shape[1]):

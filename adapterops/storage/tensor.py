@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -41,6 +42,11 @@ class FileSource:
     path: str
     identity: Identity | None = None
     _descriptor: int = field(default=-1, repr=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def __reduce__(self) -> tuple[type[FileSource], tuple[str, Identity | None]]:
+        """A copy opens the file for itself: two owners of one descriptor would close it under each other."""
+        return FileSource, (self.path, self.identity)
 
     def readinto(self, start: int, buffer: memoryview) -> None:
         if self._descriptor < 0:
@@ -56,11 +62,14 @@ class FileSource:
             done += got
 
     def _open(self) -> None:
-        descriptor, found = open_regular(self.path)
-        if self.identity not in (None, found):
-            os.close(descriptor)
-            raise UnreadableFile(f"{self.path}: changed while being read; run the command again")
-        self._descriptor = descriptor
+        with self._lock:
+            if self._descriptor >= 0:
+                return
+            descriptor, found = open_regular(self.path)
+            if self.identity not in (None, found):
+                os.close(descriptor)
+                raise UnreadableFile(f"{self.path}: changed while being read; run the command again")
+            self._descriptor = descriptor
 
     def __del__(self) -> None:
         if self._descriptor >= 0:

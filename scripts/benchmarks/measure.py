@@ -54,7 +54,9 @@ def run(command: Sequence[str]) -> Usage:
         launcher = [sys.executable, "-I", "-S", "-c", _LAUNCHER, report, out, *command]
         # Bytecode is cached, as it is for whoever installs a package: without it every start would compile anew.
         env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
-        done = subprocess.run(launcher, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env, check=False)
+        done = subprocess.run(
+            launcher, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=env, check=False
+        )
         if done.returncode:
             raise CommandFailed(f"{command[0]} could not be started: {done.stderr.strip()[-500:]}")
         wall, cpu, peak, status = json.loads(Path(report).read_text())
