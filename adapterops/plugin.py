@@ -87,7 +87,11 @@ class Format:
 
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
         """The readings, by some of this format's dialects, in which at least one key is part of an update."""
-        readings = [read_keys(dialect, source.tensors, self.variants) for dialect in dialects]
+        readings: list[Reading] = []
+        keys = tuple(source.tensors)
+        for dialect in dialects:
+            same = next((found for r in readings if (found := r.under(dialect)) is not None), None)
+            readings.append(same or read_keys(dialect, keys, self.variants))
         return [reading for reading in readings if reading.updates_claimed]
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:

@@ -38,6 +38,14 @@ class Reading:
     prefix: str | None = None
     """The prefix that stands in the file where the table's own is left out or doubled."""
 
+    def under(self, dialect: Dialect) -> Reading | None:
+        """The reading as `dialect`'s, where its rows read keys as this one's do (only modules' names may differ)."""
+        if [p.reads for p in dialect.places] != [p.reads for p in self.dialect.places]:
+            return None
+        places = dict(zip(self.dialect.places, dialect.places, strict=True))
+        claims = tuple(claim._replace(place=places[claim.place]) for claim in self.claims)
+        return replace(self, dialect=dialect, claims=claims)
+
     @property
     def score(self) -> float:
         """The share of keys that the dialect understands as parts of updates (saved parameters prove nothing)."""
@@ -60,8 +68,8 @@ def read_keys(dialect: Dialect, keys: Iterable[str], variants: Mapping[str, tupl
     best: Reading | None = None
     names = _adapter_names(dialect, keys)
     # Most dialects have not one of a file's endings; that is cheap to see before their prefixes are tried.
-    endings = tuple({text for place in dialect.places for name in names for text in _table(place, name)})
-    if not any(key.endswith(endings) for key in keys):
+    present = frozenset().union(*_endings(keys).values())
+    if present.isdisjoint(text for place in dialect.places for name in names for text in _table(place, name)):
         return Reading(dialect, (), keys)
     for swap in _swaps(dialect, variants or {}):
         for adapter in names:
@@ -88,9 +96,9 @@ def _read(dialect: Dialect, keys: tuple[str, ...], adapter: str, swap: tuple[str
         (place, place.prefix if swap is None or place.prefix != swap[0] else swap[1], _table(place, adapter))
         for place in dialect.places
     ]
-    depth = max(text.count(".") for _, _, table in places for text in table)
+    endings_of = _endings(keys)
     for key in keys:
-        endings = _endings_of(key, depth)
+        endings = endings_of[key]
         claim = None
         for place, prefix, table in places:
             if not key.startswith(prefix):
@@ -115,16 +123,24 @@ def _table(place: Place, adapter: str) -> dict[str, Suffix]:
     return {s.text.replace(_SLOT, f".{adapter}" if adapter else ""): s for s in place.suffixes}
 
 
-def _endings_of(key: str, depth: int) -> list[str]:
-    """The dotted endings of a key, longest first: all that a suffix of at most `depth` dots can be."""
-    endings, at = [], len(key)
-    for _ in range(depth):
-        at = key.rfind(".", 0, at)
-        if at < 0:
-            break
-        endings.append(key[at:])
-    endings.reverse()
-    return endings
+_DEPTH = 4
+"""The most dots that a suffix has, an adapter's name included."""
+
+
+@lru_cache(maxsize=4)
+def _endings(keys: tuple[str, ...]) -> dict[str, list[str]]:
+    """For every key its dotted endings, longest first: all that a suffix can be.  Every dialect asks for them."""
+    out = {}
+    for key in keys:
+        endings, at = [], len(key)
+        for _ in range(_DEPTH):
+            at = key.rfind(".", 0, at)
+            if at < 0:
+                break
+            endings.append(key[at:])
+        endings.reverse()
+        out[key] = endings
+    return out
 
 
 def _claim(key: str, start: int, place: Place, ending: str, suffix: Suffix) -> Claim | None:

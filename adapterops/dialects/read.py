@@ -245,12 +245,12 @@ def _odd_shapes(
     updates: list[Update], groups: list[Group], dialect: Dialect, architecture: Architecture | None
 ) -> dict[str, dict[str, list[int]]]:
     """The shapes that writing the update in its dialect would not give again: kernels left out, or flattened."""
-    from adapterops.dialects.write import shaped
+    from adapterops.dialects.write import as_usual, shaped
 
     out: dict[str, dict[str, list[int]]] = {}
     dialect = replace(dialect, exact_shapes=True)
     for update, entry in zip(updates, groups, strict=True):
-        if update.method != "lora":
+        if update.method != "lora" or as_usual(update, architecture):
             continue
         for role, tensor in entry.tensors.items():
             if role == "alpha":

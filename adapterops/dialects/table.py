@@ -73,6 +73,11 @@ class Place:
     usual: frozenset[str] = frozenset()
     saved: bool = False
 
+    @property
+    def reads(self) -> tuple[object, ...]:
+        """All that decides which keys the row reads."""
+        return self.component, self.prefix, self.suffixes, self.tails, self.saved
+
     def column(self, architecture: str) -> str:
         """Which of the architecture's names stand here."""
         return self.names_in.get(architecture, self.names)

@@ -162,6 +162,14 @@ def _as_it_was(tensor: LazyTensor, update: Update, role: str, spelling: Mapping[
     return tensor
 
 
+def as_usual(update: Update, architecture: Architecture | None) -> bool:
+    """Whether the factors have the module's dimensions and nothing else has a shape that could be another's."""
+    dims = _dimensions(update, architecture)
+    return "magnitude" not in update.tensors and all(
+        len(update.tensors[role].shape) == dims for role in ("A", "B") if role in update.tensors
+    )
+
+
 def shaped(
     dialect: Dialect, update: Update, role: str, tensor: LazyTensor, architecture: Architecture | None
 ) -> LazyTensor:

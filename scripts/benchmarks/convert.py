@@ -97,7 +97,7 @@ OURS = ("diffusers-proof", "diffusers", "peft", "kohya")
 
 def run_job(job: Job, source: Path, folder: Path, wanted: list[workload.Module]) -> Sample:
     """Run a job once and check what it wrote.  Raises `CommandFailed` or `WrongOutput`."""
-    out = folder / job.output
+    out = folder / (job.output or "none")
     _remove(out)
     out.parent.mkdir(exist_ok=True)
     # What an earlier job wrote is not to be flushed at the cost of this one.
