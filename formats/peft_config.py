@@ -7,7 +7,6 @@ of a diffusers file (`lora_adapter_metadata`).  Sources: huggingface/peft 0.21.2
 
 from __future__ import annotations
 
-import difflib
 import json
 import re
 from collections import Counter
@@ -84,6 +83,8 @@ def check_given(fields: Config) -> None:
     """Raise `UsageError` for a field of `--set` that peft does not have, or a value that it would refuse."""
     for name, value in fields.items():
         if name not in KNOWN:
+            import difflib  # only ever needed for a message
+
             near = difflib.get_close_matches(name, KNOWN, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise errors.UsageError(f"--set {name}: PEFT's LoRA config has no such field{hint}")

@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 import shutil
 import stat
 import threading
@@ -102,7 +101,7 @@ class Staged:
             try:
                 self._make_parents(parent)
                 # Named before it is made, so that an interruption in between leaves nothing that is not removed.
-                self.folder = os.path.join(parent, f".adapterops-{secrets.token_hex(8)}")
+                self.folder = os.path.join(parent, f".adapterops-{os.urandom(8).hex()}")
                 os.mkdir(self.folder)
             except OSError as error:
                 raise OutputFailed(f"{self.target}: cannot write there: {_why(error)}") from error
