@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
-from importlib.metadata import entry_points
 
 from adapterops.architectures import Architecture
 from adapterops.dialects.match import Reading, group, sample
@@ -22,14 +24,50 @@ GROUP = "adapterops.formats"
 def formats() -> Mapping[str, Format]:
     """The formats of every installed plugin, by name.  Raises `UnknownFormat` for a plugin that offers none."""
     found: dict[str, Format] = {}
-    for point in sorted(entry_points(group=GROUP), key=lambda p: p.name):
-        value = point.load()
-        if not isinstance(value, Format):
-            raise UnknownFormat(f"entry point {point.name} = {point.value} ({GROUP}) is not an adapterops Format")
-        found[value.name] = value
+    for name, value in sorted(_declared().items()):
+        module, _, attribute = value.partition(":")
+        form = getattr(importlib.import_module(module.strip()), attribute.strip(), None)
+        if not isinstance(form, Format):
+            raise UnknownFormat(f"entry point {name} = {value} ({GROUP}) is not an adapterops Format")
+        found[form.name] = form
     if not found:
         raise UnknownFormat(f"no format plugin is installed (entry points of group {GROUP}); reinstall adapterops")
     return found
+
+
+def _declared() -> dict[str, str]:
+    """Name and object reference of the group's entry points.
+
+    Read from the `entry_points.txt` of the distributions on the path, first come first served, as the standard library
+    does; but importing `importlib.metadata` would cost `inspect` a sixth of its time.  It is asked where nothing is
+    found so (distributions in zip files).
+    """
+    found: dict[str, str] = {}
+    for folder in dict.fromkeys(path or "." for path in sys.path):
+        try:
+            names = [n for n in os.listdir(folder) if n.endswith((".dist-info", ".egg-info"))]
+        except OSError:
+            continue
+        for name in names:
+            for key, value in _section(os.path.join(folder, name, "entry_points.txt")):
+                found.setdefault(key, value)
+    if not found:
+        from importlib.metadata import entry_points
+
+        found = {point.name: point.value for point in entry_points(group=GROUP)}
+    return found
+
+
+def _section(path: str) -> list[tuple[str, str]]:
+    """The entries of GROUP in one `entry_points.txt`; none where there is no such file."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+    except (OSError, UnicodeDecodeError):
+        return []
+    _, _, rest = text.partition(f"[{GROUP}]")
+    lines = (line.partition("=") for line in rest.partition("\n[")[0].splitlines() if not line.lstrip().startswith("#"))
+    return [(key.strip(), value.strip()) for key, equals, value in lines if equals]
 
 
 def find(name: str) -> tuple[Format, Dialect]:

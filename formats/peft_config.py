@@ -311,8 +311,12 @@ def shortest_suffixes(chosen: set[str], among: Iterable[str]) -> dict[str, str]:
 
 
 def _endings(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+    """The dotted endings of a name, shortest first, itself last."""
+    out, at = [], len(name)
+    while at >= 0:
+        at = name.rfind(".", 0, at)
+        out.append(name[at + 1 :])
+    return out
 
 
 def with_parents(names: Iterable[str]) -> set[str]:
