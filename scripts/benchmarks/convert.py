@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import shutil
 import sys
 import tempfile
@@ -192,9 +193,8 @@ def run(source: Path, folder: Path, wanted: list[workload.Module], runs: int) ->
     names = list(JOBS)
     for number in range(runs + 1):
         measure.warm(source)
-        # Each round begins with another job, so that none always follows the same one.
-        turn = number % len(names)
-        for name in names[turn:] + names[:turn]:
+        # Each round has an order of its own, so that none always follows the same one.
+        for name in random.Random(number).sample(names, len(names)):
             sample = run_job(JOBS[name], source, folder, wanted)
             if number:
                 samples[name].append(sample)
