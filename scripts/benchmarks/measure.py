@@ -11,7 +11,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 # Linux counts the memory of the process that a command was started from into the command's peak. So each one is
@@ -119,11 +119,16 @@ def _processor() -> str:
 
 
 def versions(*packages: str) -> str:
-    """`Python 3.11.7, torch 2.13.0, …`; packages that are not installed are left out."""
+    """`Python 3.11.7, torch 2.13.0, …`; packages that are not installed are left out.
+
+    An editable installation is called so: it adds its own import hook to every start.
+    """
     out = [f"Python {platform.python_version()}"]
     for package in packages:
         try:
-            out.append(f"{package} {version(package)}")
+            found = distribution(package)
         except PackageNotFoundError:
             continue
+        editable = '"editable": true' in (found.read_text("direct_url.json") or "")
+        out.append(f"{package} {found.version}" + (" (editable)" if editable else ""))
     return ", ".join(out)
