@@ -127,7 +127,7 @@ def header(adapter: Adapter) -> dict[str, str]:
     """The header's strings for a converted file: the source's own, and what is carried for the way back."""
     known = adapter.base.name if adapter.base is not None and adapter.base.builtin else None
     carried = Carried(adapter.provenance.carried.spelling, adapter.config, known).dump()
-    out = {"format": "pt", **{k: v for k, v in sorted(adapter.metadata.items()) if k != CARRIED_KEY}}
+    out = {"format": "pt", **dict(sorted(Carried.strip(adapter.metadata).items()))}
     return {**out, CARRIED_KEY: carried} if carried else out
 
 

@@ -104,6 +104,8 @@ def _lines(found: Inspection, show_metadata: bool) -> list[str]:
     if found.norms:
         rows = [[b, str(int(n["modules"])), f"{n['norm']:.4g}", f"{n['largest']:.4g}"] for b, n in found.norms.items()]
         lines += ["", *table(["block", "modules", "‖ΔW‖", "largest"], rows)]
+    if "sshs_model_hash" in found.metadata and not found.hashes:
+        lines += ["", f"sshs hash     {found.metadata['sshs_model_hash']} (as recorded; --hash recomputes it)"]
     for path, entry in found.hashes.items():
         verdict = {None: "none recorded", True: "as recorded", False: f"recorded: {entry['recorded']}"}[entry["agree"]]
         lines += ["", f"sshs_model_hash of {path}: {entry['computed']} ({verdict})"]

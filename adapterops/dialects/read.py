@@ -126,7 +126,7 @@ def read(
         {u.key: u for u in updates},
         found.fact,
         provenance,
-        Carried.strip(source.metadata),
+        dict(source.metadata),
         dict(carried.config),
         architecture,
     )
