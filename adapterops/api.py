@@ -23,6 +23,7 @@ from adapterops.errors import (
     UsageError,
 )
 from adapterops.methods import METHODS
+from adapterops.parts import join
 from adapterops.plugin import Format, Output, Target
 from adapterops.proof import Proof, check_finite, prove
 from adapterops.storage import Source, dtypes, open_source
@@ -117,56 +118,7 @@ def _read(source: Source, format: str | None, request: Request) -> Adapter:
     unknown = [name for name in source.parts if name not in COMPONENTS]
     if unknown:
         raise AmbiguousFormat(f"{source.path}: holds several adapters ({', '.join(source.parts)}); name one of them")
-    return _join(source, [_read(part, format, request) for part in source.parts.values()])
-
-
-def _join(source: Source, parts: list[Adapter]) -> Adapter:
-    """One adapter of the components that a folder keeps in subfolders."""
-    names = {p.architecture.value for p in parts if p.architecture.value is not None}
-    bases = [p.base for p in parts if p.base is not None]
-    fact, base = parts[0].architecture, parts[0].base
-    if (
-        len(names) > 1
-        or len(bases) < len(parts)
-        or any(set(p.components) - set(b.components) for b in bases for p in parts)
-    ):
-        fact, base = _common(parts)
-    first = parts[0].provenance
-    provenance = replace(
-        first,
-        path=source.path,
-        notes=tuple(dict.fromkeys(n for p in parts for n in p.provenance.notes)),
-        folded={k: v for p in parts for k, v in p.provenance.folded.items()},
-        dropped=tuple(k for p in parts for k in p.provenance.dropped),
-        size=source.size,
-    )
-    joined = Adapter({}, fact, provenance, first_metadata(parts), {}, base)
-    joined = replace(joined, config={k: v for p in parts for k, v in p.config.items()})
-    return joined.with_updates(u for p in parts for u in p)
-
-
-def first_metadata(parts: list[Adapter]) -> dict[str, str]:
-    """The header strings of all parts; where two say different things the first one's stand."""
-    out: dict[str, str] = {}
-    for part in reversed(parts):
-        out.update(part.metadata)
-    return out
-
-
-def _common(parts: list[Adapter]) -> tuple[Fact[str | None], Architecture | None]:
-    """The one built-in architecture that has the modules of every part."""
-    for name in architectures.names():
-        arch = architectures.load(name)
-        fits = all(
-            u.component in arch.components
-            and (u.method == "saved" or u.module in arch.components[u.component].modules)
-            and (u.method == "saved" or METHODS[u.method].fits(u, arch.components[u.component].modules[u.module].shape))
-            for p in parts
-            for u in p
-        )
-        if fits:
-            return Fact(name, Certainty.DERIVED, "module names and shapes of all components"), arch
-    return Fact(None, Certainty.UNKNOWN, "the components fit no one base model"), None
+    return join(source, [_read(part, format, request) for part in source.parts.values()])
 
 
 def save(

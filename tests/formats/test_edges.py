@@ -248,3 +248,11 @@ def test_flat_names_of_a_base_whose_class_lost_their_beginning(tmp_path: Path) -
     adapter = ao.load(source, base=tmp_path / "clip")
     assert next(iter(adapter)).module == "encoder.layers.0.self_attn.q_proj"
     assert load_file(ao.save(adapter, tmp_path / "same.safetensors").path).keys() == load_file(source).keys()
+
+
+def test_a_changed_base_is_told_of_a_folder_of_components_too(tmp_path: Path) -> None:
+    ao.convert(FIXTURES / "kohya-sd15.safetensors", "peft", tmp_path / "p")
+    config = tmp_path / "p" / "unet" / "adapter_config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "init_lora_weights": "olora"}))
+    with pytest.raises(CannotRepresent, match="trained from olora"):
+        ao.convert(tmp_path / "p", "kohya", tmp_path / "k.safetensors")
