@@ -92,6 +92,8 @@ class Provenance:
     notes: tuple[str, ...] = ()
     folded: Mapping[tuple[str, str, str], str] = field(default_factory=dict)
     """The key of each update's alpha tensor, which became a fact."""
+    stated: Mapping[tuple[str, str, str], str] = field(default_factory=dict)
+    """The names that the file has for modules that were renamed to be the base's."""
     dropped: tuple[str, ...] = ()
     """Keys lost under `--allow-drop`."""
     size: int = 0
@@ -132,6 +134,11 @@ class Adapter:
     def of(self, component: str) -> list[Update]:
         """The updates of one component."""
         return [u for u in self if u.component == component]
+
+    def as_stated(self) -> list[Update]:
+        """The updates under the module names of their file: those that the file's own config speaks of."""
+        stated = self.provenance.stated
+        return [replace(u, module=stated[u.key]) if u.key in stated else u for u in self]
 
     def with_updates(self, updates: Iterable[Update]) -> Adapter:
         """The same adapter with other updates.  Raises `ValueError` if two of them have one key."""

@@ -347,4 +347,4 @@ def known_dtypes(updates: Iterable[Update]) -> dict[str, int]:
     return dict(sorted(out.items(), key=lambda item: (-dtypes.BITS[item[0]], item[0])))
 
 
-__all__ = ["CannotRepresent", "Result", "convert", "default_output", "load", "save"]
+__all__ = ["Result", "convert", "default_output", "load", "save"]

@@ -28,6 +28,7 @@ def join(source: Source, parts: list[Adapter]) -> Adapter:
         path=source.path,
         notes=tuple(dict.fromkeys(n for p in parts for n in p.provenance.notes)),
         folded={k: v for p in parts for k, v in p.provenance.folded.items()},
+        stated={k: v for p in parts for k, v in p.provenance.stated.items()},
         dropped=tuple(k for p in parts for k in p.provenance.dropped),
         size=source.size,
     )

@@ -167,7 +167,8 @@ class Diffusers(Format):
 
         adapter = read_by_table(reading, source, request, rule)
         for component, config in configs.items():
-            describes(config.fields, config.where, adapter.of(component), _conflict)
+            own = [u for u in adapter.as_stated() if u.component == component]
+            describes(config.fields, config.where, own, _conflict)
         silent = [c for c in adapter.components if c not in configs]
         notes = [f"the header's {METADATA_KEY} says nothing of {c}: scale 1 is assumed" for c in silent]
         notes += [

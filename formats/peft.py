@@ -161,7 +161,7 @@ class Peft(Format):
             return adapter
         name = adapter.components[0] if adapter.components else "model"
         if source.config is not None:
-            describes(config.fields, config.where, list(adapter), _conflict)
+            describes(config.fields, config.where, adapter.as_stated(), _conflict)
         notes = list(adapter.provenance.notes)
         if config.mutated_init:
             notes.append(
@@ -320,7 +320,7 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
         kept = {k: v for k, v in own.items() if k not in (*DERIVED, *NARROWING, *REFUSED, "peft_type")}
         config = {**_DEFAULTS, **kept, **derived}
         if own:
-            notes.append("config fields that contradicted the tensors are derived from them")
+            notes.append("config fields that do not fit the tensors or the names of their modules are derived anew")
     if base is not None and any(u.method == "lora" and _transposed(base, u.module) for u in updates):
         config["fan_in_fan_out"] = True
     config.update({k: v for k, v in target.fields.items() if not _answered(k, v, config)})

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -137,7 +137,33 @@ def _component(name: str, path: Path, class_name: str | None = None) -> Componen
     class_name = type(model).__name__
     modules = list_modules(model)
     bare = frozenset(path for path, _ in model.named_modules() if path and path not in modules)
-    return Component(name, modules, f"{library}.{class_name}", config, bare, _LOST_BEGINNINGS.get(class_name, ""))
+    lost = _LOST_BEGINNINGS.get(class_name, "")
+    return Component(name, modules, f"{library}.{class_name}", config, bare, _renamed(model, modules), lost)
+
+
+def _renamed(model: Any, modules: Iterable[str]) -> dict[str, str]:
+    """Published name to class name, by transformers' own mapping for the checkpoints of a class that was renamed.
+
+    Source: transformers 5 `conversion_mapping.py`, `core_model_loading.py`.  Only plain renamings count: what splits or
+    joins weights is no layout, and a lost beginning is told by the names themselves.
+    """
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # before transformers 5 nothing was renamed
+        return {}
+    if not hasattr(model, "config") or not hasattr(model.config, "model_type"):
+        return {}
+    forward = get_model_conversion_mapping(model, add_legacy=False)
+    back = [t.reverse_transform() for t in reversed(forward) if type(t) is WeightRenaming]
+    out: dict[str, str] = {}
+    for name in modules:
+        published = f"{name}.weight"
+        for renaming in back:
+            published, _ = renaming.rename_source_key(published)
+        if published != f"{name}.weight" and published.endswith(".weight"):
+            out[published.removesuffix(".weight")] = name
+    return out
 
 
 def _build_diffusers(path: Path, config: Mapping[str, Any], class_name: str | None) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,8 @@ class Component:
     """What that class is built from."""
     bare: frozenset[str] = frozenset()
     """The modules that own no parameter, where they are known (`--base`): a walk over the model meets them too."""
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    """Published name to the class's own, where the installed class has renamed its modules (`--base`)."""
     optional_prefix: str = ""
     """What the names of one version of the class begin with and those of another do not (`text_model.`)."""
 

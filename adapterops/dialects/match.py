@@ -198,6 +198,8 @@ class Group:
     name: str
     method: str
     stem: str
+    stated: str = ""
+    """The module's name as the file has it, where it was changed to be the base's."""
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 

@@ -88,6 +88,7 @@ def read(
     updates: list[Update] = []
     alphas: dict[str, tuple[str, tuple[int, ...]]] = {}
     folded: dict[tuple[str, str, str], str] = {}
+    stated: dict[tuple[str, str, str], str] = {}
     for entry in groups:
         tensors = dict(entry.tensors)
         stored = tensors.pop("alpha", None)
@@ -98,7 +99,9 @@ def read(
         update = _magnitude(update, reading.dialect)
         if METHODS[entry.method].scaled:
             METHODS[entry.method].check(update)
-            update = _settle(update, stored, reading.dialect, request, scale_of)
+            update = _settle(update, stored, reading.dialect, request, scale_of, entry.stated or module)
+        if entry.stated and entry.stated != module:
+            stated[update.key] = entry.stated
         if stored is not None:
             alphas[f"{update.component}.{module}"] = (stored.dtype, stored.shape)
             folded[update.key] = stored.key
@@ -118,6 +121,7 @@ def read(
         spelling=spelling,
         notes=tuple(notes),
         folded=folded,
+        stated=stated,
         dropped=tuple(dropped),
         size=source.size,
         carried=replace(carried, spelling={**carried.spelling, reading.dialect.name: spelling}),
@@ -176,20 +180,26 @@ def _refuse_leftover(reading: Reading, source: Source, request: Request) -> None
 
 def _align(groups: list[Group], architecture: Architecture) -> tuple[list[Group], list[str]]:
     change = resolve.align(groups, architecture)
-    if change is None or change == ("", ""):
+    if change == ("", ""):
         return groups, []
+    if change is None:
+        renamed = resolve.rename(groups, architecture)
+        note = f"modules are renamed as {architecture.name} of the installed transformers has them"
+        return (groups, []) if renamed is None else (renamed, [note])
     strip, add = change
     said = f"stripped of {strip!r}" if strip else f"given {add!r} in front"
     return (
-        [replace(g, name=add + g.name[len(strip) :]) for g in groups],
+        [replace(g, name=add + g.name[len(strip) :], stated=g.name) for g in groups],
         [f"module names are {said} to be those of {architecture.name}"],
     )
 
 
-def _settle(update: Update, stored: LazyTensor | None, dialect: Dialect, request: Request, scale_of: ScaleOf) -> Update:
-    """Alpha from every source that holds it; they must agree."""
+def _settle(
+    update: Update, stored: LazyTensor | None, dialect: Dialect, request: Request, scale_of: ScaleOf, name: str
+) -> Update:
+    """Alpha from every source that holds it; they must agree.  `name` is the module's in the file and its config."""
     rank = METHODS[update.method].rank(update) or 0
-    rule = scale_of(update.component, update.module, rank)
+    rule = scale_of(update.component, name, rank)
     given = request.alpha
     alpha: Fact[float | None] | None = None
     if stored is not None:

@@ -285,6 +285,21 @@ def align(groups: Sequence[Group], architecture: Architecture) -> tuple[str, str
     return None
 
 
+def rename(groups: Sequence[Group], architecture: Architecture) -> list[Group] | None:
+    """The groups under the names of a class whose modules were renamed after the file was made; None where that does
+    not put every one of them into `architecture`."""
+    out = []
+    for entry in groups:
+        component = architecture.components.get(entry.place.component)
+        if component is None or needs_table(entry.place):
+            return None
+        name = entry.name if entry.name in component.modules else component.renamed.get(entry.name)
+        if name is None:
+            return None
+        out.append(replace(entry, name=name, stated=entry.name))
+    return out
+
+
 def adopt(groups: Sequence[Group], architecture: Architecture) -> Architecture:
     """The user's base under the name that the file gives its one component.
 

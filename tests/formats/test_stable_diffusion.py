@@ -77,8 +77,10 @@ def test_every_delta_survives_every_target(name: str, corpus: Path, tmp_path: Pa
         assert (found[key] - delta).abs().max() <= 1e-5 * max(1e-6, float(delta.abs().max())), key
 
 
-@pytest.mark.parametrize("name", DENSE)
-@pytest.mark.parametrize("target", ["kohya", "diffusers", "peft"])
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [(name, "diffusers") for name in FILES] + [(name, target) for name in DENSE for target in ("kohya", "peft")],
+)
 def test_libraries_adapt_exactly_the_modules_of_the_file(name: str, target: str, corpus: Path, tmp_path: Path) -> None:
     path, arch = corpus / "files" / name, FILES[name]
     wanted = set(sd_source(path))
