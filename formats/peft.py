@@ -247,7 +247,9 @@ def _config_of(source: Source, request: Request) -> LoraConfig | None:
     if source.config is not None:
         return LoraConfig.parse({**source.config, **request.fields}, source.config_path)
     if request.fields:
-        return replace(LoraConfig.parse(request.fields, "--set"), certainty=Certainty.GIVEN)
+        # `--alpha` is the `lora_alpha` beside which an `alpha_pattern` is given.
+        alpha = {"lora_alpha": request.alpha} if isinstance(request.alpha, float) else {}
+        return replace(LoraConfig.parse({**alpha, **request.fields}, "--set"), certainty=Certainty.GIVEN)
     return None
 
 

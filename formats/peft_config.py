@@ -231,7 +231,10 @@ _UNBOUNDED = re.compile(r"(?<!\\)[*+]|,\}")
 
 def _compile(where: str, name: str, pattern: str) -> None:
     if len(pattern) > 100_000 or _REPEATED_REPEAT.search(pattern) or len(_UNBOUNDED.findall(pattern)) > 16:
-        raise _bad(where, name, pattern, "a pattern that can be matched in bounded time (a repeat inside a repeat?)")
+        wanted = (
+            f"a pattern that surely ends in bounded time (a repeat inside a repeat?); --set {name}=null leaves it out"
+        )
+        raise _bad(where, name, pattern, wanted)
     try:
         re.compile(pattern)
     except (re.error, RecursionError, OverflowError) as error:

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 import adapterops as ao
 from adapterops.adapter import Certainty
 from adapterops.errors import BrokenAdapter, CannotRepresent, Conflict, UsageError
+from adapterops.methods import METHODS
 
 FIXTURES = Path(__file__).parents[2] / "fixtures"
 Q = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -256,3 +257,30 @@ def test_a_changed_base_is_told_of_a_folder_of_components_too(tmp_path: Path) ->
     config.write_text(json.dumps({**json.loads(config.read_text()), "init_lora_weights": "olora"}))
     with pytest.raises(CannotRepresent, match="trained from olora"):
         ao.convert(tmp_path / "p", "kohya", tmp_path / "k.safetensors")
+
+
+def test_a_lost_alpha_pattern_can_be_said(tmp_path: Path) -> None:
+    source = FIXTURES / "peft-llama"
+    config = json.loads((source / "adapter_config.json").read_text())
+    assert config["alpha_pattern"]
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes((source / "adapter_model.safetensors").read_bytes())
+    fields = {"alpha_pattern": config["alpha_pattern"]}
+    ao.convert(weights, "peft", tmp_path / "out", alpha=config["lora_alpha"], fields=fields)
+
+    def scales(path: Path) -> dict[str, float | None]:
+        return {u.module: METHODS["lora"].scale(u) for u in ao.load(path)}
+
+    assert scales(tmp_path / "out") == scales(source)
+    assert len(set(scales(source).values())) > 1
+
+
+def test_rslora_can_be_said(tmp_path: Path) -> None:
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes((FIXTURES / "peft-llama" / "adapter_model.safetensors").read_bytes())
+    ao.convert(weights, "peft", tmp_path / "out", alpha=4, fields={"use_rslora": True})
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["lora_alpha"], config["use_rslora"]) == (4, True)
+    assert all(
+        METHODS["lora"].scale(u) == pytest.approx(4 / u.tensors["B"].shape[1] ** 0.5) for u in ao.load(tmp_path / "out")
+    )

@@ -16,7 +16,7 @@ from adapterops.methods import METHODS
 STEM = "lora_unet_down_blocks_0_resnets_0_conv1"
 
 
-@pytest.fixture()
+@pytest.fixture
 def module() -> LoConModule:
     torch.manual_seed(0)
     made = LoConModule("x", torch.nn.Conv2d(320, 320, 3, padding=1), lora_dim=4, alpha=2, use_tucker=True)
@@ -26,7 +26,7 @@ def module() -> LoConModule:
     return made
 
 
-@pytest.fixture()
+@pytest.fixture
 def path(module: LoConModule, tmp_path: Path) -> Path:
     keys = {k: t.detach().contiguous() for k, t in module.state_dict().items() if k.startswith("lora_") or k == "alpha"}
     assert "lora_mid.weight" in keys
@@ -37,7 +37,9 @@ def path(module: LoConModule, tmp_path: Path) -> Path:
 def test_the_delta_is_lycoris_own(module: LoConModule, path: Path) -> None:
     (update,) = ao.load(path)
     wanted, _ = module.get_diff_weight(multiplier=1.0)
-    torch.testing.assert_close(METHODS["lora"].delta(update), wanted.detach().reshape(320, 320, 3, 3), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        METHODS["lora"].delta(update), wanted.detach().reshape(320, 320, 3, 3), rtol=1e-4, atol=1e-6
+    )
 
 
 def test_what_cannot_hold_a_core_says_so(path: Path, tmp_path: Path) -> None:
