@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from meta_models import adapted, adapted_by_diffusers, build, module_names
 from peft import PeftModel
-from raw import Deltas, dotted_deltas, flat_names, kohya_deltas, peft_deltas, probe, sgm
+from raw import Deltas, dotted_deltas, flat_names, kohya_deltas, load_tensors, peft_deltas, probe, sgm
 
 import adapterops as ao
 from adapterops.methods import METHODS
@@ -131,6 +132,10 @@ def test_sdxl_deltas_survive_every_target(file: str, original: bool, workload: P
     assert_same(dotted_deltas(tmp_path / "d.safetensors"), wanted)
     assert_same(peft_deltas(tmp_path / "peft"), wanted)
     assert_same(kohya_deltas(tmp_path / "k.safetensors", xl_names(True)), wanted)
+    home = ao.convert(tmp_path / "peft", result.source_dialect, tmp_path / "home.safetensors")
+    there, back = load_tensors(path), load_tensors(Path(home.path))
+    assert there.keys() == back.keys()
+    assert all(t.dtype == back[k].dtype and torch.equal(t, back[k]) for k, t in there.items())
 
 
 @pytest.mark.parametrize(("file", "target"), [("k0", "diffusers"), ("d0", "kohya"), ("k0", "kohya-diffusers")])
