@@ -37,10 +37,11 @@ class Proof:
         return self.largest_error == 0.0 and self.identical == self.tensors
 
     def __str__(self) -> str:
+        modules = f"{self.modules} module" + ("s" if self.modules != 1 else "")
         if self.exact:
-            return f"{self.modules} modules, every tensor bit-identical, every scale equal"
+            return f"{modules}, every tensor bit-identical, every scale equal"
         return (
-            f"{self.modules} modules, {self.identical} of {self.tensors} tensors bit-identical, largest relative error "
+            f"{modules}, {self.identical} of {self.tensors} tensors bit-identical, largest relative error "
             f"of a weight delta {self.largest_error:.2e} ({self.worst}), allowed {self.tolerance:.0e}"
         )
 

@@ -9,7 +9,7 @@ import click
 from adapterops.cli.main import print_json
 from adapterops.cli.options import reading, writing
 from adapterops.cli.progress import bar
-from adapterops.cli.text import bytes_text, listing
+from adapterops.cli.text import bytes_text, listing, plural
 
 
 @click.command(short_help="Convert an adapter to another format, with proof.")
@@ -77,7 +77,7 @@ def convert(
     click.echo(
         f"{result.source} ({titles[result.source_dialect]}{arch_text}) → {result.path} ({titles[result.dialect]})"
     )
-    click.echo(f"  {result.modules} modules, {result.tensors} tensors, {bytes_text(result.bytes)}")
+    click.echo(f"  {plural(result.modules, 'module')}, {plural(result.tensors, 'tensor')}, {bytes_text(result.bytes)}")
     if result.proof is not None:
         click.echo(f"  {click.style('proved', fg='green')}: {result.proof}")
     else:

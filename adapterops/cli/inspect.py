@@ -83,7 +83,9 @@ def _lines(found: Inspection, show_metadata: bool) -> list[str]:
     lines = [
         click.style(found.path, bold=True),
         f"format        {found.title} ({found.dialect})",
-        f"architecture  {arch.value or 'unknown'} ({arch.certainty}: {arch.source})",
+        f"architecture  {arch.value} ({arch.certainty}: {arch.source})"
+        if arch.value
+        else f"architecture  unknown: {arch.source}",
         f"size          {bytes_text(found.size)}, {found.tensors} tensors, {found.modules} modules",
         "dtypes        " + ", ".join(f"{name} ({count})" for name, count in found.dtypes.items()),
         "",

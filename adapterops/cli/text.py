@@ -15,6 +15,11 @@ def bytes_text(count: int) -> str:
     raise AssertionError
 
 
+def plural(count: int, word: str) -> str:
+    """`1 module`, `2 modules`."""
+    return f"{count} {word}" + ("" if count == 1 else "s")
+
+
 def listing(items: Sequence[str], shown: int | None, more: str) -> str:
     """The first `shown` items (all for None) and how many follow."""
     if shown is None or len(items) <= shown:
