@@ -7,7 +7,7 @@ that its keys leave open (`spelling`); and the config fields of a PEFT folder th
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,7 +36,7 @@ class Carried:
             return cls()
         architecture = value.get("architecture")
         return cls(
-            _tables(value.get("spelling")),
+            {name: _checked(choices) for name, choices in _tables(value.get("spelling")).items()},
             _tables(value.get("config")),
             architecture if isinstance(architecture, str) else None,
         )
@@ -55,6 +55,39 @@ class Carried:
         value["architecture"] = self.architecture
         value = {name: part for name, part in value.items() if part}
         return json.dumps(value, sort_keys=True, separators=(",", ":")) if value else None
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_sizes(value: object) -> bool:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
+
+
+def _is_stored(value: object) -> bool:
+    """[dtype, shape]"""
+    return isinstance(value, list) and len(value) == 2 and _is_text(value[0]) and _is_sizes(value[1])
+
+
+def _is_table_of(value: object, test: Callable[[object], bool]) -> bool:
+    return isinstance(value, dict) and all(test(v) for v in value.values())
+
+
+_CHOICES: dict[str, Callable[[object], bool]] = {
+    "adapter_name": _is_text,
+    "prefix": _is_text,
+    "component": _is_text,
+    "prefixes": lambda value: _is_table_of(value, _is_text),
+    "alpha_absent": lambda value: value == "all" or (isinstance(value, list) and all(map(_is_text, value))),
+    "alpha_as": lambda value: _is_stored(value) or _is_table_of(value, _is_stored),
+    "shapes": lambda value: _is_table_of(value, lambda roles: _is_table_of(roles, _is_sizes)),
+}
+"""The choices of spelling that `dialects.read` records, and what each looks like: headers come from strangers."""
+
+
+def _checked(choices: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in choices.items() if name in _CHOICES and _CHOICES[name](value)}
 
 
 def _tables(value: object) -> dict[str, dict[str, Any]]:

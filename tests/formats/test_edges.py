@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import adapterops as ao
@@ -284,3 +285,22 @@ def test_rslora_can_be_said(tmp_path: Path) -> None:
     assert all(
         METHODS["lora"].scale(u) == pytest.approx(4 / u.tensors["B"].shape[1] ** 0.5) for u in ao.load(tmp_path / "out")
     )
+
+
+@pytest.mark.parametrize(
+    "field", ["alpha_as", "alpha_absent", "shapes", "prefixes", "prefix", "adapter_name", "component"]
+)
+@pytest.mark.parametrize(
+    "value", [3, "a", [1], None, True, {"x": 7}, {"x": {"A": "b"}}, ["F16", 3], ["F16", [1]]], ids=str
+)
+def test_what_a_stranger_says_was_carried_is_checked(field: str, value: Any, tmp_path: Path) -> None:
+    carried = {"spelling": {d: {field: value} for d in ("kohya", "diffusers", "peft")}}
+    source = FIXTURES / "diffusers-sd15.safetensors"
+    with safe_open(source, "pt") as file:
+        metadata = {**file.metadata(), "adapterops": json.dumps(carried)}
+    save_file(load_file(source), tmp_path / "d.safetensors", metadata)
+    adapter = ao.load(tmp_path / "d.safetensors")
+    for target in ("kohya", "peft", None):
+        result = ao.save(adapter, tmp_path / str(target), format=target)
+        assert result.proof is not None
+        assert result.proof.exact
