@@ -178,7 +178,9 @@ class Diffusers(Format):
         ]
         mutated = next((config.mutated_init for config in configs.values() if config.mutated_init), None)
         provenance = replace(adapter.provenance, notes=(*adapter.provenance.notes, *notes))
-        return replace(adapter, provenance=provenance, mutated_init=mutated)
+        # The header's other fields (dropout, base model …) travel on, as those of a PEFT folder do.
+        own_fields = {c: dict(config.fields) for c, config in configs.items() if c in adapter.components}
+        return replace(adapter, config={**adapter.config, **own_fields}, provenance=provenance, mutated_init=mutated)
 
     def write(self, adapter: Adapter, target: Target) -> Output:
         spelled = self.spell(adapter, target)

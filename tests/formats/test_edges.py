@@ -304,3 +304,15 @@ def test_what_a_stranger_says_was_carried_is_checked(field: str, value: Any, tmp
         result = ao.save(adapter, tmp_path / str(target), format=target)
         assert result.proof is not None
         assert result.proof.exact
+
+
+def test_other_fields_of_a_diffusers_header_travel(tmp_path: Path) -> None:
+    source = FIXTURES / "diffusers-sd15.safetensors"
+    with safe_open(source, "pt") as file:
+        metadata = file.metadata()
+    fields = {**json.loads(metadata["lora_adapter_metadata"]), "unet.lora_dropout": 0.25}
+    metadata["lora_adapter_metadata"] = json.dumps(fields)
+    save_file(load_file(source), tmp_path / "d.safetensors", metadata)
+    ao.convert(tmp_path / "d.safetensors", "kohya", tmp_path / "k.safetensors")
+    ao.convert(tmp_path / "k.safetensors", "peft", tmp_path / "p")
+    assert json.loads((tmp_path / "p" / "unet" / "adapter_config.json").read_text())["lora_dropout"] == 0.25
