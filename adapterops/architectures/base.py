@@ -15,6 +15,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from adapterops.architectures.authors import with_originals
 from adapterops.architectures.errors import BadBaseConfig
 from adapterops.architectures.listing import list_modules
 from adapterops.architectures.table import Architecture, Component
@@ -45,7 +46,8 @@ def from_config(path: str | os.PathLike[str]) -> Architecture:
     folder's name (schedulers, tokenizers and components of other libraries do not). A single model's
     component is `unet` or `transformer` where its diffusers class says so, otherwise `model`.
 
-    Names are those of the installed library's class, and `original` repeats them.
+    Names are those of the installed library's class.  `original` repeats them, but where a built-in table for the
+    class, written out for this config, is the model: then it is the authors' name, and fused modules come with it.
 
     Raises BadBaseConfig, which lists the causes.
     """
@@ -138,7 +140,11 @@ def _component(name: str, path: Path, class_name: str | None = None) -> Componen
     modules = list_modules(model)
     bare = frozenset(path for path, _ in model.named_modules() if path and path not in modules)
     lost = _LOST_BEGINNINGS.get(class_name, "")
-    return Component(name, modules, f"{library}.{class_name}", config, bare, _renamed(model, modules), lost)
+    component = Component(name, modules, f"{library}.{class_name}", config, bare, _renamed(model, modules), lost)
+    # Of a diffusers model a read-only dictionary, of a transformers one an object: both with the defaults filled in.
+    complete = model.config if library == "diffusers" else model.config.to_dict()
+    owners = {key.rpartition(".")[0] for key, _ in model.named_parameters(remove_duplicate=False)}
+    return with_originals(component, complete, owners)
 
 
 def _renamed(model: Any, modules: Iterable[str]) -> dict[str, str]:

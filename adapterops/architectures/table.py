@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
 from adapterops.architectures.errors import UnknownArchitecture
-from adapterops.architectures.expression import Value
-from adapterops.architectures.template import Expander, Leaf, Row
+from adapterops.architectures.expression import Value, evaluate_integer
+from adapterops.architectures.template import ALL, Expander, Leaf, Piece, Row
 
 _FOLDER = Path(__file__).parent
 
@@ -26,7 +27,8 @@ class ModuleSpec:
     name: str
     """Canonical dotted name inside its component; "" for what the component's root owns."""
     original: str
-    """The name in the authors' own repository; the canonical name where that is not known."""
+    """The name in the authors' own repository; the canonical name where that is not known, "" where it has no such
+    module (its weight is part of a fused one)."""
     shape: tuple[int, ...]
     """Of `weight`: (out, in), (out, in, *kernel), (num_embeddings, dim), (channels,); () without a `weight`.
 
@@ -41,9 +43,15 @@ class ModuleSpec:
     """The module that owns this module's `weight`, where it is shared."""
     params: tuple[str, ...] = ("weight",)
     """The names of the parameters and buffers that the module owns itself."""
+    joins: tuple[Piece, ...] = ()
+    """For a fused module: the canonical modules, and which of their rows, that make up its rows, in order."""
+    partial: bool = False
+    """For a fused module: whether it is only some rows of the authors' own, named by dialects with a tail for them."""
+    widens: bool = False
+    """Whether adapters may give it more inputs than the base has (Flux.1's control adapters widen `x_embedder`)."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Component:
     """A part of a base model: `unet`, `transformer`, `text_encoder`, `model` …"""
 
@@ -60,6 +68,24 @@ class Component:
     """Published name to the class's own, where the installed class has renamed its modules (`--base`)."""
     optional_prefix: str = ""
     """What the names of one version of the class begin with and those of another do not (`text_model.`)."""
+    fused: Mapping[str, ModuleSpec] = field(default_factory=dict)
+    """Modules that only the authors' own repository has, by a name of ours beside those of their parts."""
+    like: str = ""
+    """For a model built from a config: the built-in architecture whose rows describe it, too, where it is the only
+    one (the same text encoders serve several)."""
+
+    def spec(self, name: str) -> ModuleSpec | None:
+        """The module of that name, fused ones included."""
+        return self.modules.get(name) or self.fused.get(name)
+
+    @cached_property
+    def whole(self) -> Mapping[str, list[str]]:
+        """For each canonical module that is part of fused ones: their names."""
+        out: dict[str, list[str]] = {}
+        for name, spec in self.fused.items():
+            for part in dict.fromkeys(part for part, _, _ in spec.joins):
+                out.setdefault(part, []).append(name)
+        return out
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +96,14 @@ class Architecture:
     title: str
     components: Mapping[str, Component]
     builtin: bool
+    released: str = ""
+    """Year and month: where the modules of a file fit two base models alike, the older one is taken."""
+
+    @property
+    def family(self) -> str:
+        """The built-in architecture whose rules of spelling hold for this one; its own name where none does."""
+        like = {component.like for component in self.components.values() if component.like}
+        return self.name if self.builtin or len(like) != 1 else like.pop()
 
 
 @cache
@@ -88,14 +122,32 @@ def load(name: str) -> Architecture:
             "For another base model give its config: --base CONFIG"
         )
     document = _read(_FOLDER / f"{name}.toml")
+    templates = _templates(document)
+    components: dict[str, Component] = {}
+    for component_name, table in document["components"].items():
+        components[component_name] = _component(component_name, table, templates, table["config"])
+    return Architecture(name, document["title"], components, builtin=True, released=document["released"])
+
+
+def likes(class_name: str, config: Mapping[str, Any]) -> Iterator[Component]:
+    """The built-in components of the class `library.Class`, with their rows written out for another config.
+
+    `like` says which architecture each is from.  Whether its rows hold for that config is for the caller to see.  Its
+    modules raise `ValueError` when they are first asked for, where the config lacks a number that a row needs.
+    """
+    for name in names():
+        document = _read(_FOLDER / f"{name}.toml")
+        for component_name, table in document["components"].items():
+            if table["class"] == class_name:
+                yield replace(_component(component_name, table, _templates(document), config), like=name)
+
+
+def _templates(document: Mapping[str, Any]) -> dict[str, list[Row]]:
     templates: dict[str, list[Row]] = {}
     for include in document.get("include", ()):
         templates |= _read(_FOLDER / "shared" / f"{include}.toml")["templates"]
     templates |= document.get("templates", {})
-    components: dict[str, Component] = {}
-    for component_name, table in document["components"].items():
-        components[component_name] = _component(component_name, table, templates)
-    return Architecture(name=name, title=document["title"], components=components, builtin=True)
+    return templates
 
 
 @cache
@@ -104,30 +156,78 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.load(file)
 
 
-def _component(name: str, table: Mapping[str, Any], templates: Mapping[str, list[Row]]) -> Component:
-    # The config's numbers are in scope, so that no size stands twice in a file.
-    scope: dict[str, Value] = {**table["config"], **table.get("vars", {})}
-    modules = _Modules(f"component {name}", Expander(templates, scope), table["rows"])
-    return Component(name, modules, table["class"], table["config"], optional_prefix=table.get("optional_prefix", ""))
+def _component(
+    name: str, table: Mapping[str, Any], templates: Mapping[str, list[Row]], config: Mapping[str, Any]
+) -> Component:
+    rows = _Rows(f"component {name}", table, templates, config)
+    prefix = table.get("optional_prefix", "")
+    modules, fused = _Modules(rows, False), _Modules(rows, True)
+    return Component(name, modules, table["class"], config, optional_prefix=prefix, fused=fused)
+
+
+def _scope(table: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Value]:
+    """What the rows of a component may refer to: the config's numbers, so that no size stands twice in a file."""
+    # A class that fills in its own defaults does so with tuples.
+    scope: dict[str, Value] = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in config.items() if value is not None
+    }
+    scope |= table.get("vars", {})
+    for name, value in table.get("defaults", {}).items():
+        if name not in scope:
+            scope[name] = evaluate_integer(value, scope)
+    for name, factors in table.get("products", {}).items():
+        scope[name] = prod(evaluate_integer(factor, scope) for factor in factors)
+    return scope
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows of a component, written out when they are first asked for."""
+
+    where: str
+    table: Mapping[str, Any]
+    templates: Mapping[str, list[Row]]
+    config: Mapping[str, Any]
+
+    @cached_property
+    def tables(self) -> tuple[dict[str, ModuleSpec], dict[str, ModuleSpec]]:
+        """The modules of the class, and those that only the authors have."""
+        modules: dict[str, ModuleSpec] = {}
+        fused: dict[str, ModuleSpec] = {}
+        try:
+            expander = Expander(self.templates, _scope(self.table, self.config))
+            for leaf in expander.expand(self.table["rows"]):
+                if leaf.canonical in modules or leaf.canonical in fused:
+                    raise ValueError(f"module {leaf.canonical!r} is listed twice")
+                (fused if leaf.joins else modules)[leaf.canonical] = _spec(leaf)
+            fused = {name: _joined(spec, modules) for name, spec in fused.items()}
+        except ValueError as error:
+            raise ValueError(f"{self.where}: {error}") from error
+        return modules, fused
+
+
+def _joined(spec: ModuleSpec, modules: Mapping[str, ModuleSpec]) -> ModuleSpec:
+    """The fused module with the sizes of its pieces.  Raises `ValueError` where they are not its rows."""
+    unknown = [name for name, _, _ in spec.joins if name not in modules]
+    if unknown:
+        raise ValueError(f"{spec.name}: joins {unknown[0]!r}, which is not listed")
+    joins = tuple((name, start, modules[name].shape[0] if stop == ALL else stop) for name, start, stop in spec.joins)
+    rows = sum(stop - start for _, start, stop in joins)
+    others = [name for name, _, _ in joins if modules[name].shape[1:] != spec.shape[1:]]
+    if rows != spec.shape[0] or others:
+        raise ValueError(f"{spec.name}: its shape {spec.shape} is not that of the {rows} rows that it joins")
+    return replace(spec, joins=joins)
 
 
 class _Modules(Mapping[str, ModuleSpec]):
-    """The modules of a template's rows, written out when they are first asked for."""
+    """One of the two tables of some rows."""
 
-    def __init__(self, where: str, expander: Expander, rows: list[Row]) -> None:
-        self._where, self._expander, self._rows = where, expander, rows
+    def __init__(self, rows: _Rows, fused: bool) -> None:
+        self._rows, self._fused = rows, fused
 
-    @cached_property
+    @property
     def _table(self) -> dict[str, ModuleSpec]:
-        modules: dict[str, ModuleSpec] = {}
-        try:
-            for leaf in self._expander.expand(self._rows):
-                if leaf.canonical in modules:
-                    raise ValueError(f"module {leaf.canonical!r} is listed twice")
-                modules[leaf.canonical] = _spec(leaf)
-        except ValueError as error:
-            raise ValueError(f"{self._where}: {error}") from error
-        return modules
+        return self._rows.tables[self._fused]
 
     def __getitem__(self, name: str) -> ModuleSpec:
         return self._table[name]
@@ -147,6 +247,9 @@ class _Modules(Mapping[str, ModuleSpec]):
 
 
 def _spec(leaf: Leaf) -> ModuleSpec:
-    canonical, original, kind, shape, bias = leaf
-    params = ("weight", "bias") if bias else ("weight",)
-    return ModuleSpec(canonical, original, shape, kind, bias, params=params)
+    params = ("weight", "bias") if leaf.bias else ("weight",)
+    return ModuleSpec(
+        leaf.canonical, leaf.original, leaf.shape, leaf.kind, leaf.bias,
+        tied_to=leaf.tied_to or None, params=params, joins=leaf.joins, widens=leaf.widens,
+        partial=leaf.partial,
+    )  # fmt: skip

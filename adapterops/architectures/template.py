@@ -4,7 +4,8 @@ A row describes one module, or a family of them:
 
     for        loop variables: a list of values, or an expression (a list's name, or a count n for 0 … n-1)
     canonical  name relative to the template's place, with `{expression}` fields; "" is the place itself
-    original   the same for the authors' own repository; left out where it equals `canonical`
+    original   the same for the authors' own repository; left out where it equals `canonical`, "" where the authors
+               have no such module (its weight is part of a fused one)
     and either
     use, with  the name of another template, and the integers that it takes
     or one kind, whose value is the shape of `weight`, integers or expressions:
@@ -13,10 +14,19 @@ A row describes one module, or a family of them:
     embedding  (num_embeddings, dim)
     norm       (channels,)
     bias       whether the module has a bias; by default all but embeddings have
+    joins      for a module that only the authors have: the canonical modules whose rows make up its own, in order; a
+               name stands for all rows of that module, [name, start, stop] for some of them
+    partial    true for rows of a module of the authors' that some dialect names by themselves; only a dialect with a
+               name of its own for them (a tail) has such a module
+    widens     true where adapters may give the module more inputs than the base has (control adapters)
+    tied_to    the module that owns the weight, where it is shared
+
+The component's globals are the numbers of its config, its `vars`, and two tables for what a config leaves out:
+
+    defaults   what a number stands for that the config lacks or leaves null: { out_channels = "in_channels" }
+    products   names for products, which expressions have not: { inner = ["num_attention_heads", "attention_head_dim"] }
 
 A template sees its loop variables, its `with` arguments and the component's globals, not its caller's scope.
-A projection that the authors fused (one original module, several canonical ones) needs one more column beside
-`original`: the rows that the module takes in the fused weight. `Leaf` and `ModuleSpec` would carry it.
 """
 
 from __future__ import annotations
@@ -27,9 +37,15 @@ from typing import Any, NamedTuple
 from adapterops.architectures.expression import Scope, Value, evaluate, evaluate_integer, fill
 
 KINDS = ("linear", "conv", "embedding", "norm")
-_COLUMNS = frozenset({"for", "canonical", "original", "use", "with", "bias", *KINDS})
+_COLUMNS = frozenset(
+    {"for", "canonical", "original", "use", "with", "bias", "joins", "partial", "widens", "tied_to", *KINDS}
+)
+ALL = -1
+"""As the end of a piece: all rows of the module."""
 
 Row = Mapping[str, Any]
+Piece = tuple[str, int, int]
+"""A canonical module, and the rows [start, stop) of its weight."""
 
 
 class Leaf(NamedTuple):
@@ -40,6 +56,19 @@ class Leaf(NamedTuple):
     kind: str
     shape: tuple[int, ...]
     bias: bool
+    joins: tuple[Piece, ...] = ()
+    widens: bool = False
+    tied_to: str = ""
+    partial: bool = False
+
+    def under(self, canonical: str, original: str) -> Leaf:
+        """The same module in a template that is used at these places."""
+        return self._replace(
+            canonical=canonical + self.canonical,
+            original=original + self.original if self.original else "",
+            joins=tuple((canonical + name, start, stop) for name, start, stop in self.joins),
+            tied_to=canonical + self.tied_to if self.tied_to else "",
+        )
 
 
 class Expander:
@@ -74,19 +103,20 @@ class Expander:
         if len(kinds) + ("use" in row) != 1:
             raise ValueError(f"needs exactly one of use, {', '.join(KINDS)}")
         if kinds:
-            if not canonical or not original:
+            if not canonical:
                 raise ValueError("a module needs a name")
             kind = kinds[0]
             shape = tuple(evaluate_integer(size, scope) for size in row[kind])
-            leaves.append(Leaf(canonical, original, kind, shape, row.get("bias", kind != "embedding")))
+            joins = tuple(_piece(piece, scope) for piece in row.get("joins", ()))
+            bias = row.get("bias", kind != "embedding")
+            tied_to = fill(row.get("tied_to", ""), scope)
+            widens, partial = row.get("widens", False), row.get("partial", False)
+            leaves.append(Leaf(canonical, original, kind, shape, bias, joins, widens, tied_to, partial))
             return
         arguments = {key: evaluate_integer(value, scope) for key, value in row.get("with", {}).items()}
         place = f"{canonical}." if canonical else ""
         original_place = f"{original}." if original else ""
-        leaves.extend(
-            Leaf(place + name, original_place + original_name, kind, shape, bias)
-            for name, original_name, kind, shape, bias in self._template(row["use"], arguments)
-        )
+        leaves.extend(leaf.under(place, original_place) for leaf in self._template(row["use"], arguments))
 
     def _template(self, name: str, arguments: dict[str, int]) -> list[Leaf]:
         key = (name, tuple(sorted(arguments.items())))
@@ -95,6 +125,13 @@ class Expander:
                 raise ValueError(f"unknown template {name!r}")
             self._expanded[key] = self.expand(self._templates[name], arguments)
         return self._expanded[key]
+
+
+def _piece(piece: Any, scope: Scope) -> Piece:
+    if isinstance(piece, str):
+        return fill(piece, scope), 0, ALL
+    name, start, stop = piece
+    return fill(name, scope), evaluate_integer(start, scope), evaluate_integer(stop, scope)
 
 
 def _scopes(loops: Mapping[str, Value], scope: dict[str, Value]) -> Iterator[Scope]:

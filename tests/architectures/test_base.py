@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from adapterops.architectures import Architecture, BadBaseConfig, from_config
+from adapterops.architectures import Architecture, BadBaseConfig, from_config, load
 
 pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -271,3 +271,106 @@ def test_building_is_offline_and_the_setting_comes_back(tmp_path: Path, monkeypa
     from_values(tmp_path, LLAMA)
     assert seen == [True]
     assert not constants.is_offline_mode()
+
+
+FLUX = {
+    "_class_name": "FluxTransformer2DModel",
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "attention_head_dim": 16,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "pooled_projection_dim": 20,
+    "in_channels": 12,
+    "axes_dims_rope": [4, 6, 6],
+}
+SD3 = {
+    "_class_name": "SD3Transformer2DModel",
+    "num_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 2,
+    "joint_attention_dim": 24,
+    "caption_projection_dim": 16,
+    "pooled_projection_dim": 20,
+    "in_channels": 4,
+    "out_channels": None,
+    "sample_size": 8,
+}
+T5 = {
+    "architectures": ["T5EncoderModel"],
+    "model_type": "t5",
+    "d_model": 16,
+    "d_kv": 4,
+    "d_ff": 24,
+    "num_layers": 2,
+    "num_heads": 2,
+    "vocab_size": 50,
+    "feed_forward_proj": "gated-gelu",
+}
+
+
+@pytest.mark.parametrize("guidance", [True, False])
+@pytest.mark.parametrize("more", [{}, {"out_channels": 5}, {"patch_size": 2}])
+def test_a_small_flux_has_the_authors_names(tmp_path: Path, guidance: bool, more: dict[str, Any]) -> None:
+    transformer = from_values(tmp_path, FLUX | {"guidance_embeds": guidance} | more).components["transformer"]
+    assert transformer.like == "flux"
+    table = load("flux").components["transformer"]
+    for name, spec in transformer.modules.items():
+        assert (spec.original, spec.widens) == (table.modules[name].original, table.modules[name].widens)
+    assert ("time_text_embed.guidance_embedder.linear_1" in transformer.modules) == guidance
+    linear1 = transformer.fused["single_transformer_blocks.1.attn.to_qkv_mlp"]
+    assert (linear1.original, linear1.shape) == ("single_blocks.1.linear1", (7 * 32, 32))
+    assert linear1.joins[-1] == ("single_transformer_blocks.1.proj_mlp", 0, 128)
+    swapped = transformer.fused["norm_out.linear_swapped"]
+    assert swapped.joins == (("norm_out.linear", 32, 64), ("norm_out.linear", 0, 32))
+    assert len(transformer.fused) == 2 * 1 + 2 + 1
+
+
+def test_a_small_sd3_has_the_authors_names_and_its_buffer_does_not_matter(tmp_path: Path) -> None:
+    transformer = from_values(tmp_path, SD3).components["transformer"]
+    assert transformer.like == "sd3"
+    assert transformer.modules["pos_embed"].params == ("pos_embed",)
+    assert transformer.modules["pos_embed.proj"].original == "x_embedder.proj"
+    last = transformer.fused["transformer_blocks.1.norm1_context.linear_swapped"]
+    assert last.original == "joint_blocks.1.context_block.adaLN_modulation.1"
+
+
+@pytest.mark.parametrize("more", [{"qk_norm": "rms_norm"}, {"dual_attention_layers": [0]}])
+def test_a_model_with_other_modules_than_the_tables_has_no_originals(tmp_path: Path, more: dict[str, Any]) -> None:
+    # Stable Diffusion 3.5: norms and second attentions that the rows for 3.0 do not have.
+    transformer = from_values(tmp_path, SD3 | more).components["transformer"]
+    assert (transformer.like, transformer.fused) == ("", {})
+    assert all(spec.original == name for name, spec in transformer.modules.items())
+
+
+def test_a_unet_of_another_size_has_no_originals(tmp_path: Path) -> None:
+    unet = from_values(tmp_path, UNET).components["unet"]
+    assert unet.like == ""
+    assert all(spec.original == name for name, spec in unet.modules.items())
+
+
+@pytest.mark.parametrize("name", ["sd1", "sd2", "sdxl"])
+def test_a_builtin_models_own_config_gives_its_names(tmp_path: Path, name: str) -> None:
+    table = load(name).components["unet"]
+    unet = from_values(tmp_path, {"_class_name": "UNet2DConditionModel", **table.config}).components["unet"]
+    assert unet.like == name
+    assert {key: spec.original for key, spec in unet.modules.items()} == {
+        key: spec.original for key, spec in table.modules.items()
+    }
+
+
+@pytest.mark.parametrize("config", [CLIP, T5])
+def test_text_encoders_are_like_no_single_architecture(tmp_path: Path, config: dict[str, Any]) -> None:
+    model = from_values(tmp_path, config).components["model"]
+    assert model.like == ""
+    assert all(spec.original == name for name, spec in model.modules.items())
+
+
+def test_a_pipeline_is_of_the_family_of_its_transformer(tmp_path: Path) -> None:
+    write(tmp_path / "transformer" / "config.json", FLUX)
+    write(tmp_path / "text_encoder" / "config.json", CLIP)
+    write(tmp_path / "text_encoder_2" / "config.json", T5)
+    assert from_config(tmp_path).family == "flux"
+    make_pipeline(tmp_path / "other", None)
+    other = from_config(tmp_path / "other")
+    assert other.family == other.name

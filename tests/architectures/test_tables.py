@@ -13,6 +13,8 @@ import pytest
 
 from adapterops.architectures import Component, UnknownArchitecture, load, names
 from adapterops.architectures.expression import Scope, evaluate, fill
+from adapterops.architectures.listing import list_modules
+from adapterops.architectures.table import _component, likes
 from adapterops.architectures.template import Expander
 
 torch = pytest.importorskip("torch")
@@ -41,7 +43,7 @@ def published_parameters(name: str, component_name: str) -> Iterator[tuple[str, 
     model = build(name, component_name)
     # transformers 5 dropped this prefix from the class; the checkpoints, and the adapters, have it.
     prefix = "text_model." if type(model).__name__ == "CLIPTextModel" else ""
-    for key, parameter in model.named_parameters():
+    for key, parameter in model.named_parameters(remove_duplicate=False):
         module, _, own_name = (prefix + key.removeprefix(prefix)).rpartition(".")
         yield module, own_name, tuple(parameter.shape)
 
@@ -74,6 +76,9 @@ def test_kinds_are_those_of_the_classes_modules(name: str, component_name: str) 
         torch.nn.Embedding: "embedding",
         torch.nn.LayerNorm: "norm",
         torch.nn.GroupNorm: "norm",
+        torch.nn.RMSNorm: "norm",
+        importlib.import_module("diffusers.models.normalization").RMSNorm: "norm",
+        importlib.import_module("transformers.models.t5.modeling_t5").T5LayerNorm: "norm",
     }
     modules = dict(build(name, component_name).named_modules())
     for spec in load(name).components[component_name].modules.values():
@@ -85,12 +90,37 @@ def test_kinds_are_those_of_the_classes_modules(name: str, component_name: str) 
 @pytest.mark.parametrize(("name", "component_name"), COMPONENTS)
 def test_specs_are_consistent(name: str, component_name: str) -> None:
     component = load(name).components[component_name]
-    originals = [spec.original for spec in component.modules.values()]
+    every = {**component.modules, **component.fused}
+    originals = [spec.original for spec in every.values() if spec.original]
     assert len(set(originals)) == len(originals)
-    assert all(key == spec.name for key, spec in component.modules.items())
-    assert all(type(spec.bias) is bool for spec in component.modules.values())
-    flattened = {key.replace(".", "_") for key in component.modules}
-    assert len(flattened) == len(component.modules), "two modules have one flattened Kohya name"
+    assert len({name.replace(".", "_") for name in originals}) == len(originals), "two have one flattened Kohya name"
+    assert all(key == spec.name for key, spec in every.items())
+    assert all(type(spec.bias) is bool for spec in every.values())
+    flattened = {key.replace(".", "_") for key in every}
+    assert len(flattened) == len(every), "two modules have one flattened Kohya name"
+
+
+@pytest.mark.parametrize(("name", "component_name"), COMPONENTS)
+def test_ties_are_those_of_the_class(name: str, component_name: str) -> None:
+    expected = {spec.name: spec.tied_to for spec in list_modules(build(name, component_name)).values() if spec.tied_to}
+    modules = load(name).components[component_name].modules
+    assert {spec.name: spec.tied_to for spec in modules.values() if spec.tied_to} == expected
+
+
+@pytest.mark.parametrize(("name", "component_name"), COMPONENTS)
+def test_what_has_no_original_is_part_of_exactly_one_fused_module(name: str, component_name: str) -> None:
+    component = load(name).components[component_name]
+    pieces: dict[str, list[tuple[int, int]]] = {}
+    for whole in component.fused.values():
+        assert whole.kind == "linear"
+        for part, start, stop in whole.joins:
+            pieces.setdefault(part, []).append((start, stop))
+            assert component.modules[part].bias == whole.bias
+            assert whole.name in component.whole[part]
+    assert set(pieces) == {key for key, spec in component.modules.items() if not spec.original}
+    for part, ranges in pieces.items():
+        starts, stops = zip(*sorted(ranges), strict=True)
+        assert (0, *stops) == (*starts, component.modules[part].shape[0]), part
 
 
 @pytest.mark.parametrize("name", UNETS)
@@ -125,24 +155,55 @@ def test_original_names_seen_in_published_files() -> None:
 
 def test_load_returns_the_same_object_and_names_are_sorted() -> None:
     assert names() == tuple(sorted(names()))
-    assert {"sd1", "sd2", "sdxl"} <= set(names())
+    assert {"flux", "qwen_image", "sd1", "sd2", "sd3", "sdxl"} <= set(names())
     assert load("sd1") is load("sd1")
     assert load("sd1").builtin
 
 
 @pytest.mark.parametrize("name", ["sd9", "", "shared/clip", "../architectures/sd1"])
 def test_unknown_architecture_names_the_known_ones(name: str) -> None:
-    with pytest.raises(UnknownArchitecture, match=r"sd1, sd2, sdxl.*--base"):
+    with pytest.raises(UnknownArchitecture, match=r"flux.*sd1, sd2.*sdxl.*--base"):
         load(name)
 
 
 def test_loading_imports_nothing_heavy() -> None:
     code = (
-        "import sys; from adapterops.architectures import load; load('sdxl');"
+        "import sys; from adapterops.architectures import load, names; [load(name) for name in names()];"
         "print([m for m in ('torch', 'numpy', 'diffusers', 'transformers') if m in sys.modules])"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def test_rows_are_written_out_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Expander] = []
+    expand = Expander.expand
+
+    def observe(self: Expander, *arguments: Any) -> Any:
+        asked.append(self)
+        return expand(self, *arguments)
+
+    monkeypatch.setattr(Expander, "expand", observe)
+    component = load.__wrapped__("flux").components["transformer"]
+    assert not asked
+    assert "x_embedder" in component.modules
+    assert asked
+
+
+def test_defaults_and_products_come_from_the_config() -> None:
+    """Null and missing are one; a number of the config goes before a default."""
+    built_in = load("flux").components["transformer"]
+    sizes = []
+    for more in ({}, {"out_channels": None}, {"out_channels": 3, "patch_size": 2}):
+        (component,) = likes(built_in.class_name, {**built_in.config, "num_layers": 1, "num_single_layers": 1, **more})
+        sizes.append(component.modules["proj_out"].shape)
+    assert sizes == [(64, 3072), (64, 3072), (12, 3072)]
+
+
+def test_a_config_without_a_needed_number_is_told() -> None:
+    (component,) = likes("diffusers.FluxTransformer2DModel", {"num_layers": 1})
+    with pytest.raises(ValueError, match=r"component transformer: unknown name 'in_channels'"):
+        len(component.modules)
 
 
 @pytest.mark.parametrize(
@@ -176,8 +237,27 @@ def test_fill_replaces_each_field() -> None:
         ({"canonical": "", "linear": [1, 2]}, "needs a name"),
         ({"canonical": "x", "use": "nothing"}, "unknown template 'nothing'"),
         ({"canonical": "x", "norm": [1.5]}, "neither an integer"),
+        ({"canonical": "x", "linear": [1, 1], "joins": [["y", 0]]}, "not enough values"),
+        ({"canonical": "x", "linear": [1, 1], "joins": [["y", 0, "n"]]}, "unknown name 'n'"),
     ],
 )
 def test_bad_rows_are_refused(row: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValueError, match=reason):
         Expander({}, {}).expand([row])
+
+
+@pytest.mark.parametrize(
+    ("joins", "reason"),
+    [
+        (["a", "c"], "joins 'c', which is not listed"),
+        (["a"], "is not that of the 2 rows"),
+        ([["a", 0, 2], ["b", 0, 1]], "is not that of the 3 rows"),
+        (["a", "wide"], "is not that of the 4 rows"),
+    ],
+)
+def test_fused_modules_that_do_not_fit_their_pieces_are_refused(joins: list[Any], reason: str) -> None:
+    rows = [{"canonical": name, "linear": [2, 3]} for name in ("a", "b")]
+    rows += [{"canonical": "wide", "linear": [2, 4]}, {"canonical": "ab", "linear": [4, 3], "joins": joins}]
+    component = _component("part", {"class": "library.Class", "rows": rows}, {}, {})
+    with pytest.raises(ValueError, match=f"component part: ab: .*{reason}"):
+        len(component.fused)

@@ -1,0 +1,170 @@
+"""The authors' own names of fused and reordered weights, against diffusers' conversion of their checkpoints."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapterops.architectures import Component, load
+from adapterops.architectures.table import ModuleSpec, likes
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("diffusers")
+
+_SUFFIX = re.compile(r"\.(lora_(?:A|B|down|up)\.weight|lora_B\.bias|alpha|lokr_w[12]|scale)$")
+_PREFIX = re.compile(r"^(transformer|diffusion_model|base_model\.model)\.")
+
+
+def small(name: str, **numbers: int) -> Component:
+    """The transformer's rows written out for fewer layers, as `--base` writes them."""
+    built_in = load(name).components["transformer"]
+    (component,) = likes(built_in.class_name, {**built_in.config, **numbers})
+    return component
+
+
+def numbered(component: Component) -> tuple[dict[str, Any], dict[str, Any]]:
+    """A checkpoint under the authors' names, every row a number of its own, and what `joins` makes of it.
+
+    Weights have shape (out, 1): no conversion touches the inputs.
+    """
+    checkpoint: dict[str, Any] = {}
+    expected: dict[str, Any] = {}
+    count = 0
+    for spec in (*component.modules.values(), *component.fused.values()):
+        if not spec.original:
+            continue
+        for parameter in spec.params:
+            rows = torch.arange(count, count + spec.shape[0])
+            count += spec.shape[0]
+            tensor = rows[:, None] if parameter == "weight" and len(spec.shape) > 1 else rows
+            checkpoint[f"{spec.original}.{parameter}"] = tensor
+            at = 0
+            for part, start, stop in spec.joins or ((spec.name, 0, spec.shape[0]),):
+                whole = torch.full((component.modules[part].shape[0], *tensor.shape[1:]), -1)
+                target = expected.setdefault(f"{part}.{parameter}", whole)
+                target[start:stop] = tensor[at : at + stop - start]
+                at += stop - start
+    return checkpoint, expected
+
+
+def convert(name: str, checkpoint: dict[str, Any]) -> dict[str, Any]:
+    conversion: Any = importlib.import_module("diffusers.loaders.single_file_utils")
+    converted: dict[str, Any] = getattr(conversion, f"convert_{name}_transformer_checkpoint_to_diffusers")(checkpoint)
+    return converted
+
+
+def differences(converted: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """The keys that only one has, and those whose rows differ."""
+    wrong = set(converted) ^ set(expected)
+    wrong |= {key for key in set(converted) & set(expected) if not torch.equal(converted[key], expected[key])}
+    return sorted(wrong)
+
+
+def flux() -> tuple[Component, dict[str, Any], dict[str, Any]]:
+    # The width stays: diffusers' conversion splits `linear1` at 3072.
+    component = small("flux", num_layers=2, num_single_layers=3)
+    checkpoint, expected = numbered(component)
+    norms = [key for key in checkpoint if key.endswith("_norm.weight")]
+    renamed = {key.removesuffix("weight") + "scale": checkpoint.pop(key) for key in norms}
+    return component, checkpoint | renamed, expected
+
+
+def test_diffusers_converts_flux_as_the_rows_say() -> None:
+    component, checkpoint, expected = flux()
+    converted = convert("flux", checkpoint)
+    assert not checkpoint, "diffusers does not know these names"
+    assert differences(converted, expected) == []
+    assert {key.rpartition(".")[0] for key in converted} == set(component.modules)
+
+
+def test_diffusers_converts_sd3_as_the_rows_say() -> None:
+    component = small("sd3", num_layers=3)
+    checkpoint, expected = numbered(component)
+    # A buffer, which is no module of its own.
+    checkpoint["pos_embed"] = torch.arange(4)
+    expected["pos_embed.pos_embed"] = torch.arange(4)
+    converted = convert("sd3", checkpoint)
+    assert not checkpoint, "diffusers does not know these names"
+    assert differences(converted, expected) == []
+
+
+@pytest.mark.parametrize("swap", ["norm_out.linear_swapped", "single_transformer_blocks.1.attn.to_qkv_mlp"])
+def test_another_order_of_the_pieces_is_told(swap: str) -> None:
+    """The comparison above sees a table that joins the right pieces in the wrong order."""
+    component, _, _ = flux()
+    first, second, *rest = component.fused[swap].joins
+    turned = replace(component.fused[swap], joins=(second, first, *rest))
+    wrong = replace(component, fused={**component.fused, swap: turned})
+    checkpoint, expected = numbered(wrong)
+    checkpoint = {k.replace("_norm.weight", "_norm.scale"): v for k, v in checkpoint.items()}
+    parts = {part for part, _, _ in turned.joins[:2]}
+    told = {f"{part}.{parameter}" for part in parts for parameter in ("weight", "bias")}
+    assert set(differences(convert("flux", checkpoint), expected)) == told
+
+
+def test_original_names_seen_in_published_files() -> None:
+    """Spot checks against names in black-forest-labs/flux and Stability-AI/sd3-ref, independent of diffusers."""
+    component = load("flux").components["transformer"]
+    originals = {spec.original: spec for spec in (*component.modules.values(), *component.fused.values())}
+    assert originals["double_blocks.18.img_attn.qkv"].name == "transformer_blocks.18.attn.to_qkv"
+    assert originals["single_blocks.37.linear1"].shape == (21504, 3072)
+    assert originals["single_blocks.37.linear2"].shape == (3072, 15360)
+    assert originals["final_layer.linear"].shape == (64, 3072)
+    assert originals["img_in"].widens
+    assert not any(spec.widens for name, spec in originals.items() if name != "img_in")
+    last = load("sd3").components["transformer"].spec("transformer_blocks.23.norm1_context.linear_swapped")
+    assert last is not None
+    assert last.original == "joint_blocks.23.context_block.adaLN_modulation.1"
+
+
+SKELETONS = {
+    "invokeai-flux_control_lora_format": "flux",
+    "invokeai-flux_lokr_bfl_format": "flux",
+    "invokeai-flux_lora_aitoolkit_format": "flux",
+    "invokeai-flux_lora_diffusers_base_model_format": "flux",
+    "invokeai-flux_lora_diffusers_format": "flux",
+    "invokeai-flux_lora_kohya_format": "flux",
+    "invokeai-qwen_image_lora_diffusers_format": "qwen_image",
+    "invokeai-qwen_image_lora_kohya_format": "qwen_image",
+}
+
+
+@pytest.mark.parametrize(("skeleton", "name"), SKELETONS.items())
+def test_published_adapters_name_our_modules_and_have_their_sizes(skeleton: str, name: str, corpus: Path) -> None:
+    path = corpus / "skeletons" / f"{skeleton}.json"
+    if not path.is_file():
+        pytest.skip(f"{skeleton} is not in this copy of the corpus")
+    spellings = _spellings(load(name).components)
+    sized = 0
+    for key, tensor in json.loads(path.read_text())["tensors"].items():
+        match = _SUFFIX.search(key)
+        assert match, key
+        spec = spellings[_PREFIX.sub("", key[: match.start()])]
+        shape = tensor["shape"]
+        if match[1] in ("lora_B.weight", "lora_up.weight"):
+            assert shape[0] == spec.shape[0], key
+        elif match[1] in ("lora_A.weight", "lora_down.weight"):
+            assert shape[1] == spec.shape[1] or (spec.widens and shape[1] > spec.shape[1]), key
+        else:
+            continue
+        sized += 1
+    assert sized or "lokr" in path.read_text()
+
+
+def _spellings(components: Mapping[str, Component]) -> dict[str, ModuleSpec]:
+    """Every module by its canonical name, the authors', and Kohya's flat spelling of the latter."""
+    transformer = components["transformer"]
+    every = [*transformer.modules.values(), *transformer.fused.values()]
+    out = {name: spec for spec in every for name in (spec.name, spec.original)}
+    out |= {"lora_unet_" + spec.original.replace(".", "_"): spec for spec in every if spec.original}
+    encoder = components.get("text_encoder")
+    for spec in encoder.modules.values() if encoder else ():
+        out["lora_te1_" + spec.name.replace(".", "_")] = spec
+    return out
