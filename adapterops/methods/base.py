@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from math import inf, isnan
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterops.adapter import Update
-from adapterops.errors import BrokenAdapter
-from adapterops.storage.tensor import LazyTensor
+from adapterops.errors import BrokenAdapter, CannotRepresent
+from adapterops.storage.tensor import LazyTensor, is_zero
 
 if TYPE_CHECKING:
     import numpy.typing
@@ -26,6 +26,16 @@ class Method:
     """The paper or file that defines the method."""
     scaled: ClassVar[bool] = False
     """Whether updates carry an alpha."""
+    rows: ClassVar[frozenset[str]] = frozenset()
+    """The roles whose first axis is the module's outputs."""
+    pairs: ClassVar[tuple[tuple[str, str], ...]] = ()
+    """The row factor (out, r) and the shared factor (r, in) of each low-rank product."""
+
+    flags: ClassVar[tuple[str, ...]] = ()
+    """The options (true or false) that a file may keep as tensors of one element."""
+
+    compared: ClassVar[frozenset[str]] = frozenset()
+    """Options that may differ between equal updates, since `error` compares what they mean."""
 
     def check(self, update: Update) -> None:
         """Raise `BrokenAdapter` where the tensors cannot belong together."""
@@ -41,6 +51,26 @@ class Method:
     def fits(self, update: Update, shape: tuple[int, ...]) -> bool:
         """Whether the update can act on a module whose weight has `shape`."""
         return True
+
+    def take_rows(self, update: Update, pieces: Sequence[tuple[int, int]]) -> dict[str, LazyTensor]:
+        """The tensors of the same update on some rows of its module's weight: one part of a fused projection.
+
+        Raises `CannotRepresent` where the update does not act on rows one by one.
+        """
+        if not self.rows:
+            raise CannotRepresent(f"{update.name}: {self.title} cannot be split into the parts of a fused projection")
+        return {role: t.rows(pieces) if role in self.rows else t for role, t in update.tensors.items()}
+
+    def folded(self, update: Update, dtype: str | None) -> dict[str, LazyTensor]:
+        """The tensors with the scale multiplied in, in `dtype` (None: each its own).
+
+        Raises `CannotRepresent` for a method without a factor that could take it.
+        """
+        raise CannotRepresent(f"{update.name}: the scale of {self.title} cannot be folded into its tensors")
+
+    def is_nothing(self, update: Update) -> bool:
+        """Whether the update changes nothing, since what its rows are made of is zero."""
+        return bool(self.rows) and all(is_zero(t) for role, t in update.tensors.items() if role in self.rows)
 
     def delta(self, update: Update) -> torch.Tensor:
         """ΔW in float32, in the shape of the module's weight.

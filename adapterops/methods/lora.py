@@ -17,12 +17,14 @@ https://arxiv.org/abs/2402.09353; layers in peft `tuners/lora/layer.py`, axes an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod, sqrt
 from typing import TYPE_CHECKING, Any
 
 from adapterops.adapter import Update
 from adapterops.errors import BrokenAdapter, CannotRepresent
 from adapterops.methods.base import Method, array_error, need, tensor_error, worst
+from adapterops.storage.tensor import LazyTensor
 
 if TYPE_CHECKING:
     import numpy.typing
@@ -38,6 +40,8 @@ class Lora(Method):
     title = "LoRA (with DoRA, rsLoRA, LoCon)"
     source = "https://arxiv.org/abs/2106.09685"
     scaled = True
+    rows = frozenset({"B", "bias", "magnitude"})
+    pairs = (("B", "A"),)
 
     def check(self, update: Update) -> None:
         need(update, "A", "B")
@@ -93,6 +97,20 @@ class Lora(Method):
             return False
         # Some writers keep the 1×1 kernel of a convolution, some drop it, some flatten a larger one into the inputs.
         return (a.shape[1], prod(kernel)) == (shape[1], prod(shape[2:])) or a.shape[1] == prod(shape[1:])
+
+    def take_rows(self, update: Update, pieces: Sequence[tuple[int, int]]) -> dict[str, LazyTensor]:
+        if update.options.get("dora_axis") == "in":
+            raise CannotRepresent(
+                f"{update.name}: its DoRA magnitude (tensor {update.tensors['magnitude'].key!r}) is per input: the norm "
+                "goes over all rows of the fused projection, so its parts cannot have magnitudes of their own; a target "
+                "that keeps the projection whole holds it (--to kohya, --to comfy)"
+            )
+        return super().take_rows(update, pieces)
+
+    def folded(self, update: Update, dtype: str | None) -> dict[str, LazyTensor]:
+        scale = self.scale(update)
+        assert scale is not None
+        return {role: t.mapped(dtype, scale if role in ("B", "bias") else 1.0) for role, t in update.tensors.items()}
 
     def factors(self, update: Update, unknown_scale: float | None = None) -> tuple[Array, Array]:
         """B (out, r) times the scale, and A (r, in · kernel), in float64.

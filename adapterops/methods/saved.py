@@ -21,6 +21,7 @@ class Saved(Method):
     name = "saved"
     title = "saved parameters (modules_to_save, biases, embeddings)"
     source = "peft utils/save_and_load.py, utils/other.py: ModulesToSaveWrapper"
+    rows = frozenset({"weight", "bias"})
 
     def check(self, update: Update) -> None:
         if not update.tensors:
@@ -29,6 +30,9 @@ class Saved(Method):
     def fits(self, update: Update, shape: tuple[int, ...]) -> bool:
         # A saved head or embedding is allowed to differ from the base: it may have other classes, more tokens.
         return True
+
+    def is_nothing(self, update: Update) -> bool:
+        return False
 
     def delta(self, update: Update) -> torch.Tensor:
         raise CannotRepresent(f"{update.name}: a saved parameter replaces the base's; it has no delta of its own")

@@ -1,0 +1,77 @@
+"""(IA)³: a learned factor on each input or output of a module.
+
+`vector` (n,), (n, 1), (1, n) or (1, n, 1, …), with the factor m = vector + (1 − options["initial"]):
+
+- `options["on_input"]`: x' = m ∘ x, so W' = W · m along the inputs; else y' = m ∘ y, so W' = m · W along the outputs
+- `options["initial"]`: what the vector holds before training, where m = 1: 0 in LyCORIS, 1 in peft
+
+On outputs, peft multiplies the module's bias too; LyCORIS multiplies the weight alone (save in its bypass mode).  So with
+a bias, a vector of one does not do what the same vector does in the other, and `initial` says whose it is.
+
+Sources: https://arxiv.org/abs/2205.05638; LyCORIS `lycoris/modules/ia3.py`; peft `tuners/ia3/layer.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from adapterops.adapter import Update
+from adapterops.errors import BrokenAdapter, CannotRepresent
+from adapterops.methods.base import Method, array_error, need
+from adapterops.storage.tensor import LazyTensor
+
+if TYPE_CHECKING:
+    import numpy.typing
+    import torch
+
+    Array = numpy.typing.NDArray[Any]
+
+
+class Ia3(Method):
+    """(IA)³."""
+
+    name = "ia3"
+    flags = ("on_input",)
+    compared = frozenset({"initial"})
+    title = "(IA)³"
+    source = "https://arxiv.org/abs/2205.05638"
+
+    def check(self, update: Update) -> None:
+        need(update, "vector")
+        vector = update.tensors["vector"]
+        if not vector.numel or sum(n != 1 for n in vector.shape) > 1:
+            raise BrokenAdapter(
+                f"{vector.where}: shape {list(vector.shape)} is no vector; (IA)³ has one number a channel"
+            )
+
+    def fits(self, update: Update, shape: tuple[int, ...]) -> bool:
+        vector, axis = update.tensors.get("vector"), 1 if update.options["on_input"] else 0
+        return vector is None or (len(shape) > axis and vector.numel == shape[axis])
+
+    def take_rows(self, update: Update, pieces: Sequence[tuple[int, int]]) -> dict[str, LazyTensor]:
+        vector = update.tensors["vector"]
+        if update.options["on_input"]:
+            return dict(update.tensors)  # every row is multiplied alike
+        taken = vector.reshape((vector.numel,)).rows(pieces)
+        return {"vector": taken.reshape(tuple(taken.numel if n == vector.numel else n for n in vector.shape))}
+
+    def is_nothing(self, update: Update) -> bool:
+        return not self._change(update).any()
+
+    def delta(self, update: Update) -> torch.Tensor:
+        raise CannotRepresent(
+            f"{update.name}: (IA)³ multiplies the module's weight, so its delta needs the base weight (--base-weights)"
+        )
+
+    def error(self, update: Update, other: Update) -> float:
+        """How far the factors minus one, which are the effect, are from each other."""
+        if bool(update.options["on_input"]) != bool(other.options["on_input"]):
+            return float("inf")
+        one, two = self._change(update), self._change(other)
+        return array_error(one, two) if one.size == two.size else float("inf")
+
+    def _change(self, update: Update) -> Array:
+        """m − 1 (n,) in float64."""
+        values: Array = update.tensors["vector"].numpy().astype("f8").reshape(-1) - update.options["initial"]
+        return values
