@@ -89,7 +89,9 @@ def _load(path: str, zipped: bool) -> object:
 def _first_line(error: Exception) -> str:
     """What torch says, without its advice (to load the file unsafely, among others)."""
     lines = _reason(error).strip().splitlines() or [type(error).__name__]
-    return re.split(r"\. (?:In PyTorch|This is|Please)", lines[0])[0][:160]
+    said = re.split(r"\. (?:In PyTorch|This is|Please)", lines[0])[0][:160]
+    # It may quote the file's own bytes, and a terminal would obey them.
+    return "".join(c if c.isprintable() else "?" for c in said)
 
 
 def _reason(error: Exception) -> str:

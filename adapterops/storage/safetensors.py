@@ -152,9 +152,9 @@ def _entry(path: str, key: str, value: Any, available: int) -> tuple[str, str, t
     if not isinstance(dtype, str) or dtype not in dtypes.BITS:
         raise InvalidHeader(f"{here}: unknown dtype {str(dtype)[:80]!r}")
     if not isinstance(shape, list) or len(shape) > 64 or not all(map(_is_size, shape)):
-        raise InvalidHeader(f"{here}: shape {str(shape)[:80]} is not a list of sizes")
+        raise InvalidHeader(f"{here}: shape {repr(shape)[:80]} is not a list of sizes")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise InvalidHeader(f"{here}: data_offsets {str(offsets)[:80]} is not a pair of positions")
+        raise InvalidHeader(f"{here}: data_offsets {repr(offsets)[:80]} is not a pair of positions")
     begin, end = offsets
     if begin > end or end > available:
         raise InvalidHeader(f"{here}: bytes {begin} to {end} lie outside the {available} bytes of data: cut short?")

@@ -4,26 +4,33 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from adapterops.errors import NotAnAdapter, UnreadableFile, UnsupportedFormat
 from adapterops.storage import safetensors
+from adapterops.storage.folder import Folder, LocalFolder, named
 from adapterops.storage.regular import open_regular
 from adapterops.storage.tensor import LazyTensor
 
 CONFIG_NAME = "adapter_config.json"
 FOLDER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+HUB = "hf://"
+_INDEX_SUFFIX = ".safetensors.index.json"
+_FOLDER_INDEX = "adapter_model" + _INDEX_SUFFIX
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_CONFIG = 10_000_000
 """Bytes.  A config that lists a pattern for each of 10,000 modules has two."""
-_WEIGHTS = (".safetensors", *_PICKLES)
+_WEIGHTS = (".safetensors", *_PICKLES, ".npz")
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """An opened input.  `parts` holds one source a subfolder where a folder keeps its components apart."""
+    """An opened input.  `parts` holds one source a subfolder where a folder keeps its components apart.
+
+    `path` is what the user named, on this disk or on the Hub; the tensors' own sources name the files that are read.
+    """
 
     path: str
     tensors: Mapping[str, LazyTensor] = field(default_factory=dict)
@@ -46,27 +53,149 @@ class Source:
         return len(self.tensors) + sum(p.key_count for p in self.parts.values())
 
 
-def open_source(path: str | os.PathLike[str]) -> Source:
-    """Open a file or folder.  Reads headers only (a pickle is memory-mapped).
+class _Parts(Mapping[str, Source]):
+    """The sources of subfolders, each opened (and downloaded) when it is asked for, not when it is counted."""
 
-    Raises `UnreadableFile` and its kin for what cannot be read, `NotAnAdapter` for a folder without weights.
+    def __init__(self, folder: Folder, names: list[str]) -> None:
+        self._folder, self._names = folder, names
+        self._opened: dict[str, Source] = {}
+
+    def __getitem__(self, name: str) -> Source:
+        if name not in self._opened:
+            if name not in self._names:
+                raise KeyError(name)
+            self._opened[name] = replace(_open_folder(self._folder.folder(name)), component=name)
+        return self._opened[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+class _Weights(NamedTuple):
+    """What one file, or one set of shards, holds."""
+
+    tensors: Mapping[str, LazyTensor]
+    metadata: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def open_source(path: str | os.PathLike[str]) -> Source:
+    """Open a file, a folder, or what stands at `hf://owner/repo[@revision][/path]`.
+
+    Reads headers only (a pickle is memory-mapped); from the Hub the chosen files are downloaded whole.
+
+    Raises `UnreadableFile` and its kin for what cannot be read, `NotAnAdapter` for a folder without weights,
+    `UsageError` for an hf:// name that is none.
     """
     path = os.fspath(path)
-    if path.startswith("hf://"):
-        raise UnsupportedFormat(f"{path}: hf:// sources are not supported yet; download the file and name it")
+    if path.startswith(HUB):
+        from adapterops.storage import hub
+
+        place, file = hub.locate(path)
+        if file:
+            return _open_file(place, file)
+        try:
+            return _open_folder(place)
+        except NotAnAdapter as error:
+            raise NotAnAdapter(f"{error}{place.candidates()}") from error
     if os.path.isdir(path):
-        return _open_folder(path)
+        return _open_folder(LocalFolder(path))
     if not os.path.lexists(path):
-        raise UnreadableFile(f"{path}: no such file or folder")
-    tensors, metadata = _read_weights(path)
-    config_path = os.path.join(os.path.dirname(path), CONFIG_NAME)
+        lost = f"; to name the Hub give a string, a Path turns {HUB} into hf:/" if path.startswith("hf:/") else ""
+        raise UnreadableFile(f"{path}: no such file or folder{lost}")
+    return _open_file(LocalFolder(os.path.dirname(path)), os.path.basename(path))
+
+
+def stem(path: str) -> str:
+    """The name of a source without its weights' suffix: what a file made from it is called after."""
+    if path.startswith(HUB):
+        from adapterops.storage import hub
+
+        name = hub.parse(path)
+        last = os.path.basename(name.path) or name.repo.partition("/")[2]
+    else:
+        path = os.path.abspath(path)
+        last = os.path.basename(path)
+        if os.path.isdir(path):
+            return last
+        if not last.endswith(_INDEX_SUFFIX):
+            return os.path.splitext(last)[0]
+    for suffix in (_INDEX_SUFFIX, *_WEIGHTS):
+        if last.lower().endswith(suffix) and last.lower() != suffix:
+            return last[: -len(suffix)]
+    return last
+
+
+def _open_file(folder: Folder, name: str) -> Source:
+    path = os.path.join(folder.path, name)
+    if name.endswith(_INDEX_SUFFIX):
+        weights = _read_index(folder, name)
+    else:
+        weights = _read_file(folder, name)
+        if name.endswith(".safetensors"):
+            weights = weights._replace(notes=(*weights.notes, *_alone(folder, name)))
+    source = Source(path, weights.tensors, weights.metadata, notes=(*folder.notes, *weights.notes))
     # peft writes the two side by side under fixed names; any other file does not own the config next to it.
-    if os.path.basename(path) in FOLDER_WEIGHTS and os.path.isfile(config_path):
-        return Source(path, tensors, metadata, read_json(config_path), config_path)
-    return Source(path, tensors, metadata)
+    if name in (*FOLDER_WEIGHTS, _FOLDER_INDEX) and _has_file(folder, CONFIG_NAME):
+        return replace(source, config=_read_config(folder), config_path=os.path.join(folder.path, CONFIG_NAME))
+    return source
 
 
-def _read_weights(path: str) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+def _has_file(folder: Folder, name: str) -> bool:
+    if isinstance(folder, LocalFolder):  # which may be entered though it cannot be listed
+        return os.path.isfile(folder.fetch(name))
+    return name in folder.names() and not folder.is_folder(name)
+
+
+def _alone(folder: Folder, name: str) -> tuple[str, ...]:
+    """Notes on a file that was named by itself.  Raises `UnreadableFile` where an index says it is a part."""
+    from adapterops.storage import sharded
+
+    index = _covering(folder, name)
+    if index is not None:
+        raise UnreadableFile(
+            f"{os.path.join(folder.path, name)}: is one shard of several, as {index} beside it says; name that index, "
+            "or the folder"
+        )
+    return sharded.number_note(name)
+
+
+def _covering(folder: Folder, name: str) -> str | None:
+    from adapterops.storage import sharded
+
+    return sharded.covering(folder, name, lambda index: _read_index_json(folder, index))
+
+
+def _read_config(folder: Folder) -> dict[str, Any]:
+    with named(folder, CONFIG_NAME) as path:
+        return read_json(path)
+
+
+def _read_index_json(folder: Folder, name: str) -> dict[str, Any]:
+    from adapterops.storage.sharded import MAX_INDEX
+
+    with named(folder, name) as path:
+        return read_json(path, MAX_INDEX)
+
+
+def _read_index(folder: Folder, name: str) -> _Weights:
+    from adapterops.storage import sharded
+
+    def shard(name: str) -> tuple[Mapping[str, LazyTensor], Mapping[str, str]]:
+        return _read_file(folder, name)[:2]
+
+    return _Weights(*sharded.read(folder, name, _read_index_json(folder, name), shard))
+
+
+def _read_file(folder: Folder, name: str) -> _Weights:
+    with named(folder, name) as path:
+        return _read_weights(path)
+
+
+def _read_weights(path: str) -> _Weights:
     suffix = os.path.splitext(path)[1].lower()
     descriptor, _ = open_regular(path)
     try:
@@ -83,61 +212,69 @@ def _read_weights(path: str) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     if head.startswith(b"GGUF"):
         raise UnsupportedFormat(f"{path}: is a GGUF file; this version does not convert GGUF adapters")
     if suffix == ".npz":
-        raise UnsupportedFormat(f"{path}: is a numpy archive (older MLX adapters); this version does not convert MLX")
+        from adapterops.storage import npz
+
+        return _Weights(*npz.read(path))
     if suffix == ".json" and head.lstrip()[:1] in (b"{", b"["):
         raise NotAnAdapter(f"{path}: is a JSON file, not weights; name the weights or their folder")
     if suffix in _PICKLES or (suffix != ".safetensors" and (head[:2] == b"PK" or head[:1] == b"\x80")):
         from adapterops.storage import pickle  # with it come zip archives, and torch when it reads
 
-        return pickle.read(path), {}
-    return safetensors.read_header(path)
+        return _Weights(pickle.read(path), {})
+    return _Weights(*safetensors.read_header(path))
 
 
-def _open_folder(path: str) -> Source:
-    names = _listing(path)
-    config_path = os.path.join(path, CONFIG_NAME)
-    config = read_json(config_path) if CONFIG_NAME in names else None
-    present = [name for name in FOLDER_WEIGHTS if name in names]
-    notes: tuple[str, ...] = ()
-    if len(present) == 2:
-        notes = (f"{present[0]} is read and {present[1]} is not, as peft does",)
-    if not present:
-        # Names with a dot in front are other programs' (macOS keeps `._NAME` beside NAME on foreign disks).
-        present = [n for n in names if os.path.splitext(n)[1].lower() in _WEIGHTS and not n.startswith(".")]
-        if len(present) > 1:
-            raise NotAnAdapter(f"{path}: holds several weight files ({', '.join(present)}); name one of them")
-    if present:
-        tensors, metadata = _read_weights(os.path.join(path, present[0]))
-        return Source(path, tensors, metadata, config, config_path if config is not None else "", notes=notes)
-    parts = {
-        name: replace(_open_folder(os.path.join(path, name)), component=name)
-        for name in names
-        if not name.startswith(".")
-        and os.path.isdir(os.path.join(path, name))
-        and _holds_weights(os.path.join(path, name))
-    }
+def _open_folder(folder: Folder) -> Source:
+    names = folder.names()
+    # Names with a dot in front are other programs' (macOS keeps `._NAME` beside NAME on foreign disks).
+    visible = [n for n in names if not n.startswith(".")]
+    chosen, notes = _choose(folder, names, visible)
+    if chosen:
+        config = _read_config(folder) if CONFIG_NAME in names else None
+        config_path = os.path.join(folder.path, CONFIG_NAME) if config is not None else ""
+        weights = _read_index(folder, chosen) if chosen.endswith(_INDEX_SUFFIX) else _read_file(folder, chosen)
+        notes = (*folder.notes, *notes, *weights.notes)
+        return Source(folder.path, weights.tensors, weights.metadata, config, config_path, notes=notes)
+    parts = [n for n in visible if folder.is_folder(n) and _holds_weights(folder.folder(n))]
     if parts:
-        return Source(path, parts=parts)
-    what = f"has {CONFIG_NAME} but no weights ({' or '.join(FOLDER_WEIGHTS)})" if config else "holds no weights"
-    raise NotAnAdapter(f"{path}: {what}")
+        return Source(folder.path, parts=_Parts(folder, parts))
+    lone = CONFIG_NAME in names
+    what = f"has {CONFIG_NAME} but no weights ({' or '.join(FOLDER_WEIGHTS)})" if lone else "holds no weights"
+    raise NotAnAdapter(f"{folder.path}: {what}")
 
 
-def _holds_weights(path: str) -> bool:
-    return any(name in FOLDER_WEIGHTS for name in _listing(path))
+def _choose(folder: Folder, names: list[str], visible: list[str]) -> tuple[str, tuple[str, ...]]:
+    """The one file or index of a folder that is its adapter ("" where there is none), and notes."""
+    present = [name for name in (*FOLDER_WEIGHTS, _FOLDER_INDEX) if name in names]
+    if len(present) > 1:
+        if _FOLDER_INDEX in present and _covering(folder, present[0]) == _FOLDER_INDEX:
+            return _FOLDER_INDEX, ()
+        return present[0], tuple(f"{present[0]} is read and {name} is not, as peft does" for name in present[1:])
+    if present:
+        return present[0], ()
+    indexes = [n for n in visible if n.endswith(_INDEX_SUFFIX)]
+    shards: set[str] = set()
+    if indexes:
+        from adapterops.storage.sharded import files_of
+
+        for name in indexes:
+            shards.update(files_of(os.path.join(folder.path, name), _read_index_json(folder, name)).values())
+    weights = [n for n in visible if os.path.splitext(n)[1].lower() in _WEIGHTS and n not in shards] + indexes
+    if len(weights) > 1:
+        raise NotAnAdapter(f"{folder.path}: holds several weight files ({', '.join(weights)}); name one of them")
+    return (weights[0] if weights else ""), ()
 
 
-def _listing(path: str) -> list[str]:
-    try:
-        return sorted(os.listdir(path))
-    except OSError as error:
-        raise UnreadableFile(f"{path}: the folder cannot be listed: {error.strerror}") from error
+def _holds_weights(folder: Folder) -> bool:
+    names = folder.names()
+    return any(name in names for name in (*FOLDER_WEIGHTS, _FOLDER_INDEX))
 
 
-def read_json(path: str) -> dict[str, Any]:
-    """A JSON object from `path`.  Raises `UnreadableFile` where it is not one, or names a field twice."""
+def read_json(path: str, limit: int = _MAX_CONFIG) -> dict[str, Any]:
+    """A JSON object from `path`.  Raises `UnreadableFile` where it is not one, names a field twice, or is too long."""
     descriptor, (_, _, size, _) = open_regular(path)
     with open(descriptor, "rb") as file:
-        if size > _MAX_CONFIG:
+        if size > limit:
             raise UnreadableFile(f"{path}: {size} bytes are too many for a config; is it one?")
         try:
             text = file.read()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
@@ -146,6 +146,21 @@ class LazyTensor:
             raise ValueError(f"{self.where}: shape {list(self.shape)} cannot become {list(shape)}")
         return self if shape == self.shape else replace(self, shape=shape)
 
+    def rows(self, pieces: Sequence[tuple[int, int]]) -> LazyTensor:
+        """The rows [start, stop) of the first axis, in order; no byte is read.
+
+        Raises `ValueError` for rows that it has not.
+        """
+        count = self.shape[0] if self.shape else 0
+        if any(not 0 <= start < stop <= count for start, stop in pieces):
+            raise ValueError(f"{self.where}: shape {list(self.shape)} has no rows {list(pieces)}")
+        width = self.nbytes // count if count else 0
+        parts = [
+            replace(self, shape=(stop - start, *self.shape[1:]), start=self.start + start * width)
+            for start, stop in pieces
+        ]
+        return stack(parts)
+
     def numpy(self) -> numpy.typing.NDArray[Any]:
         """The values (BF16 and 8-bit floats as float32).  Raises `CannotRepresent` for types that numpy has not."""
         try:
@@ -179,6 +194,120 @@ class LazyTensor:
         if dtype not in dtypes.FLOATS:
             raise CannotRepresent(f"{self.where}: {dtype} is read but not written; give --dtype (float16, bfloat16 …)")
         return LazyTensor(self.key, dtype, self.shape, MappedSource(self, dtype, factor), 0)
+
+
+def stack(parts: Sequence[LazyTensor]) -> LazyTensor:
+    """Tensors one after another along the first axis, under the first one's key; no byte is read.
+
+    Raises `ValueError` where dtypes or other axes differ.
+    """
+    first = parts[0]
+    if any((p.dtype, p.shape[1:]) != (first.dtype, first.shape[1:]) for p in parts):
+        raise ValueError(f"{first.where}: {first.dtype} {list(first.shape)} cannot be stacked with the others")
+    if len(parts) == 1:
+        return first
+    shape = (sum(p.shape[0] for p in parts), *first.shape[1:])
+    return LazyTensor(first.key, first.dtype, shape, StackedSource(tuple(parts)), 0)
+
+
+@dataclass(frozen=True, slots=True)
+class StackedSource:
+    """The bytes of several tensors in a row."""
+
+    parts: tuple[LazyTensor, ...]
+
+    @property
+    def path(self) -> str:
+        """The file that the first one comes from."""
+        return self.parts[0].source.path
+
+    def readinto(self, start: int, buffer: memoryview) -> None:
+        at = 0
+        for part in self.parts:
+            if at + part.nbytes > start and buffer:
+                skipped = max(0, start - at)
+                take = min(part.nbytes - skipped, len(buffer))
+                part.source.readinto(part.start + skipped, buffer[:take])
+                buffer, start = buffer[take:], start + take
+            at += part.nbytes
+        if buffer:
+            raise UnreadableFile(f"{self.path}: ends {len(buffer)} bytes too early")
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroSource:
+    """Zeros: the rows of a fused projection whose parts an adapter leaves alone."""
+
+    path: str
+
+    def readinto(self, start: int, buffer: memoryview) -> None:
+        buffer[:] = bytes(len(buffer))
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnSource:
+    """A matrix (rows, columns) laid into a wider or narrower one: its column 0 becomes column `shift` of `width`."""
+
+    tensor: LazyTensor
+    shift: int
+    width: int
+
+    @property
+    def path(self) -> str:
+        """The file that the values come from."""
+        return self.tensor.source.path
+
+    def readinto(self, start: int, buffer: memoryview) -> None:
+        import numpy as np
+
+        size = dtypes.BITS[self.tensor.dtype] // 8
+        before = self.tensor.numel // self.tensor.shape[0]
+        first, last = start // (self.width * size), -(-(start + len(buffer)) // (self.width * size))
+        data = bytearray((last - first) * before * size)
+        self.tensor.source.readinto(self.tensor.start + first * before * size, memoryview(data))
+        out = np.zeros((last - first, self.width, size), dtype=np.uint8)
+        low, high = max(0, self.shift), min(self.width, self.shift + before)
+        values = np.frombuffer(data, dtype=np.uint8).reshape(last - first, before, size)
+        out[:, low:high] = values[:, low - self.shift : high - self.shift]
+        buffer[:] = memoryview(out.tobytes())[start - first * self.width * size :][: len(buffer)]
+
+
+def zeros(like: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
+    """Zeros of the dtype of another tensor, under its key."""
+    return LazyTensor(like.key, like.dtype, shape, ZeroSource(like.source.path), 0)
+
+
+def columns(tensor: LazyTensor, shift: int, width: int) -> LazyTensor:
+    """The matrix (rows, columns) with its column 0 at column `shift` of `width`; zeros beside it.
+
+    A negative `shift` leaves its first columns out; a one by one kernel behind the columns stays.
+    Raises `ValueError` for dtypes narrower than a byte, and for other kernels.
+    """
+    if dtypes.BITS[tensor.dtype] % 8 or prod(tensor.shape[2:]) != 1:
+        raise ValueError(f"{tensor.where}: columns of {tensor.dtype} {list(tensor.shape)} cannot be moved")
+    if shift == 0 and width == tensor.shape[1]:
+        return tensor
+    shape = (tensor.shape[0], width, *tensor.shape[2:])
+    return LazyTensor(tensor.key, tensor.dtype, shape, ColumnSource(tensor, shift, width), 0)
+
+
+def same_bytes(one: LazyTensor, two: LazyTensor) -> bool:
+    """Whether two tensors have one dtype, shape and content."""
+    if (one.dtype, one.shape) != (two.dtype, two.shape):
+        return False
+    if one.source is two.source and one.start == two.start:
+        return True
+    first, second = bytearray(CHUNK), bytearray(CHUNK)
+    for length, _ in zip(one.chunks(first), two.chunks(second), strict=True):
+        if not first.startswith(memoryview(second)[:length]):
+            return False
+    return True
+
+
+def is_zero(tensor: LazyTensor) -> bool:
+    """Whether every byte is zero."""
+    buffer = bytearray(CHUNK)
+    return all(buffer.count(0, 0, length) == length for length in tensor.chunks(buffer))
 
 
 @dataclass(frozen=True, slots=True)

@@ -181,6 +181,19 @@ def test_other_archives(tmp_path: Path) -> None:
     refuse(path, path.read_bytes(), UnreadableFile, "tar")
 
 
+def test_messages_hold_no_control_characters(tmp_path: Path) -> None:
+    raw = saved({"a": X})
+    damaged = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(raw)) as old, zipfile.ZipFile(damaged, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, b"\x1b[2J" if name.endswith("/version") else old.read(name))
+    path = tmp_path / "a.bin"
+    path.write_bytes(damaged.getvalue())
+    with pytest.raises(UnreadableFile, match="version") as caught:
+        open_source(path)
+    assert str(caught.value).isprintable()
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_cut_short_anywhere(zipped: bool, tmp_path: Path) -> None:
     content = saved({"a": torch.ones(1000)}, _use_new_zipfile_serialization=zipped)

@@ -172,6 +172,14 @@ def test_a_header_of_millions_of_values_is_not_parsed(tmp_path: Path) -> None:
         open_source(path)
 
 
+@pytest.mark.parametrize("field", ["dtype", "shape", "data_offsets"])
+def test_messages_hold_no_control_characters(field: str, tmp_path: Path) -> None:
+    header = {"a": {**files.entry("F32", [1], 0), field: "\x1b[2J"}}
+    with pytest.raises(InvalidHeader, match=field) as caught:
+        container.read_header(str(files.write_raw(tmp_path / "a.safetensors", header, bytes(4))))
+    assert str(caught.value).isprintable()
+
+
 def test_long_names_are_shortened_in_messages(tmp_path: Path) -> None:
     path = files.write_raw(tmp_path / "x.safetensors", json.dumps({"n" * 100_000: {}}), b"")
     with pytest.raises(InvalidHeader) as caught:
