@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from adapterops.storage.dtypes import BITS
+
 KEY = "adapterops"
 NOT_CARRIED = ("sshs_model_hash", "sshs_legacy_hash", "lora_adapter_metadata", "format", KEY)
 """Header entries that describe the source's own bytes or layout and would be false of another file."""
@@ -70,6 +72,13 @@ def _is_stored(value: object) -> bool:
     return isinstance(value, list) and len(value) == 2 and _is_text(value[0]) and _is_sizes(value[1])
 
 
+def _is_blocks(value: object) -> bool:
+    """[[module, rank], …]"""
+    return isinstance(value, list) and all(
+        isinstance(v, list) and len(v) == 2 and _is_text(v[0]) and type(v[1]) is int and v[1] >= 0 for v in value
+    )
+
+
 def _is_table_of(value: object, test: Callable[[object], bool]) -> bool:
     return isinstance(value, dict) and all(test(v) for v in value.values())
 
@@ -81,6 +90,8 @@ _CHOICES: dict[str, Callable[[object], bool]] = {
     "prefixes": lambda value: _is_table_of(value, _is_text),
     "alpha_absent": lambda value: value == "all" or (isinstance(value, list) and all(map(_is_text, value))),
     "alpha_as": lambda value: _is_stored(value) or _is_table_of(value, _is_stored),
+    "flag_as": lambda value: value in BITS,
+    "joined": lambda value: _is_table_of(value, _is_blocks),
     "shapes": lambda value: _is_table_of(value, lambda roles: _is_table_of(roles, _is_sizes)),
 }
 """The choices of spelling that `dialects.read` records, and what each looks like: headers come from strangers."""

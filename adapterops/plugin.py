@@ -19,7 +19,16 @@ from adapterops.dialects.match import PARAMETERS, Group, Reading, read_keys
 from adapterops.dialects.read import Request, ScaleOf, ScaleRule, no_config
 from adapterops.dialects.read import read as read_by_table
 from adapterops.dialects.resolve import component_by_names, fit
-from adapterops.dialects.table import CUSTOM, ONE_ENCODER, TWO_ENCODERS, AlphaIn, Dialect, Place, Suffix
+from adapterops.dialects.table import (
+    ANY,
+    CUSTOM,
+    ONE_ENCODER,
+    TWO_ENCODERS,
+    AlphaIn,
+    Dialect,
+    Place,
+    Suffix,
+)
 from adapterops.dialects.write import Spelled
 from adapterops.dialects.write import write as write_by_table
 from adapterops.methods import METHODS
@@ -101,8 +110,8 @@ class Format:
     def write(self, adapter: Adapter, target: Target) -> Output:
         """The files that hold `adapter`."""
         spelled = self.spell(adapter, target)
-        file = OutputFile("", spelled.tensors, header(adapter))
-        return Output((file,), tuple(spelled.kept), tuple(spelled.dropped))
+        file = OutputFile("", spelled.tensors, header(spelled.adapter))
+        return Output((file,), tuple(spelled.kept), tuple(spelled.dropped), tuple(spelled.notes))
 
     def spell(self, adapter: Adapter, target: Target) -> Spelled:
         """The tensors of `adapter` under the keys of the target's dialect."""
@@ -120,7 +129,7 @@ class Format:
         if own is not None and target.faithful:
             return dict(own)
         near = own or next((recorded[d.name] for d in self.dialects if d.name in recorded), {})
-        return {k: v for k, v in near.items() if k in ("alpha_absent", "alpha_as", "shapes")}
+        return {k: v for k, v in near.items() if k in ("alpha_absent", "alpha_as", "flag_as", "shapes")}
 
 
 def header(adapter: Adapter) -> dict[str, str]:
@@ -132,6 +141,7 @@ def header(adapter: Adapter) -> dict[str, str]:
 
 
 __all__ = [
+    "ANY",
     "API_VERSION",
     "CUSTOM",
     "METHODS",

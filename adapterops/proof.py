@@ -12,8 +12,10 @@ from dataclasses import dataclass
 from math import isfinite
 
 from adapterops.adapter import Adapter, Update
+from adapterops.architectures import Architecture
 from adapterops.errors import BrokenAdapter, ProofFailed
 from adapterops.methods import METHODS
+from adapterops.operations.fused import cut, lean
 from adapterops.storage import LazyTensor, dtypes
 from adapterops.storage.output import Progress, nothing
 from adapterops.storage.rounding import beyond_rounding
@@ -46,7 +48,7 @@ class Proof:
         )
 
 
-def tolerance(adapter: Adapter, written: Adapter, rounded: bool) -> float:
+def tolerance(pairs: Iterable[tuple[Update, Update]], rounded: bool) -> float:
     """The largest relative error that rounding to the written dtypes explains.
 
     1e-9 (float64 arithmetic on scales) where nothing was asked to be `rounded`.
@@ -54,13 +56,10 @@ def tolerance(adapter: Adapter, written: Adapter, rounded: bool) -> float:
     A rounded factor is off by at most half a spacing, a product of two by about one; twice that is allowed.
     """
     worst = 1e-9
-    for update in written:
-        source = adapter.updates.get(update.key)
-        if source is None:
-            continue
+    for source, update in pairs if rounded else ():
         for role, tensor in update.tensors.items():
             before = source.tensors.get(role)
-            if rounded and before is not None and tensor.dtype in dtypes.EPSILON:
+            if before is not None and tensor.dtype in dtypes.EPSILON:
                 worst = max(worst, 2 * dtypes.EPSILON[tensor.dtype])
     return worst
 
@@ -68,20 +67,16 @@ def tolerance(adapter: Adapter, written: Adapter, rounded: bool) -> float:
 def prove(adapter: Adapter, written: Adapter, path: str, rounded: bool = False, progress: Progress = nothing) -> Proof:
     """Compare the source with what was read back; `rounded` allows the error of one rounding a tensor.
 
+    Where one of them has fused projections and the other their parts, both are cut into the rows of the parts.
+
     Raises `ProofFailed` naming the first difference, and `BrokenAdapter` for a source that holds NaN or infinity.
     """
-    missing = adapter.updates.keys() - written.updates.keys()
-    extra = written.updates.keys() - adapter.updates.keys()
-    if missing or extra:
-        component, module, method = sorted(missing or extra)[0]
-        what = "is missing from" if missing else "appears only in"
-        raise ProofFailed(f"{path}: {method} of {component}: {module} {what} the output ({len(missing | extra)} such)")
-    allowed = tolerance(adapter, written, rounded)
+    pairs = _pairs(adapter, written, path)
+    allowed = tolerance(pairs, rounded)
     tensors = identical = 0
     worst, where = 0.0, ""
     buffers = bytearray(CHUNK), bytearray(CHUNK)
-    for update in adapter:
-        other = written.updates[update.key]
+    for update, other in pairs:
         _insist_on_number(update)
         _same_structure(update, other, path)
         same = _same_bytes(update, other, path, buffers, progress)
@@ -100,6 +95,36 @@ def prove(adapter: Adapter, written: Adapter, path: str, rounded: bool = False, 
         if error > worst:
             worst, where = error, update.name
     return Proof(len(adapter), tensors, identical, worst, where, allowed)
+
+
+def _pairs(adapter: Adapter, written: Adapter, path: str) -> list[tuple[Update, Update]]:
+    """Every update of the source beside what the output has for it.
+
+    Raises `ProofFailed` where one of the two has an update that changes something and the other has none.
+    """
+    pairs = [(u, written.updates[u.key]) for u in adapter if u.key in written.updates]
+    missing = {key: u for key, u in adapter.updates.items() if key not in written.updates}
+    extra = {key: u for key, u in written.updates.items() if key not in adapter.updates}
+    if missing or extra:
+        base = adapter.base or written.base
+        missing, extra = _cut(missing.values(), base), _cut(extra.values(), base)
+        pairs += [(lean(u), lean(extra[key])) for key, u in missing.items() if key in extra]
+    lost = [key for key, u in missing.items() if key not in extra and not METHODS[u.method].is_nothing(u)]
+    new = [key for key, u in extra.items() if key not in missing and not METHODS[u.method].is_nothing(u)]
+    if lost or new:
+        component, module, method = sorted(lost or new)[0]
+        what = "is missing from" if lost else "appears only in"
+        raise ProofFailed(f"{path}: {method} of {component}: {module} {what} the output ({len({*lost, *new})} such)")
+    return pairs
+
+
+def _cut(updates: Iterable[Update], base: Architecture | None) -> dict[tuple[str, str, str], Update]:
+    out: dict[tuple[str, str, str], Update] = {}
+    for update in updates:
+        component = base.components.get(update.component) if base is not None else None
+        spec = component.fused.get(update.module) if component is not None else None
+        out |= {part.key: part for part in (cut(update, spec) if spec is not None else [update])}
+    return out
 
 
 def check_finite(updates: Iterable[Update], progress: Progress = nothing) -> None:
@@ -137,7 +162,7 @@ def _same_structure(update: Update, other: Update, path: str) -> None:
     Equal bytes under another shape are another matrix.  A kernel may be written out or flattened, and ones added:
     the matrix stays the same.
     """
-    for name in sorted(update.options.keys() | other.options.keys()):
+    for name in sorted((update.options.keys() | other.options.keys()) - METHODS[update.method].compared):
         one, two = update.options.get(name), other.options.get(name)
         if one != two:
             raise ProofFailed(f"{path}: {update.method} of {update.name}: {name} is {one!r}, but {two!r} in the output")

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Mapping
 from functools import cache
 
 from adapterops.architectures import Architecture
-from adapterops.dialects.match import Reading, group, sample
-from adapterops.dialects.resolve import best_fit
+from adapterops.dialects.match import Reading, bare, group, sample
+from adapterops.dialects.resolve import best_fit, names_known, needs_table
 from adapterops.dialects.table import Dialect
 from adapterops.errors import AmbiguousFormat, NotAnAdapter, UnknownFormat, UnsupportedFormat
 from adapterops.plugin import Format
@@ -100,6 +100,9 @@ def recognise(
     candidates = [
         (form, reading) for form, dialects in chosen.items() if dialects for reading in form.recognise(source, dialects)
     ]
+    candidates = [
+        (form, reading) for form, reading in candidates if not bare(reading) or names_known(reading, architecture)
+    ]
     candidates.sort(key=lambda c: _rank(c[1]), reverse=True)
     if only is not None and not candidates:
         find(only)
@@ -115,12 +118,18 @@ def recognise(
     ties = [c for c in candidates if _rank(c[1]) == _rank(candidates[0][1])]
     if len(ties) > 1:
         # They differ in module names only, which a few dozen modules tell as well as all.
-        return max(ties, key=lambda c: best_fit(group(sample(c[1], 24), source.tensors), architecture))
+        return max(ties, key=lambda c: _fit(c[1], source, architecture))
     return candidates[0]
 
 
+def _fit(reading: Reading, source: Source, architecture: Architecture | None) -> tuple[int, bool]:
+    """The number of modules that a base model has, and whether names that none has can be taken as they stand."""
+    found = best_fit(group(sample(reading, 24), source.tensors), architecture)
+    return found, not any(needs_table(place) for place in reading.dialect.places)
+
+
 def _rank(reading: Reading) -> tuple[float, int, bool]:
-    return reading.score, reading.updates_claimed, reading.prefix is None
+    return reading.score, reading.updates_claimed, reading.prefix is None and not bare(reading)
 
 
 def explain(source: Source, keys: Iterable[str]) -> None:

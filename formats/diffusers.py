@@ -5,6 +5,8 @@
 - what its training scripts have written since peft came (`convert_state_dict_to_diffusers`): attention in the older
   spelling below, everything else in today's, in one file;
 - before peft: `unet.<module>.lora.down.weight`, text encoders `….lora_linear_layer.down.weight`; no alpha;
+- without a component, with Kohya's factors and alphas (`transformer_blocks.0.attn.to_q.lora_down.weight`): not
+  diffusers' own writing but read by it; Qwen-Image's published distillations are spelled so;
 - attention processors: `unet.<attention>.processor.to_q_lora.down.weight`, at first without `unet.`; no alpha.
 
 Sources: huggingface/diffusers 0.42.1 `loaders/lora_base.py` (`_save_lora_weights`, `LORA_ADAPTER_METADATA_KEY`),
@@ -18,6 +20,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from adapterops_formats.lycoris_names import DOWN_UP, LYCORIS
 from adapterops_formats.peft_config import LoraConfig, check_given, describes, from_updates, refuse_scale
 from adapterops_formats.peft_names import LORA
 
@@ -65,15 +68,22 @@ _OLD_ENCODERS = tuple(
     Place(component, f"{component}.", _ENCODER_PAIR) for component in ("text_encoder", "text_encoder_2")
 )
 
+# Control adapters of Flux.1 replace these norms' weights; diffusers loads them as `_load_norm_into_transformer` does.
+_NORMS = (".norm_q", ".norm_k", ".norm_added_q", ".norm_added_k")
+
 DIFFUSERS = Dialect(
     name="diffusers",
     format="diffusers",
     title="diffusers",
-    places=tuple(Place(component, f"{component}.", LORA) for component in COMPONENTS),
+    places=tuple(
+        Place(component, f"{component}.", LORA, saved=_NORMS if component == "transformer" else False)
+        for component in COMPONENTS
+    ),
     alpha=AlphaIn.CONFIG,
     convention="rank",
     vectors=True,
     exact_shapes=True,
+    widens=True,
     example="unet.down_blocks.1.attentions.0.proj_in.lora_A.weight",
 )
 BEFORE_PEFT = Dialect(
@@ -128,6 +138,16 @@ BARE_PROCESSORS = Dialect(
     example="mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight",
 )
 
+WITHOUT_PREFIX = Dialect(
+    name="diffusers-down",
+    format="diffusers",
+    title="diffusers' names without a component, Kohya's factors",
+    places=(Place("transformer", "", (*DOWN_UP, *LYCORIS)),),
+    alpha=AlphaIn.TENSOR,
+    convention="rank",
+    example="transformer_blocks.0.attn.to_q.lora_down.weight",
+)
+
 _LATER = "this version does not convert it"
 
 
@@ -136,15 +156,10 @@ class Diffusers(Format):
 
     name = "diffusers"
     title = "diffusers (pytorch_lora_weights.safetensors)"
-    dialects = (DIFFUSERS, BEFORE_PEFT, MIXED, PROCESSORS, BARE_PROCESSORS)
+    dialects = (DIFFUSERS, BEFORE_PEFT, MIXED, PROCESSORS, BARE_PROCESSORS, WITHOUT_PREFIX)
     file_name = "pytorch_lora_weights.safetensors"
     foreign = {
-        r"^(double_blocks|single_blocks)\..*lora[12]?\.(down|up)\.weight$": f"is XLabs' Flux.1 spelling; {_LATER}",
-        r"^(base_model\.model\.)?(double_blocks|single_blocks|img_in|txt_in)\.": (
-            f"is spelled by Flux.1's own module names (BFL, fal, control LoRA); {_LATER}"
-        ),
         r"^(controlnet|vae|image_encoder|image_proj)\.": "belongs to a component that no format here converts",
-        r"^diffusion_model\.": f"is Comfy's generic spelling; {_LATER}",
         r"^lora_controlnet$": f"is a Stability control-LoRA; {_LATER}",
         r"^(unet|text_encoder):\d+:(up|down)$": (
             f"is cloneofsimo's spelling (positions in place of module names); {_LATER}"
@@ -184,9 +199,9 @@ class Diffusers(Format):
 
     def write(self, adapter: Adapter, target: Target) -> Output:
         spelled = self.spell(adapter, target)
-        kept = adapter.with_updates(spelled.kept)
-        metadata = header(adapter)
-        notes = []
+        kept = spelled.adapter
+        metadata = header(kept)
+        notes = list(spelled.notes)
         if target.dialect.alpha is AlphaIn.CONFIG and not _plain(kept):
             metadata[METADATA_KEY] = _write_header(kept, target)
             notes.append(

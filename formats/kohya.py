@@ -13,9 +13,11 @@ from __future__ import annotations
 
 from math import isfinite, sqrt
 
+from adapterops_formats.lycoris_names import DOWN_UP, IA3, LYCORIS
 from adapterops_formats.peft_config import refuse_scale
 
 from adapterops.plugin import (
+    METHODS,
     ONE_ENCODER,
     TWO_ENCODERS,
     Adapter,
@@ -32,24 +34,33 @@ from adapterops.plugin import (
     read_by_table,
 )
 
-SUFFIXES = (
-    Suffix(".lora_down.weight", "lora", "A"),
-    Suffix(".lora_up.weight", "lora", "B"),
-    Suffix(".lora_mid.weight", "lora", "mid"),
-    Suffix(".dora_scale", "lora", "magnitude"),
-    Suffix(".alpha", "lora", "alpha"),
+SUFFIXES = (*DOWN_UP, *LYCORIS, *IA3)
+_BUNDLED = tuple(
+    Suffix(f".{name}", "bundled", name)
+    for name in ("emb_params", "string_to_param.*", "clip_l", "clip_g", "t5", "t5xxl", "qwen", "<PAD>")
 )
+EMBEDDINGS = Place("embeddings", "bundle_emb.", _BUNDLED, free=True)
 ENCODERS = (
     Place("text_encoder", "lora_te_", SUFFIXES, flat=True, only=frozenset({ONE_ENCODER})),
     # diffusers' own export calls the encoder of SD 1.x so, too; it is read, and written only where there are two.
     Place("text_encoder", "lora_te1_", SUFFIXES, flat=True, usual=frozenset({TWO_ENCODERS})),
+    # T5 is the third encoder of SD3 and the second of Flux.1; sd-scripts gives it one name, OneTrainer another.
+    Place(
+        "text_encoder_3", "lora_te3_", SUFFIXES, instead=("text_encoder_2",), flat=True, only=frozenset({"flux", "sd3"})
+    ),
     Place("text_encoder_2", "lora_te2_", SUFFIXES, flat=True),
+    EMBEDDINGS,
 )
+# sd-scripts names a denoiser's modules as the authors do, but those of SD 1 and 2, Qwen-Image's being the same anyway.
+_AS_DIFFUSERS = {"sd1": "canonical", "sd2": "canonical"}
 KOHYA = Dialect(
     name="kohya",
     format="kohya",
     title="Kohya",
-    places=(Place("unet", "lora_unet_", SUFFIXES, names_in={"sdxl": "original"}, flat=True), *ENCODERS),
+    places=(
+        Place("unet", "lora_unet_", SUFFIXES, ("transformer",), names="original", names_in=_AS_DIFFUSERS, flat=True),
+        *ENCODERS,
+    ),
     alpha=AlphaIn.TENSOR,
     convention="rank",
     example="lora_unet_input_blocks_4_1_proj_in.lora_down.weight",
@@ -58,10 +69,36 @@ KOHYA_DIFFUSERS = Dialect(
     name="kohya-diffusers",
     format="kohya",
     title="Kohya with diffusers' block names",
-    places=(Place("unet", "lora_unet_", SUFFIXES, flat=True), *ENCODERS),
+    places=(Place("unet", "lora_unet_", SUFFIXES, ("transformer",), flat=True), *ENCODERS),
     alpha=AlphaIn.TENSOR,
     convention="rank",
     example="lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight",
+)
+ONETRAINER = Dialect(
+    name="onetrainer",
+    format="kohya",
+    title="OneTrainer (legacy)",
+    places=(
+        Place("transformer", "lora_transformer_", SUFFIXES, flat=True),
+        Place("prior", "lora_prior_unet_", SUFFIXES, flat=True),
+        Place("text_encoder", "lora_te1_", SUFFIXES, flat=True),
+        Place("text_encoder", "lora_te_", SUFFIXES, flat=True),
+        Place("text_encoder_2", "lora_te2_", SUFFIXES, flat=True),
+        Place("text_encoder_3", "lora_te3_", SUFFIXES, flat=True),
+        EMBEDDINGS,
+    ),
+    alpha=AlphaIn.TENSOR,
+    convention="rank",
+    example="lora_transformer_transformer_blocks_0_attn_to_q.lora_down.weight",
+)
+LYCORIS_FILE = Dialect(
+    name="lycoris",
+    format="kohya",
+    title="LyCORIS (lycoris_…)",
+    places=(Place("unet", "lycoris_", SUFFIXES, ("transformer", "model", "text_encoder"), flat=True),),
+    alpha=AlphaIn.TENSOR,
+    convention="rank",
+    example="lycoris_transformer_blocks_0_attn_to_q.lokr_w1",
 )
 
 _LATER = "this version does not convert it"
@@ -72,26 +109,16 @@ class Kohya(Format):
 
     name = "kohya"
     title = "Kohya (sd-scripts, A1111, Comfy)"
-    dialects = (KOHYA, KOHYA_DIFFUSERS)
+    dialects = (KOHYA, KOHYA_DIFFUSERS, ONETRAINER, LYCORIS_FILE)
     file_name = "lora.safetensors"
     foreign = {
-        r"\.lokr_w[12]": f"is LoKr (LyCORIS); {_LATER}",
-        r"\.hada_w[12]": f"is LoHa (LyCORIS); {_LATER}",
-        r"\.oft_blocks$|\.oft_diag$": f"is OFT (LyCORIS or sd-scripts); {_LATER}",
-        r"\.(a1|b1|bm)\.weight$": f"is GLoRA (LyCORIS); {_LATER}",
-        r"\.on_input$": f"is (IA)³ (LyCORIS); {_LATER}",
-        r"\.(diff|diff_b|w_norm|b_norm|set_weight)$": f"is a full, norm or bias difference (LyCORIS, Comfy); {_LATER}",
-        r"^bundle_emb\.": f"is a textual inversion bundled into the LoRA file; {_LATER}",
-        r"^lora_unet_(double_blocks|single_blocks)_": f"belongs to a Flux.1 adapter in Kohya's spelling; {_LATER}",
+        r"\.oft_blocks(\.\d+)?$|\.oft_diag$": f"is OFT or BOFT (LyCORIS or sd-scripts); {_LATER}",
+        r"\.(a1|a2|b1|b2|bm)\.weight$": f"is GLoRA (LyCORIS); {_LATER}",
         r"^lora_unet_blocks_\d+_(cross|self)_attn_": f"belongs to an Anima or Wan adapter in Kohya's spelling; {_LATER}",
-        r"^lora_unet_transformer_blocks_\d+_attn_": f"belongs to a Qwen-Image adapter in Kohya's spelling; {_LATER}",
-        r"^lora_unet_joint_blocks_": f"belongs to an SD3 adapter in Kohya's spelling; {_LATER}",
-        r"^lora_transformer_": f"belongs to a OneTrainer adapter of a transformer; {_LATER}",
-        r"^lora_unet_unet_|_lora_(down|up)\.weight$": (
-            "is a botched Kohya name (a second `unet_`, or `_lora_down` for `.lora_down`), which no tool reads; "
-            "convert the file that it was made from"
+        r"_lora_(down|up)\.weight$": (
+            "is a botched Kohya name (`_lora_down` for `.lora_down`), which no tool reads; repair it with "
+            r"--rename '_lora_(down|up)\.weight$=.lora_\1.weight'"
         ),
-        r"^lycoris_": f"is spelled as by SimpleTuner's LyCORIS; {_LATER}",
     }
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
@@ -118,7 +145,7 @@ def _agree_with_header(adapter: Adapter, source: Source) -> None:
         return
     read = [u for u in adapter if u.alpha is not None and u.alpha.certainty is Certainty.READ]
     for update in read:
-        value, rank = update.alpha.value or 0.0, update.tensors["B"].shape[1]  # type: ignore[union-attr]
+        value, rank = update.alpha.value or 0.0, METHODS[update.method].rank(update) or 1  # type: ignore[union-attr]
         # 16-bit alphas are rounded: within bfloat16's spacing they say the same.  LyCORIS stores rsLoRA's scale as
         # alpha·√rank (`lycoris/modules/locon.py`).
         if any(abs(value - said) <= abs(said) * 2**-7 for said in (stated, stated * sqrt(rank))):

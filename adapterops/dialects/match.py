@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from adapterops.dialects.table import Dialect, Place, Suffix
+from adapterops.dialects.table import ANY, Dialect, Place, Suffix
 from adapterops.errors import AmbiguousFormat
+from adapterops.methods import METHODS
 from adapterops.storage.tensor import LazyTensor
 
 _SLOT = "{adapter}"
@@ -164,6 +165,8 @@ def _saved(key: str, start: int, place: Place) -> Claim | None:
     name, dot, parameter = key[start:].rpartition(".")
     if not dot or not name or parameter not in PARAMETERS:
         return None
+    if isinstance(place.saved, tuple) and not name.endswith(place.saved):
+        return None
     # `x.lora_A.other.weight` is a factor of an adapter called `other`, not a saved module `x.lora_A.other`.
     if not _reserved(place).isdisjoint(name.split(".")):
         return None
@@ -204,6 +207,11 @@ class Group:
     options: dict[str, Any] = field(default_factory=dict)
 
 
+def bare(reading: Reading) -> bool:
+    """Whether names stand in the keys without anything before them, so that any writer's keys read as names."""
+    return any(not claim.place.prefix and not claim.place.tails for claim in reading.claims)
+
+
 def sample(reading: Reading, size: int) -> Reading:
     """The same reading of some `size` modules, spread over the file."""
     names = list(dict.fromkeys(claim.name for claim in reading.claims))
@@ -211,14 +219,37 @@ def sample(reading: Reading, size: int) -> Reading:
     return replace(reading, claims=tuple(claim for claim in reading.claims if claim.name in chosen))
 
 
+def _scaled(reading: Reading, tensors: Mapping[str, LazyTensor]) -> dict[tuple[Place, str], str]:
+    """The scaled method of each module that has one: whose an alpha is.
+
+    Raises `AmbiguousFormat` where it has two and an alpha.
+    """
+    methods: dict[tuple[Place, str], str] = {}
+    for claim in reading.claims:
+        method = claim.suffix.method
+        if method == ANY or not METHODS[method].scaled:
+            continue
+        known = methods.setdefault((claim.place, claim.name), method)
+        if known != method:
+            raise AmbiguousFormat(
+                f"{tensors[claim.key].where}: {claim.name} has factors of two methods, {METHODS[known].title} and "
+                f"{METHODS[method].title}, and nothing says whose its alpha is; split them into two files"
+            )
+    return methods
+
+
 def group(reading: Reading, tensors: Mapping[str, LazyTensor]) -> list[Group]:
     """The claimed tensors, gathered into updates.
 
-    Raises `AmbiguousFormat` where two keys claim one role of one module.
+    Raises `AmbiguousFormat` where two keys claim one role of one module, or two methods its alpha.
     """
     out: dict[tuple[Place, str, str], Group] = {}
+    scaled = _scaled(reading, tensors)
     for claim in reading.claims:
-        at = (claim.place, claim.name, claim.suffix.method)
+        method = claim.suffix.method
+        if method == ANY:
+            method = scaled.get((claim.place, claim.name), "lora")
+        at = (claim.place, claim.name, method)
         entry = out.get(at)
         if entry is None:
             entry = out[at] = Group(*at, claim.stem)

@@ -12,7 +12,7 @@ from adapterops.architectures import Architecture
 from adapterops.carried import Carried
 from adapterops.dialects import resolve
 from adapterops.dialects.match import Group, Reading, group
-from adapterops.dialects.table import AlphaIn, Dialect
+from adapterops.dialects.table import FLAG_DTYPE, AlphaIn, Dialect
 from adapterops.errors import BrokenAdapter, CannotRepresent, Conflict, UnsupportedFormat, UsageError
 from adapterops.methods import METHODS
 from adapterops.storage import LazyTensor, Source
@@ -93,10 +93,11 @@ def read(
         tensors = dict(entry.tensors)
         stored = tensors.pop("alpha", None)
         module = resolve.canonical(architecture, entry)
-        update = Update(entry.place.component, module, entry.method, tensors, options=entry.options)
+        component = entry.place.among(architecture.components) if architecture is not None else None
+        update = Update(component or entry.place.component, module, entry.method, tensors, options=entry.options)
         if not tensors and stored is not None:
             raise BrokenAdapter(f"{stored.where}: an alpha without factors ({update.name})")
-        update = _magnitude(update, reading.dialect)
+        update = _magnitude(_flags(update), reading.dialect)
         if METHODS[entry.method].scaled:
             METHODS[entry.method].check(update)
             update = _settle(update, stored, reading.dialect, request, scale_of, entry.stated or module)
@@ -113,7 +114,7 @@ def read(
             METHODS[update.method].check(update)
     _no_twins(updates)
     _refuse_idle_alpha(updates, request)
-    spelling = _spelling(reading, updates, alphas, groups, architecture)
+    spelling = _spelling(reading, updates, alphas, groups, architecture, carried)
     provenance = Provenance(
         path=source.path,
         format=reading.dialect.format,
@@ -236,6 +237,20 @@ def _settle(
     return Update(update.component, update.module, update.method, update.tensors, alpha, rule.rslora, update.options)
 
 
+def _flags(update: Update) -> Update:
+    """The update with the flags that its file keeps as one-element tensors."""
+    flags = {role: update.tensors[role] for role in METHODS[update.method].flags if role in update.tensors}
+    if not flags:
+        return update
+    options = dict(update.options)
+    for role, tensor in flags.items():
+        try:
+            options[role] = bool(tensor.item())
+        except ValueError as error:
+            raise BrokenAdapter(f"{tensor.where}: shape {list(tensor.shape)}; {role} must be one value") from error
+    return replace(update, tensors={r: t for r, t in update.tensors.items() if r not in flags}, options=options)
+
+
 def _magnitude(update: Update, dialect: Dialect) -> Update:
     """A DoRA magnitude as a flat vector with its axis stated.
 
@@ -260,10 +275,10 @@ def _odd_shapes(
     out: dict[str, dict[str, list[int]]] = {}
     dialect = replace(dialect, exact_shapes=True)
     for update, entry in zip(updates, groups, strict=True):
-        if update.method != "lora" or as_usual(update, architecture):
+        if as_usual(update, architecture):
             continue
         for role, tensor in entry.tensors.items():
-            if role == "alpha":
+            if role not in update.tensors:
                 continue
             try:
                 written = shaped(dialect, update, role, update.tensors[role], architecture)
@@ -272,6 +287,13 @@ def _odd_shapes(
             if written.shape != tensor.shape:
                 out.setdefault(f"{update.component}.{update.module}", {})[role] = list(tensor.shape)
     return out
+
+
+def _joined(carried: Carried, dialect: Dialect, updates: list[Update]) -> dict[str, list[list[Any]]]:
+    """What the conversion that wrote the file says of fused modules that it joined."""
+    recorded = carried.spelling.get(dialect.name, {}).get("joined", {})
+    present = {f"{u.component}.{u.module}" for u in updates}
+    return {at: blocks for at, blocks in recorded.items() if at in present}
 
 
 def _no_twins(updates: list[Update]) -> None:
@@ -292,6 +314,7 @@ def _spelling(
     alphas: Mapping[str, tuple[str, tuple[int, ...]]],
     groups: list[Group],
     architecture: Architecture | None,
+    carried: Carried,
 ) -> dict[str, Any]:
     """What the keys leave open: enough to write the same file again."""
     spelling: dict[str, Any] = {}
@@ -300,9 +323,16 @@ def _spelling(
     if reading.prefix is not None:
         spelling["prefix"] = reading.prefix
     for place in {g.place for g in groups}:
-        usual = resolve.writing_place(reading.dialect, place.component, architecture)
-        if usual is not None and usual.component == place.component and usual.prefix != place.prefix:
-            spelling.setdefault("prefixes", {})[place.component] = place.prefix
+        component = (place.among(architecture.components) if architecture is not None else None) or place.component
+        usual = resolve.writing_place(reading.dialect, component, architecture)
+        if usual is not None and usual.component != "*" and usual.prefix != place.prefix:
+            spelling.setdefault("prefixes", {})[component] = place.prefix
+    flags = {entry.tensors[f].dtype for entry in groups for f in METHODS[entry.method].flags if f in entry.tensors}
+    if flags - {FLAG_DTYPE}:
+        spelling["flag_as"] = min(flags)
+    joined = _joined(carried, reading.dialect, updates)
+    if joined:
+        spelling["joined"] = joined
     shapes = _odd_shapes(updates, groups, reading.dialect, architecture)
     if shapes:
         spelling["shapes"] = shapes
@@ -315,7 +345,7 @@ def _spelling(
     unusual = {}
     for update in scaled:
         at = f"{update.component}.{update.module}"
-        if at in alphas and alphas[at] != (update.tensors["A"].dtype, ()):
+        if at in alphas and alphas[at] != (next(iter(update.tensors.values())).dtype, ()):
             unusual[at] = [alphas[at][0], list(alphas[at][1])]
     if unusual and len({str(v) for v in unusual.values()}) == 1 and len(unusual) == len(scaled):
         spelling["alpha_as"] = next(iter(unusual.values()))

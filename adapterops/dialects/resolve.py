@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from adapterops import architectures
 from adapterops.adapter import Certainty, Fact, Update
-from adapterops.architectures import Architecture
-from adapterops.dialects.match import Group
+from adapterops.architectures import Architecture, Component, ModuleSpec
+from adapterops.dialects.match import Group, Reading, sample
 from adapterops.dialects.table import Dialect, Place, traits
-from adapterops.errors import BrokenAdapter, UnknownArchitectureOfFile, UnknownModule
+from adapterops.errors import BrokenAdapter, CannotRepresent, UnknownArchitectureOfFile, UnknownModule
 from adapterops.methods import METHODS
 
 _ENOUGH = 0.5
@@ -55,9 +56,9 @@ class NameBook:
         self.architecture = architecture
         self.table: dict[str, str] = {}
         self.clashes: dict[str, tuple[str, str]] = {}
-        component = architecture.components.get(place.component)
-        original = place.column(architecture.name) == "original"
-        for spec in component.modules.values() if component else ():
+        component = architecture.components.get(place.among(architecture.components) or "")
+        original = place.column(architecture.family) == "original"
+        for spec in _listed(component, original, bool(place.tails)) if component else ():
             name = spec.original if original else spec.name
             name = name.replace(".", "_") if place.flat else name
             if name in self.table:
@@ -82,12 +83,27 @@ class NameBook:
         return difflib.get_close_matches(name, self.table, n=2, cutoff=0.5)
 
 
-_books: dict[tuple[int, str, str, bool], NameBook] = {}
+def _listed(component: Component, original: bool, tails: bool) -> Iterator[ModuleSpec]:
+    """The modules that one of the two columns has."""
+    for spec in (*component.modules.values(), *(component.fused.values() if original else ())):
+        if (spec.original or not original) and (tails or not spec.partial):
+            yield spec
+
+
+def spells(place: Place, architecture: Architecture, spec: ModuleSpec) -> bool:
+    """Whether the column of `place` has this module."""
+    if place.column(architecture.family) != "original":
+        return not spec.joins
+    return bool(spec.original) and (not spec.partial or spec.original.endswith(tuple(c for c, _ in place.tails)))
+
+
+_books: dict[tuple[int, str | None, str, bool, bool], NameBook] = {}
 
 
 def book(architecture: Architecture, place: Place) -> NameBook:
     """The (cached) names of a component of `architecture` as `place` spells them."""
-    at = (id(architecture), place.component, place.column(architecture.name), place.flat)
+    component = place.among(architecture.components)
+    at = (id(architecture), component, place.column(architecture.family), place.flat, bool(place.tails))
     if at not in _books:
         _books[at] = NameBook(architecture, place)
     return _books[at]
@@ -95,14 +111,15 @@ def book(architecture: Architecture, place: Place) -> NameBook:
 
 def applies(place: Place, architecture: Architecture) -> bool:
     """Whether the table's row is meant for this architecture."""
-    if place.component not in architecture.components:
+    if place.among(architecture.components) is None:
         return False
-    return not place.only or bool(place.only & traits(architecture.name, architecture.builtin, architecture.components))
+    return not place.only or bool(place.only & traits(architecture))
 
 
 def needs_table(place: Place) -> bool:
     """Whether a spelled name means nothing without an architecture."""
-    return place.flat or place.names != "canonical" or bool(place.names_in)
+    bare = not place.prefix and place.component != "*"
+    return bare or place.flat or place.names != "canonical" or bool(place.names_in)
 
 
 def fit(architecture: Architecture, groups: Sequence[Group]) -> Fit:
@@ -119,18 +136,28 @@ def fit(architecture: Architecture, groups: Sequence[Group]) -> Fit:
             unknown.append(entry)
             continue
         named += 1
-        spec = architecture.components[entry.place.component].modules[name]
-        probe = Update(entry.place.component, name, entry.method, entry.tensors, options=entry.options)
-        if not METHODS[entry.method].fits(probe, spec.shape):
+        component = entry.place.among(architecture.components) or ""
+        spec = architecture.components[component].spec(name)
+        probe = Update(component, name, entry.method, entry.tensors, options=entry.options)
+        if spec is None or not fits(probe, spec):
             misshapen.append(entry)
     return Fit(architecture, named, named - len(misshapen), tuple(unknown), tuple(misshapen), len(groups))
 
 
+def fits(update: Update, spec: ModuleSpec) -> bool:
+    """Whether an update can act on a module, or on one that it widens."""
+    method = METHODS[update.method]
+    if method.fits(update, spec.shape):
+        return True
+    inputs = update.tensors["A"].shape[1:2] if spec.widens and "A" in update.tensors else ()
+    return bool(inputs) and inputs[0] > spec.shape[1] and method.fits(update, (spec.shape[0], inputs[0]))
+
+
 def _candidates(groups: Sequence[Group]) -> list[Architecture]:
     """The built-in architectures that have every component of a file; all of them where none does."""
-    known = [architectures.load(name) for name in architectures.names()]
-    wanted = {g.place.component for g in groups}
-    return [a for a in known if wanted <= set(a.components)] or known
+    known = sorted((architectures.load(name) for name in architectures.names()), key=lambda a: a.released)
+    wanted = {g.place for g in groups}
+    return [a for a in known if all(place.among(a.components) for place in wanted)] or known
 
 
 def _plausible(architecture: Architecture, groups: Sequence[Group]) -> bool:
@@ -139,9 +166,17 @@ def _plausible(architecture: Architecture, groups: Sequence[Group]) -> bool:
     return any(applies(g.place, architecture) and g.name in book(architecture, g.place).table for g in spread)
 
 
+def names_known(reading: Reading, given: Architecture | None = None) -> bool:
+    """Whether any of a spread of the names that were read is one of a known base model, or of the given one."""
+    known = [given] if given is not None else [architectures.load(name) for name in architectures.names()]
+    places = {claim.place for claim in reading.claims}
+    tables = [book(a, place).table for a in known for place in places if applies(place, a)]
+    return any(claim.name in table for claim in sample(reading, _SAMPLE).claims for table in tables)
+
+
 def best_fit(groups: Sequence[Group], given: Architecture | None = None) -> int:
     """The number of modules that the best of the architectures (or the given one) has, by name and shape."""
-    candidates = [given] if given is not None else _candidates(groups)
+    candidates = [adopt(groups, given)] if given is not None else _candidates(groups)
     return max((fit(architecture, groups).shaped for architecture in candidates), default=0)
 
 
@@ -161,7 +196,7 @@ def component_by_names(groups: Sequence[Group], given: Architecture | None = Non
 
 def _usual(found: Fit, groups: Sequence[Group]) -> int:
     """The number of modules that stand where files for this architecture usually have them."""
-    own = traits(found.architecture.name, found.architecture.builtin, found.architecture.components)
+    own = traits(found.architecture)
     return sum(1 for g in groups if not g.place.usual or g.place.usual & own)
 
 
@@ -182,6 +217,7 @@ def identify(
 
     Raises `UnknownModule`, `BrokenAdapter` (a shape that the base has not) or `UnknownArchitectureOfFile`.
     """
+    groups = [g for g in groups if not g.place.free]
     if given is not None:
         found = fit(given, groups)
         _insist(found, path, allow_drop)
@@ -219,8 +255,9 @@ def _refuse(best: Fit, path: str, fits: Iterable[Fit]) -> None:
             f"{best.named} module names are those of {best.architecture.name}; give --base CONFIG of its base model"
         )
     entry = (best.unknown or best.misshapen)[0]
+    others = f" and {len(best.unknown) - 1} others are" if len(best.unknown) > 1 else " is"
     raise UnknownArchitectureOfFile(
-        f"{path}: module {entry.name!r} and {len(best.unknown) - 1} others are in none of the known base models "
+        f"{path}: module {entry.name!r}{others} in none of the known base models "
         f"({known}); if the base is another, give its config: --base CONFIG"
     )
 
@@ -241,7 +278,8 @@ def _insist(found: Fit, path: str, allow_drop: bool) -> None:
         entry = found.misshapen[0]
         tensors = ", ".join(f"{t.key!r} {list(t.shape)}" for t in list(entry.tensors.values())[:3])
         name = book(arch, entry.place).table[entry.name]
-        shape = list(arch.components[entry.place.component].modules[name].shape)
+        spec = arch.components[entry.place.among(arch.components) or ""].spec(name)
+        shape = list(spec.shape) if spec is not None else []
         raise BrokenAdapter(
             f"{path}: {tensors} cannot act on {name}, whose weight in {arch.name} is {shape}"
             + (f" ({len(found.misshapen)} such modules)" if len(found.misshapen) > 1 else "")
@@ -251,7 +289,7 @@ def _insist(found: Fit, path: str, allow_drop: bool) -> None:
 
 def canonical(architecture: Architecture | None, entry: Group) -> str:
     """The canonical name of a group's module.  Raises `UnknownModule` for a flat name that two modules share."""
-    if architecture is None:
+    if architecture is None or entry.place.free:
         return entry.name
     names = book(architecture, entry.place)
     if entry.name in names.clashes:
@@ -290,7 +328,7 @@ def rename(groups: Sequence[Group], architecture: Architecture) -> list[Group] |
     not put every one of them into `architecture`."""
     out = []
     for entry in groups:
-        component = architecture.components.get(entry.place.component)
+        component = architecture.components.get(entry.place.among(architecture.components) or "")
         if component is None or needs_table(entry.place):
             return None
         name = entry.name if entry.name in component.modules else component.renamed.get(entry.name)
@@ -306,12 +344,8 @@ def adopt(groups: Sequence[Group], architecture: Architecture) -> Architecture:
     The config of a lone model does not say which part of a pipeline it is; the file does.
     """
     names = {g.place.component for g in groups}
-    if (
-        architecture.builtin
-        or len(architecture.components) != 1
-        or len(names) != 1
-        or names <= set(architecture.components)
-    ):
+    known = all(g.place.among(architecture.components) for g in groups)
+    if architecture.builtin or len(architecture.components) != 1 or len(names) != 1 or known:
         return architecture
     name, component = names.pop(), next(iter(architecture.components.values()))
     return replace(architecture, components={name: replace(component, name=name)})
@@ -321,11 +355,11 @@ def spelled(architecture: Architecture | None, place: Place, module: str) -> str
     """A module's name as `place` spells it (tails not yet applied), or None where the architecture lacks it."""
     if architecture is None:
         return None if needs_table(place) else module
-    component = architecture.components[place.component]
-    spec = component.modules.get(module)
-    if spec is None:
+    component = architecture.components[place.among(architecture.components) or ""]
+    spec = component.spec(module)
+    if spec is None or not spells(place, architecture, spec):
         return None
-    name = spec.original if place.column(architecture.name) == "original" else spec.name
+    name = spec.original if place.column(architecture.family) == "original" else spec.name
     if not place.flat:
         return name
     # Flat names are those of the published checkpoints, also where the installed class has lost their beginning.
@@ -336,8 +370,27 @@ def spelled(architecture: Architecture | None, place: Place, module: str) -> str
 def writing_place(dialect: Dialect, component: str, architecture: Architecture | None) -> Place | None:
     """The row by which `dialect` spells a component: the first that is meant for the architecture."""
     for place in dialect.places:
-        if place.component not in (component, "*"):
-            continue
-        if architecture is None or place.component == "*" or applies(place, architecture):
+        if place.component == "*" or (place.free and place.component == component):
+            return place
+        known = place.among(architecture.components) if architecture is not None else None
+        if architecture is None and component in (place.component, *place.instead):
+            return place
+        if architecture is not None and known == component and applies(place, architecture):
             return place
     return None
+
+
+def place_of(dialect: Dialect, update: Update, architecture: Architecture | None, spelling: Mapping[str, Any]) -> Place:
+    """The row by which an update is spelled: the recorded one, or the usual.  Raises `CannotRepresent`."""
+    recorded = spelling.get("prefixes", {}).get(update.component)
+    for place in dialect.places if recorded is not None else ():
+        if update.component in (place.component, *place.instead) and place.prefix == recorded:
+            return place
+    usual = writing_place(dialect, update.component, architecture)
+    if usual is not None:
+        return usual
+    if any(update.component in (p.component, *p.instead) for p in dialect.places):
+        what = architecture.name if architecture else "a base model that is not known"
+        raise CannotRepresent(f"{update.name}: {dialect.title} has no spelling for this component of {what}")
+    known = ", ".join(dict.fromkeys(p.component for p in dialect.places))
+    raise CannotRepresent(f"{update.name}: {dialect.title} has no such component; it knows {known}")

@@ -11,17 +11,23 @@ says which method and role a tensor has.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
+
+from adapterops.architectures import Architecture
 
 CUSTOM = "custom"
 """Stands for any architecture built by `--base`."""
 ONE_ENCODER = "one-encoder"
 """Stands for an architecture without a second text encoder."""
+ANY = "*"
+"""Stands for any scaled method."""
 TWO_ENCODERS = "two-encoders"
 """Stands for an architecture with a second text encoder."""
+FLAG_DTYPE = "I64"
+"""How a flag is stored where its file said nothing else, as LyCORIS does."""
 
 
 class AlphaIn(Enum):
@@ -39,6 +45,7 @@ class AlphaIn(Enum):
 class Suffix:
     """What follows a module's name in a key.
 
+    A `method` of ANY belongs to whatever scaled method the module's other tensors are of (an alpha, a DoRA magnitude).
     `{adapter}` in `text` stands where an adapter's name may be left.  Where `after` is given, the row is written only
     for modules whose names end so (it is read after any); of several rows that fit, the first is written.
     """
@@ -54,33 +61,43 @@ class Suffix:
 class Place:
     """How one component's modules are spelled.
 
+    `instead` names the components that the prefix means for architectures without the first one (the denoiser is a
+    `unet` here and a `transformer` there).
     `names` picks the architecture's column ("canonical" or "original"), `names_in` another one for the
     architectures that it names, `flat` writes dots as underscores,
     `tails` (canonical ending, spelled ending) rewrites the end of a module's name; with tails, no other module
     can be spelled.  `only` limits the row to architectures (names, or CUSTOM, ONE_ENCODER, TWO_ENCODERS).
     `usual` names those for which the row is the usual one though others are read too: where modules alone fit several
-    base models, it decides.  `saved` lets a key without a known suffix be a saved parameter of its module.
+    base models, it decides.  `saved` lets a key without a known suffix be a saved parameter of its module,
+    of any or of those whose names end so.
+    `free` says that names are nobody's modules (tokens of a bundled embedding) and stand as they are.
     """
 
     component: str
     prefix: str
     suffixes: tuple[Suffix, ...]
+    instead: tuple[str, ...] = ()
     names: str = "canonical"
     names_in: Mapping[str, str] = field(default_factory=dict)
     flat: bool = False
     tails: tuple[tuple[str, str], ...] = ()
     only: frozenset[str] = frozenset()
     usual: frozenset[str] = frozenset()
-    saved: bool = False
+    saved: bool | tuple[str, ...] = False
+    free: bool = False
 
     @property
     def reads(self) -> tuple[object, ...]:
         """All that decides which keys the row reads."""
         return self.component, self.prefix, self.suffixes, self.tails, self.saved
 
-    def column(self, architecture: str) -> str:
-        """Which of the architecture's names stand here."""
-        return self.names_in.get(architecture, self.names)
+    def column(self, family: str) -> str:
+        """Which of the names of an architecture of that family stand here."""
+        return self.names_in.get(family, self.names)
+
+    def among(self, components: Container[str]) -> str | None:
+        """The component that is meant, in a base model that has these."""
+        return next((name for name in (self.component, *self.instead) if name in components), None)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,7 +107,7 @@ class Dialect:
     `convention` is what readers assume where no alpha is stored: "rank" (scale 1), or "unknown".  `vectors`
     tells that DoRA magnitudes are flat vectors per output, as peft keeps them, and not columns or rows.
     `exact_shapes` says that readers insist on factors shaped like the module (a 1×1 convolution's factors have
-    four dimensions, a linear layer's two).
+    four dimensions, a linear layer's two), `widens` that they take factors for more inputs than the base has.
     """
 
     name: str
@@ -101,10 +118,12 @@ class Dialect:
     convention: str
     vectors: bool = False
     exact_shapes: bool = False
+    widens: bool = False
     example: str = ""
 
 
-def traits(name: str, builtin: bool, components: object) -> frozenset[str]:
+def traits(architecture: Architecture) -> frozenset[str]:
     """The words by which a `Place` may ask for an architecture."""
-    several = "text_encoder_2" in components if isinstance(components, Mapping) else False
-    return frozenset({name if builtin else CUSTOM, TWO_ENCODERS if several else ONE_ENCODER})
+    several = "text_encoder_2" in architecture.components
+    own = {architecture.family} if architecture.builtin else {CUSTOM, architecture.family}
+    return frozenset({*own, TWO_ENCODERS if several else ONE_ENCODER})

@@ -10,7 +10,8 @@ from typing import Any
 from adapterops.adapter import Adapter, Update
 from adapterops.architectures import Architecture
 from adapterops.dialects import resolve
-from adapterops.dialects.table import AlphaIn, Dialect, Place, Suffix
+from adapterops.dialects.arrange import Arranger
+from adapterops.dialects.table import ANY, FLAG_DTYPE, AlphaIn, Dialect, Place, Suffix
 from adapterops.errors import CannotRepresent, UnknownArchitectureOfFile, UnknownFact
 from adapterops.methods import METHODS
 from adapterops.storage import LazyTensor, dtypes, scalar
@@ -20,8 +21,12 @@ from adapterops.storage import LazyTensor, dtypes, scalar
 class Spelled:
     """The tensors of an output file by key, and what the user should know about them."""
 
+    adapter: Adapter
+    """The adapter as it stands in the output: fused projections split or joined as the dialect has them."""
     tensors: dict[str, LazyTensor] = field(default_factory=dict)
     kept: list[Update] = field(default_factory=list)
+    """The updates of the source that are in the output."""
+    notes: list[str] = field(default_factory=list)
     dropped: list[str] = field(default_factory=list)
     """What could not be spelled and was left out under `--allow-drop`, with the reason."""
 
@@ -42,28 +47,37 @@ def write(
     that nobody knows, `UnknownArchitectureOfFile` where names need a table and there is none.
     """
     spelling = spelling or {}
-    out = Spelled()
-    for update in adapter:
+    tensors: dict[str, LazyTensor] = {}
+    written: list[Update] = []
+    kept: list[Update] = []
+    dropped: list[str] = []
+    arranger = Arranger(dialect, adapter, architecture, spelling)
+    for sources in arranger.groups():
         try:
-            tensors = _spell(dialect, update, architecture, spelling)
+            updates = arranger.arrange(sources)
+            spelled: dict[str, LazyTensor] = {}
+            for update in updates:
+                spelled |= _spell(dialect, update, architecture, spelling)
         except CannotRepresent as error:
             if not allow_drop:
                 raise
-            out.dropped.append(str(error))
+            dropped.append(str(error))
             continue
-        for key, tensor in tensors.items():
-            if key in out.tensors:
-                raise CannotRepresent(f"{update.name}: its key {key!r} stands in the output already: names clash")
-            out.tensors[key] = tensor
-        out.kept.append(update)
-    return out
+        for key, tensor in spelled.items():
+            if key in tensors:
+                raise CannotRepresent(f"{updates[0].name}: its key {key!r} stands in the output already: names clash")
+            tensors[key] = tensor
+        written += updates
+        kept += sources
+    return Spelled(arranger.result(written), tensors, kept, arranger.notes(), dropped)
 
 
 def _spell(
     dialect: Dialect, update: Update, architecture: Architecture | None, spelling: Mapping[str, Any]
 ) -> dict[str, LazyTensor]:
     """The keys and tensors of one update."""
-    place = _place(dialect, update, architecture, spelling)
+    place = resolve.place_of(dialect, update, architecture, spelling)
+    _insist_on_width(dialect, update, architecture)
     name = _name(dialect, place, update, architecture)
     prefix = spelling.get("prefix", place.prefix) if place.saved else place.prefix
     stem = prefix + _tail(dialect, place, name, update)
@@ -71,9 +85,25 @@ def _spell(
     for role, tensor in update.tensors.items():
         text = _suffix(dialect, place, update, role).text.replace("{adapter}", _adapter_slot(spelling))
         out[stem + text] = _as_it_was(shaped(dialect, update, role, tensor, architecture), update, role, spelling)
+    for role in METHODS[update.method].flags:
+        suffix = next((s for s in place.suffixes if (s.method, s.role) == (update.method, role)), None)
+        if suffix is not None and role in update.options:
+            dtype = spelling.get("flag_as", FLAG_DTYPE)
+            out[stem + suffix.text] = scalar(stem + suffix.text, dtype, update.options[role])
     if METHODS[update.method].scaled:
         out |= _alpha(dialect, place, stem, update, spelling)
     return out
+
+
+def _insist_on_width(dialect: Dialect, update: Update, architecture: Architecture | None) -> None:
+    spec = _spec(update, architecture)
+    if spec is None or not spec.widens or dialect.widens or METHODS[update.method].fits(update, spec.shape):
+        return
+    raise CannotRepresent(
+        f"{update.name}: gives the module more inputs than the base has (a control adapter: tensor "
+        f"{next(iter(update.tensors.values())).key!r}), and readers of {dialect.title} cannot widen it; --to diffusers "
+        "holds it"
+    )
 
 
 def _adapter_slot(spelling: Mapping[str, Any]) -> str:
@@ -81,22 +111,9 @@ def _adapter_slot(spelling: Mapping[str, Any]) -> str:
     return f".{name}" if name else ""
 
 
-def _place(dialect: Dialect, update: Update, architecture: Architecture | None, spelling: Mapping[str, Any]) -> Place:
-    recorded = spelling.get("prefixes", {}).get(update.component)
-    for place in dialect.places if recorded is not None else ():
-        if (place.component, place.prefix) == (update.component, recorded):
-            return place
-    usual = resolve.writing_place(dialect, update.component, architecture)
-    if usual is not None:
-        return usual
-    if any(p.component == update.component for p in dialect.places):
-        what = architecture.name if architecture else "a base model that is not known"
-        raise CannotRepresent(f"{update.name}: {dialect.title} has no spelling for this component of {what}")
-    known = ", ".join(dict.fromkeys(p.component for p in dialect.places))
-    raise CannotRepresent(f"{update.name}: {dialect.title} has no such component; it knows {known}")
-
-
 def _name(dialect: Dialect, place: Place, update: Update, architecture: Architecture | None) -> str:
+    if place.free:
+        return update.module
     if architecture is None and resolve.needs_table(place):
         raise UnknownArchitectureOfFile(
             f"{update.name}: {dialect.title} needs to know the base model to spell module names, and this adapter's "
@@ -129,6 +146,10 @@ def _tail(dialect: Dialect, place: Place, name: str, update: Update) -> str:
     raise CannotRepresent(f"{update.name}: {dialect.title} can hold only modules that end in {endings}")
 
 
+def _means(suffix: Suffix, method: str) -> bool:
+    return suffix.method == method or (suffix.method == ANY and METHODS[method].scaled)
+
+
 def _follows(suffix: Suffix, module: str) -> bool:
     return not suffix.after or module.endswith(suffix.after)
 
@@ -137,7 +158,9 @@ def _suffix(dialect: Dialect, place: Place, update: Update, role: str) -> Suffix
     kind = update.options.get("kind")
     fallback = None
     for suffix in place.suffixes:
-        if (suffix.method, suffix.role) == (update.method, role) and _follows(suffix, update.module):
+        if suffix.role == role and _means(suffix, update.method) and _follows(suffix, update.module):
+            if any(update.options.get(k) != v for k, v in suffix.options.items() if k != "kind"):
+                continue
             if suffix.options.get("kind") == kind:
                 return suffix
             # An embedding's factors have names of their own; its magnitude is called as any other.
@@ -145,7 +168,8 @@ def _suffix(dialect: Dialect, place: Place, update: Update, role: str) -> Suffix
             fallback = fallback or (suffix if not suffix.options and not own_name else None)
     if fallback is not None:
         return fallback
-    if update.method == "saved" and place.saved:
+    saved = place.saved
+    if update.method == "saved" and (update.module.endswith(saved) if isinstance(saved, tuple) else saved):
         return Suffix("." + role, "saved", role)
     what = f"{METHODS[update.method].title}: {role}" + (f" of an {kind}" if kind == "embedding" else "")
     raise CannotRepresent(
@@ -164,6 +188,8 @@ def _as_it_was(tensor: LazyTensor, update: Update, role: str, spelling: Mapping[
 
 def as_usual(update: Update, architecture: Architecture | None) -> bool:
     """Whether the factors have the module's dimensions and nothing else has a shape that could be another's."""
+    if update.method != "lora":
+        return "magnitude" not in update.tensors
     dims = _dimensions(update, architecture)
     return "magnitude" not in update.tensors and all(
         len(update.tensors[role].shape) == dims for role in ("A", "B") if role in update.tensors
@@ -174,11 +200,12 @@ def shaped(
     dialect: Dialect, update: Update, role: str, tensor: LazyTensor, architecture: Architecture | None
 ) -> LazyTensor:
     """The tensor in the shape that the dialect's readers expect; bytes never change."""
+    if role == "magnitude":
+        dims = _dimensions(update, architecture)
+        return tensor.reshape(_magnitude_shape(dialect, update, dims, tensor.numel))
     if update.method != "lora":
         return tensor
     dims = _dimensions(update, architecture)
-    if role == "magnitude":
-        return tensor.reshape(_magnitude_shape(dialect, update, dims, tensor.numel))
     if role in ("A", "B") and dialect.exact_shapes and dims != len(tensor.shape):
         spec = _spec(update, architecture)
         if role == "B":
@@ -191,13 +218,15 @@ def shaped(
 
 def _spec(update: Update, architecture: Architecture | None) -> Any:
     component = architecture.components.get(update.component) if architecture else None
-    return component.modules.get(update.module) if component else None
+    return component.spec(update.module) if component else None
 
 
 def _dimensions(update: Update, architecture: Architecture | None) -> int:
     """The number of dimensions of the module's weight: the base's if it is known, else the first factor's."""
     spec = _spec(update, architecture)
-    return len(spec.shape) if spec is not None else len(update.tensors["A"].shape)
+    if spec is not None:
+        return len(spec.shape)
+    return max(len(t.shape) for role, t in update.tensors.items() if role != "magnitude")
 
 
 def _magnitude_shape(dialect: Dialect, update: Update, dims: int, size: int) -> tuple[int, ...]:
@@ -238,7 +267,7 @@ def _alpha(
         return {}
     value = scale * rank if update.rslora else update.alpha.value
     assert value is not None
-    suffix = next(s for s in place.suffixes if (s.method, s.role) == (update.method, "alpha"))
+    suffix = next(s for s in place.suffixes if s.role == "alpha" and _means(s, update.method))
     return {stem + suffix.text: _alpha_tensor(stem + suffix.text, value, at, update, spelling)}
 
 
@@ -249,7 +278,7 @@ def _alpha_tensor(key: str, value: float, at: str, update: Update, spelling: Map
     candidates: list[tuple[str, tuple[int, ...]]] = []
     if isinstance(recorded, list) and len(recorded) == 2 and recorded[0] in dtypes.BITS and set(recorded[1]) <= {1}:
         candidates.append((recorded[0], tuple(recorded[1])))
-    candidates += [(update.tensors["A"].dtype, ()), ("F32", ()), ("F64", ())]
+    candidates += [(next(iter(update.tensors.values())).dtype, ()), ("F32", ()), ("F64", ())]
     for dtype, shape in candidates:
         if dtypes.encode_scalar(dtype, value) is not None:
             return scalar(key, dtype, value, shape)

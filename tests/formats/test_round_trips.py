@@ -67,8 +67,13 @@ def holders(adapter: Adapter) -> set[str]:
     """The dialects that can hold an adapter, by what each of them can say (not by trying)."""
     out = {"peft"}
     parts = set(adapter.components)
+    flat = {"kohya", "kohya-diffusers", "comfy-down"}
+    if parts == {"unet"}:
+        flat.add("lycoris")
+    if parts <= {"text_encoder", "text_encoder_2"}:
+        flat.add("onetrainer")
     if any(u.options.get("dora_axis") == "in" for u in adapter):
-        return {"kohya", "kohya-diffusers"}
+        return {*flat, "comfy"}
     if any(u.method != "lora" for u in adapter):
         return out
     plain = all(set(u.tensors) == {"A", "B"} and not u.options.get("kind") for u in adapter)
@@ -78,7 +83,9 @@ def holders(adapter: Adapter) -> set[str]:
         if "transformer" not in parts:
             out.add("diffusers-mixed")
     if adapter.base is not None:
-        out |= {"kohya", "kohya-diffusers"}
+        out |= flat
+        if not any("mid" in u.tensors for u in adapter):
+            out.add("comfy")
     unit = all(u.alpha is not None and u.alpha.value == u.tensors["B"].shape[1] and not u.rslora for u in adapter)
     if parts <= {"unet", "text_encoder", "text_encoder_2"} and plain and unit:
         out.add("diffusers-lora")

@@ -1,0 +1,119 @@
+"""Which modules a dialect names: fused projections of an adapter are split, or joined, as the target has them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from adapterops.adapter import Adapter, Update
+from adapterops.architectures import Architecture, Component, ModuleSpec
+from adapterops.dialects import resolve
+from adapterops.dialects.table import Dialect, Place
+from adapterops.errors import CannotRepresent
+from adapterops.methods import METHODS
+from adapterops.operations import fused
+
+
+@dataclass
+class Arranger:
+    """Turns the updates of an adapter into those of a dialect."""
+
+    dialect: Dialect
+    adapter: Adapter
+    architecture: Architecture | None
+    spelling: Mapping[str, Any]
+    _records: dict[str, list[list[Any]]] = field(default_factory=dict)
+    _narrowed: int = 0
+    _joined: int = 0
+    _split: int = 0
+
+    def groups(self) -> Iterator[list[Update]]:
+        """The updates that must be looked at together: those of one fused module of the target, or a single one."""
+        together: dict[tuple[str, str, str], list[Update]] = {}
+        for update in self.adapter:
+            spec = self._unspelled(update)
+            whole = self._whole(update, spec.joins[0][0] if spec is not None else update.module)
+            at = update.component, whole.name if whole is not None else update.module, update.method
+            together.setdefault(at, []).append(update)
+        yield from together.values()
+
+    def arrange(self, sources: list[Update]) -> list[Update]:
+        """What the dialect has instead of these.  Raises `CannotRepresent` where it has nothing that does the same."""
+        parts = [part for update in sources for part in self._parts(update)]
+        whole = self._whole(parts[0], parts[0].module)
+        if whole is None:
+            return parts
+        by_name = {part.module: part for part in parts}
+        if len(by_name) < len(parts):
+            raise CannotRepresent(f"{sources[0].name}: two updates act on the same rows of {whole.name}")
+        update, blocks = fused.join(whole, by_name)
+        if len({block.rank for block in blocks}) > 1:
+            self._records[f"{update.component}.{update.module}"] = [[b.module, b.rank] for b in blocks]
+        self._joined += len(parts) > 1
+        return [update]
+
+    def _parts(self, update: Update) -> list[Update]:
+        spec = self._unspelled(update)
+        if spec is None:
+            return [update]
+        parts = fused.split(update, spec, self._recorded(update))
+        own, part = METHODS[update.method].rank(update), METHODS[update.method].rank(parts[0])
+        self._narrowed += bool(own and part and own != part)
+        self._split += len(parts) > 1
+        return parts
+
+    def notes(self) -> list[str]:
+        """What the user should know about it."""
+        out = []
+        if self._split:
+            out.append(f"{self._split} fused projections are split into their parts, as {self.dialect.title} has them")
+        if self._narrowed:
+            out.append(
+                f"{self._narrowed} of them are block-diagonal (sd-scripts' split_qkv): each part gets its "
+                "own rank back, and the scale that readers of the file apply, alpha over the stored rank; --alpha "
+                "trained gives the scale of the training, alpha over the part's own rank"
+            )
+        if self._joined:
+            out.append(f"{self._joined} projections are joined from their parts, as {self.dialect.title} has them")
+        return out
+
+    def result(self, written: list[Update]) -> Adapter:
+        """The adapter with the updates as they are written, and a record of how they were joined."""
+        carried = self.adapter.provenance.carried
+        own = {k: v for k, v in carried.spelling.get(self.dialect.name, {}).items() if k != "joined"}
+        if self._records:
+            own["joined"] = self._records
+        spelling = {**carried.spelling, self.dialect.name: own} if own else dict(carried.spelling)
+        provenance = replace(self.adapter.provenance, carried=replace(carried, spelling=spelling))
+        return replace(self.adapter, provenance=provenance).with_updates(written)
+
+    def _component(self, update: Update) -> Component | None:
+        return self.architecture.components.get(update.component) if self.architecture is not None else None
+
+    def _place(self, update: Update) -> Place | None:
+        try:
+            return resolve.place_of(self.dialect, update, self.architecture, self.spelling)
+        except CannotRepresent:
+            return None  # Said where the update is spelled.
+
+    def _unspelled(self, update: Update) -> ModuleSpec | None:
+        """The fused module that an update is on, where the target has none such."""
+        component, place = self._component(update), self._place(update)
+        spec = component.fused.get(update.module) if component is not None else None
+        if spec is None or place is None or self.architecture is None:
+            return None
+        return None if resolve.spells(place, self.architecture, spec) else spec
+
+    def _whole(self, update: Update, module: str) -> ModuleSpec | None:
+        """The fused module of the target that a module is a part of."""
+        component, place = self._component(update), self._place(update)
+        if component is None or place is None or self.architecture is None or module not in component.whole:
+            return None
+        candidates = [component.fused[name] for name in component.whole[module]]
+        return next((spec for spec in candidates if resolve.spells(place, self.architecture, spec)), None)
+
+    def _recorded(self, update: Update) -> list[fused.Block] | None:
+        own = self.adapter.provenance.carried.spelling.get(self.adapter.provenance.dialect, {})
+        blocks = own.get("joined", {}).get(f"{update.component}.{update.module}")
+        return [fused.Block(name, rank) for name, rank in blocks] if blocks is not None else None

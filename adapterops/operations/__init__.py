@@ -1,0 +1,1 @@
+"""Operations: they turn adapters, or updates, into others."""

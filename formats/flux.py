@@ -1,0 +1,82 @@
+"""Flux.1 by its authors' module names, without Comfy's prefix: three dialects that only this model has.
+
+- `bfl`: bare names, peft's factors, as Black Forest Labs' control adapters (Canny, Depth) have them: the factors have a
+  bias, `img_in` takes more inputs than the base's, and the norms' scales are replaced (`….query_norm.scale`);
+- `bfl-peft`: the same names behind peft's `base_model.model.`, as fal's trainer of Kontext adapters writes them;
+- `xlabs`: the factors of attention processors, `double_blocks.0.processor.qkv_lora1.down.weight`; 1 is the image's
+  stream, 2 the text's.
+
+No alpha anywhere: scale 1.  Sources: black-forest-labs/flux `src/flux/modules/lora.py`; XLabs-AI/x-flux
+`src/flux/modules/layers.py`; huggingface/diffusers `loaders/lora_conversion_utils.py`
+(`_convert_bfl_flux_control_lora_to_diffusers`, `_convert_fal_kontext_lora_to_diffusers`,
+`_convert_xlabs_flux_lora_to_diffusers`).
+"""
+
+from __future__ import annotations
+
+from adapterops.plugin import AlphaIn, Dialect, Format, Place, Suffix
+
+_FLUX = frozenset({"flux"})
+_FACTORS = (
+    Suffix(".lora_A.weight", "lora", "A"),
+    Suffix(".lora_B.weight", "lora", "B"),
+    Suffix(".lora_B.bias", "lora", "bias"),
+)
+_TAILS = (
+    (".img_attn.qkv", ".processor.qkv_lora1"),
+    (".txt_attn.qkv", ".processor.qkv_lora2"),
+    (".img_attn.proj", ".processor.proj_lora1"),
+    (".txt_attn.proj", ".processor.proj_lora2"),
+    (".linear1_qkv", ".processor.qkv_lora"),
+    (".linear2", ".processor.proj_lora"),
+)
+
+BFL = Dialect(
+    name="bfl",
+    format="flux",
+    title="Black Forest Labs (control LoRA)",
+    places=(Place("transformer", "", (*_FACTORS, Suffix(".scale", "saved", "weight")), names="original", only=_FLUX),),
+    alpha=AlphaIn.NOWHERE,
+    convention="rank",
+    widens=True,
+    example="double_blocks.0.img_attn.qkv.lora_A.weight",
+)
+BFL_PEFT = Dialect(
+    name="bfl-peft",
+    format="flux",
+    title="peft on Flux.1's own names (fal)",
+    places=(Place("transformer", "base_model.model.", _FACTORS, names="original", only=_FLUX),),
+    alpha=AlphaIn.NOWHERE,
+    convention="rank",
+    example="base_model.model.double_blocks.0.img_attn.qkv.lora_A.weight",
+)
+XLABS = Dialect(
+    name="xlabs",
+    format="flux",
+    title="XLabs",
+    places=(
+        Place(
+            "transformer",
+            "",
+            (Suffix(".down.weight", "lora", "A"), Suffix(".up.weight", "lora", "B")),
+            names="original",
+            only=_FLUX,
+            tails=_TAILS,
+        ),
+    ),
+    alpha=AlphaIn.NOWHERE,
+    convention="rank",
+    example="double_blocks.0.processor.qkv_lora1.down.weight",
+)
+
+
+class Flux(Format):
+    """Flux.1 by its authors' names."""
+
+    name = "flux"
+    title = "Flux.1 by its authors' names (BFL, fal, XLabs)"
+    dialects = (BFL, BFL_PEFT, XLABS)
+    file_name = "lora.safetensors"
+
+
+FORMAT = Flux()

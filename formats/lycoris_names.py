@@ -1,0 +1,30 @@
+"""The names of the tensors of LyCORIS' methods, which Kohya's, Comfy's and its own files share.
+
+Sources: KohakuBlueleaf/LyCORIS 4.1.3 `lycoris/modules/*.py`; Comfy-Org/ComfyUI `comfy/weight_adapter/*.py`,
+`comfy/lora.py`.
+"""
+
+from __future__ import annotations
+
+from adapterops.plugin import ANY, Suffix
+
+SCALE = (Suffix(".alpha", ANY, "alpha"), Suffix(".dora_scale", ANY, "magnitude"))
+"""What stands beside the factors of any method with a scale."""
+
+DOWN_UP = (
+    Suffix(".lora_down.weight", "lora", "A"),
+    Suffix(".lora_up.weight", "lora", "B"),
+    Suffix(".lora_mid.weight", "lora", "mid"),
+)
+LOHA = tuple(Suffix(f".hada_{role}", "loha", role) for role in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"))
+LOKR = tuple(Suffix(f".lokr_{role}", "lokr", role) for role in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2"))
+IA3 = (Suffix(".weight", "ia3", "vector", {"initial": 0}), Suffix(".on_input", "ia3", "on_input", {"initial": 0}))
+DIFFERENCES = (
+    Suffix(".diff", "diff", "weight"),
+    Suffix(".diff_b", "diff", "bias"),
+    Suffix(".w_norm", "diff", "weight", {"kind": "norm"}),
+    Suffix(".b_norm", "diff", "bias", {"kind": "norm"}),
+    *(Suffix(f".{role}", "diff", role) for role in ("bias_indices", "bias_values", "bias_size")),
+)
+LYCORIS = (*LOHA, *LOKR, *DIFFERENCES, *SCALE)
+"""Every method that these files share but LoRA, whose names differ, and (IA)³, which only LyCORIS reads."""
