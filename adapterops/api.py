@@ -23,11 +23,15 @@ from adapterops.errors import (
     UsageError,
 )
 from adapterops.methods import METHODS
+from adapterops.operations.fused import with_trained_scale
 from adapterops.parts import join
 from adapterops.plugin import Format, Output, Target
 from adapterops.proof import Proof, check_finite, prove
+from adapterops.renaming import parse
+from adapterops.renaming import rename as rename_keys
 from adapterops.storage import Source, dtypes, open_source
 from adapterops.storage.output import Progress, Staged, Timings, check_target, nothing
+from adapterops.storage.source import stem
 
 PathLike = str | os.PathLike[str]
 
@@ -37,6 +41,8 @@ _DTYPE_NAMES = {
     "float16": "F16", "f16": "F16", "fp16": "F16", "half": "F16",
     "bfloat16": "BF16", "bf16": "BF16",
 }  # fmt: skip
+ALPHA_WORDS = ("tensors", "header", "config", "trained")
+"""What `--alpha` may say instead of a number."""
 _SAFETENSORS = (".safetensors", ".sft")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -74,18 +80,20 @@ def load(
     alpha: float | str | None = None,
     fields: Mapping[str, Any] | None = None,
     allow_drop: bool = False,
+    rename: Iterable[str] = (),
 ) -> Adapter:
     """Read an adapter.  Tensors stay on disk until they are needed.
 
     `format` names the format or dialect where it is not to be recognised; `arch` a built-in base model, `base` the
     config of any other; `alpha` is the alpha where the file holds none, or "tensors", "header" or "config" to say
-    which of two to believe; `fields` are PEFT config fields that no source holds; `allow_drop` leaves unknown keys
-    out (they are listed in `provenance.dropped`).
+    which of two to believe, or "trained" for the scale that a block-diagonal fused projection was trained with;
+    `fields` are PEFT config fields that no source holds; `allow_drop` leaves unknown keys out (they are listed in
+    `provenance.dropped`); `rename` repairs keys before they are read, each entry a PATTERN=REPLACEMENT.
 
     Raises the errors of `adapterops.errors`, each naming the file, the tensor and what to do.
     """
-    if isinstance(alpha, str) and alpha not in ("tensors", "header", "config"):
-        raise UsageError(f"--alpha {alpha!r} is neither a number nor one of tensors, header, config")
+    if isinstance(alpha, str) and alpha not in ALPHA_WORDS:
+        raise UsageError(f"--alpha {alpha!r} is neither a number nor one of {', '.join(ALPHA_WORDS)}")
     if isinstance(alpha, float) and not isfinite(alpha):
         raise UsageError(f"--alpha {alpha} is no number that a scale can have")
     if arch is not None and base is not None:
@@ -97,8 +105,14 @@ def load(
         given = architectures.from_config(base)
     if isinstance(alpha, int):
         alpha = float(alpha)
-    request = Request(given, alpha, dict(fields or {}), allow_drop)
-    return _read(open_source(path), format, request)
+    try:
+        rules = [parse(text) for text in rename]
+    except ValueError as error:
+        raise UsageError(f"--rename {error}") from error
+    source = rename_keys(open_source(path), rules)
+    trained = alpha == "trained"
+    adapter = _read(source, format, Request(given, None if trained else alpha, dict(fields or {}), allow_drop))
+    return with_trained_scale(adapter) if trained else adapter
 
 
 def _read(source: Source, format: str | None, request: Request) -> Adapter:
@@ -149,7 +163,11 @@ def save(
     changed = adapter.with_updates(_map(u, wanted, fold_alpha) for u in adapter)
     target = Target(dialect, adapter.base, dict(fields or {}), format is None, allow_drop)
     _insist_on_init(adapter, form)
-    out = form.write(changed, target)
+    try:
+        out = form.write(changed, target)
+    except CannotRepresent as error:
+        path = adapter.provenance.path
+        raise (error if path in str(error) else CannotRepresent(f"{path}: {error}")) from error
     if not out.kept:
         raise CannotRepresent(f"{adapter.provenance.path}: nothing of it is left to write as {dialect.title}")
     place = _place(os.fspath(path), form)
@@ -185,7 +203,7 @@ def _prove(adapter: Adapter, staged: str, place: str, dialect: Dialect, rounded:
 
 def _in_base(update: Update, base: Architecture) -> bool:
     component = base.components.get(update.component)
-    return component is not None and update.module in component.modules
+    return component is not None and component.spec(update.module) is not None
 
 
 def _insist_on_use(adapter: Adapter, dialect: Dialect, fields: Mapping[str, Any]) -> None:
@@ -234,12 +252,9 @@ def _map(update: Update, dtype: str | None, fold: bool) -> Update:
     folded = fold and scale is not None
     if dtype is None and not folded:
         return update
-    tensors = {
-        role: t.mapped(dtype, scale if folded and scale is not None and role in ("B", "bias") else 1.0)
-        for role, t in update.tensors.items()
-    }
     if not folded:
-        return replace(update, tensors=tensors)
+        return replace(update, tensors={role: t.mapped(dtype) for role, t in update.tensors.items()})
+    tensors = METHODS[update.method].folded(update, dtype)
     rank = float(METHODS[update.method].rank(update) or 1)
     return replace(update, tensors=tensors, alpha=Fact(rank, Certainty.DERIVED, "--fold-alpha"), rslora=False)
 
@@ -308,6 +323,7 @@ def convert(
     fold_alpha: bool = False,
     overwrite: bool = False,
     verify: bool = True,
+    rename: Iterable[str] = (),
     progress: Progress = nothing,
 ) -> Result:
     """Convert a file or folder to the format or dialect `to`; `load` and `save` in one, with their options.
@@ -316,7 +332,9 @@ def convert(
     """
     form, dialect = registry.find(to)
     place = os.fspath(output) if output is not None else default_output(source, form, dialect)
-    adapter = load(source, format=format, arch=arch, base=base, alpha=alpha, fields=fields, allow_drop=allow_drop)
+    adapter = load(
+        source, format=format, arch=arch, base=base, alpha=alpha, fields=fields, allow_drop=allow_drop, rename=rename
+    )
     return save(
         adapter,
         place,
@@ -333,9 +351,7 @@ def convert(
 
 def default_output(source: PathLike, form: Format, dialect: Dialect) -> str:
     """`NAME-DIALECT` (a folder format) or `NAME-DIALECT.safetensors` in the current folder."""
-    path = os.path.normpath(os.path.abspath(os.fspath(source)))
-    stem = os.path.basename(path) if os.path.isdir(path) else os.path.splitext(os.path.basename(path))[0]
-    return f"{stem}-{dialect.name}" + ("" if form.is_folder else ".safetensors")
+    return f"{stem(os.fspath(source))}-{dialect.name}" + ("" if form.is_folder else ".safetensors")
 
 
 def known_dtypes(updates: Iterable[Update]) -> dict[str, int]:

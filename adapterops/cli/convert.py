@@ -27,6 +27,7 @@ def convert(
     base: str | None,
     alpha: float | str | None,
     fields: dict[str, Any],
+    rename: tuple[str, ...],
     allow_drop: bool,
     fold_alpha: bool,
     verbose: bool,
@@ -36,7 +37,7 @@ def convert(
     no_verify: bool,
     as_json: bool,
 ) -> None:
-    """Convert the adapter SRC (a file or a folder) to another format.
+    r"""Convert the adapter SRC (a file or a folder) to another format.
 
     The output is read back from disk and every module's weight delta compared with the source's before it appears;
     without -o it stands in the current folder, named after the source and the target.
@@ -47,13 +48,21 @@ def convert(
       adapterops convert style.safetensors --to diffusers -o style-diffusers.safetensors
       adapterops convert my-peft-folder --to kohya -o style.safetensors --dtype float16
       adapterops convert adapter_model.safetensors --to peft --alpha 16 --base model/config.json
+      adapterops convert botched.safetensors --to diffusers --rename '_lora_(down|up)\.weight$=.lora_\1.weight'
     """
     from adapterops import api, registry
 
     form, dialect = registry.find(to)
     place = output if output is not None else api.default_output(source, form, dialect)
     adapter = api.load(
-        source, format=source_format, arch=arch, base=base, alpha=alpha, fields=fields, allow_drop=allow_drop
+        source,
+        format=source_format,
+        arch=arch,
+        base=base,
+        alpha=alpha,
+        fields=fields,
+        allow_drop=allow_drop,
+        rename=rename,
     )
     # The bytes are moved once and compared once.
     with bar(f"converting to {dialect.title}", 2 * adapter.provenance.size, quiet=as_json) as progress:

@@ -31,6 +31,7 @@ def inspect(
     base: str | None,
     alpha: float | str | None,
     fields: dict[str, Any],
+    rename: tuple[str, ...],
     allow_drop: bool,
     norms: bool,
     hashes: bool,
@@ -53,7 +54,14 @@ def inspect(
     from adapterops.inspection import report
 
     adapter = api.load(
-        source, format=source_format, arch=arch, base=base, alpha=alpha, fields=fields, allow_drop=allow_drop
+        source,
+        format=source_format,
+        arch=arch,
+        base=base,
+        alpha=alpha,
+        fields=fields,
+        allow_drop=allow_drop,
+        rename=rename,
     )
     if show_config:
         print_json(_configs(adapter, fields))

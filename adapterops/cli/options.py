@@ -12,15 +12,15 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def parse_alpha(context: click.Context, parameter: click.Parameter, value: str | None) -> float | str | None:
-    """`--alpha`: a number, or the source to believe."""
-    if value is None or value in ("tensors", "header", "config"):
+    """`--alpha`: a number, the source to believe, or the scale of the training."""
+    if value is None or value in ("tensors", "header", "config", "trained"):
         return value
     try:
         number = float(value)
     except ValueError:
         number = float("nan")
     if number != number or number in (float("inf"), float("-inf")):
-        raise click.BadParameter(f"{value!r} is neither a number nor one of tensors, header, config")
+        raise click.BadParameter(f"{value!r} is neither a number nor one of tensors, header, config, trained")
     return number
 
 
@@ -44,7 +44,7 @@ def reading(command: Command) -> Command:
         click.option(
             "--from", "source_format", metavar="FORMAT", help="Read as this format or dialect; else recognised."
         ),
-        click.option("--arch", metavar="NAME", help="The base model: sd1, sd2, sdxl (adapterops architectures)."),
+        click.option("--arch", metavar="NAME", help="The base model: sd1, sdxl, flux … (adapterops architectures)."),
         click.option(
             "--base",
             metavar="CONFIG",
@@ -55,7 +55,8 @@ def reading(command: Command) -> Command:
             "--alpha",
             metavar="X",
             callback=parse_alpha,
-            help="Alpha of the modules for which the file holds none; or tensors, header, config: which of two to believe.",
+            help="Alpha of the modules for which the file holds none; or tensors, header, config: which of two to believe; "
+            "or trained: the training's scale for sd-scripts' split_qkv files.",
         ),
         click.option(
             "--set",
@@ -64,6 +65,12 @@ def reading(command: Command) -> Command:
             multiple=True,
             callback=parse_fields,
             help="A PEFT config field that no source holds, or that is wrong; VALUE is JSON. May be repeated.",
+        ),
+        click.option(
+            "--rename",
+            metavar="PATTERN=REPLACEMENT",
+            multiple=True,
+            help="Repair keys before they are read: a regular expression and its replacement. May be repeated.",
         ),
         click.option("--allow-drop", is_flag=True, help="Leave out what cannot be understood or held, and list it."),
     )

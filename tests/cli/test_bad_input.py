@@ -86,7 +86,7 @@ CASES: dict[str, tuple[Tensors, list[str]]] = {
     ),
     "another base": (
         kohya("lora_unet_towers_0_attend_query"),
-        ["'towers_0_attend_query'", "sd1, sd2, sdxl", "--base CONFIG"],
+        ["'towers_0_attend_query'", "sd1, sd2, sdxl, sd3, flux", "--base CONFIG"],
     ),
     "two dialects": (
         {**kohya(), **pair(f"unet.{Q}.lora_A.weight", f"unet.{Q}.lora_B.weight")},
@@ -104,17 +104,21 @@ CASES: dict[str, tuple[Tensors, list[str]]] = {
         {**kohya(), "mystery.tensor": torch.ones(2)},
         ["does not know 'mystery.tensor'", "--allow-drop"],
     ),
-    "LoKr": (
-        {f"{FLAT}.lokr_w1": torch.ones(4, 4), f"{FLAT}.lokr_w2": torch.ones(80, 80)},
-        ["is LoKr", f"{FLAT}.lokr_w1"],
+    "OFT": (
+        {f"{FLAT}.oft_blocks": torch.ones(4, 4, 4), f"{FLAT}.alpha": torch.tensor(1.0)},
+        ["is OFT", f"{FLAT}.oft_blocks"],
     ),
-    "Flux in Kohya's spelling": (
-        kohya("lora_unet_double_blocks_0_img_attn_proj", inputs=3072, outputs=3072),
-        ["Flux.1", "lora_unet_double_blocks_0_img_attn_proj"],
+    "LoKr factor without its other half": (
+        {f"{FLAT}.lokr_w1": torch.ones(4, 4), f"{FLAT}.alpha": torch.tensor(1.0)},
+        [f"{FLAT}.lokr_w1", "w2"],
     ),
-    "Comfy's spelling": (
+    "factors of two methods": (
+        {**kohya(), f"{FLAT}.lokr_w1": torch.ones(4, 4), f"{FLAT}.lokr_w2": torch.ones(80, 80)},
+        ["two methods", "split them into two files"],
+    ),
+    "Comfy's spelling of nothing known": (
         pair("diffusion_model.x.lora_A.weight", "diffusion_model.x.lora_B.weight"),
-        ["Comfy's generic spelling", "diffusion_model.x"],
+        ["'x'", "none of the known base models", "--base CONFIG"],
     ),
 }
 
@@ -209,10 +213,10 @@ def test_source_is_never_the_target(command: Callable[..., Outcome], tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--to", "kohja"], ["unknown format 'kohja'", "known: diffusers"]),
+        (["--to", "kohja"], ["unknown format 'kohja'", "known: comfy, comfy-down, diffusers"]),
         (["--to", "peft", "--from", "gguf"], ["unknown format 'gguf'"]),
         (["--to", "peft", "--from", "diffusers"], ["no key reads as diffusers"]),
-        (["--to", "peft", "--arch", "sd9"], ["sd9", "sd1, sd2, sdxl"]),
+        (["--to", "peft", "--arch", "sd9"], ["sd9", "flux, qwen_image, sd1, sd2, sd3, sdxl"]),
         (["--to", "peft", "--arch", "sd1", "--base", "x"], ["give one of them"]),
         (["--to", "peft", "--alpha", "much"], ["neither a number"]),
         (["--to", "peft", "--set", "r"], ["not FIELD=VALUE"]),
