@@ -100,10 +100,9 @@ def recognise(
     candidates = [
         (form, reading) for form, dialects in chosen.items() if dialects for reading in form.recognise(source, dialects)
     ]
-    candidates = [
-        (form, reading) for form, reading in candidates if not bare(reading) or names_known(reading, architecture)
-    ]
     candidates.sort(key=lambda c: _rank(c[1]), reverse=True)
+    while candidates and bare(candidates[0][1]) and not names_known(candidates[0][1], architecture):
+        del candidates[0]
     if only is not None and not candidates:
         find(only)
         raise UnsupportedFormat(f"{source.path}: no key reads as {only}")

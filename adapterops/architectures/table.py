@@ -15,7 +15,7 @@ from typing import Any
 
 from adapterops.architectures.errors import UnknownArchitecture
 from adapterops.architectures.expression import Value, evaluate_integer
-from adapterops.architectures.template import ALL, Expander, Leaf, Piece, Row
+from adapterops.architectures.template import ALL, Expander, Leaf, Piece, Row, stems
 
 _FOLDER = Path(__file__).parent
 
@@ -70,6 +70,8 @@ class Component:
     """What the names of one version of the class begin with and those of another do not (`text_model.`)."""
     fused: Mapping[str, ModuleSpec] = field(default_factory=dict)
     """Modules that only the authors' own repository has, by a name of ours beside those of their parts."""
+    stems: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """What the names in each column begin with, where that is known without writing them out."""
     like: str = ""
     """For a model built from a config: the built-in architecture whose rows describe it, too, where it is the only
     one (the same text encoders serve several)."""
@@ -102,8 +104,10 @@ class Architecture:
     @property
     def family(self) -> str:
         """The built-in architecture whose rules of spelling hold for this one; its own name where none does."""
+        if self.builtin:
+            return self.name
         like = {component.like for component in self.components.values() if component.like}
-        return self.name if self.builtin or len(like) != 1 else like.pop()
+        return self.name if len(like) != 1 else like.pop()
 
 
 @cache
@@ -162,7 +166,8 @@ def _component(
     rows = _Rows(f"component {name}", table, templates, config)
     prefix = table.get("optional_prefix", "")
     modules, fused = _Modules(rows, False), _Modules(rows, True)
-    return Component(name, modules, table["class"], config, optional_prefix=prefix, fused=fused)
+    begin = {column: stems(table["rows"], templates, column) for column in ("canonical", "original")}
+    return Component(name, modules, table["class"], config, optional_prefix=prefix, fused=fused, stems=begin)
 
 
 def _scope(table: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Value]:

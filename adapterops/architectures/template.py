@@ -71,6 +71,18 @@ class Leaf(NamedTuple):
         )
 
 
+def stems(rows: list[Row], templates: Mapping[str, list[Row]], column: str) -> frozenset[str]:
+    """What the names in a column ("canonical" or "original") begin with, told without writing them out; "" is anything."""
+    found: set[str] = set()
+    for row in rows:
+        name = row.get(column, row["canonical"])
+        if name:
+            found.add(name.partition("{")[0].partition(".")[0])
+        elif "use" in row:
+            found |= stems(templates[row["use"]], templates, column)
+    return frozenset(found)
+
+
 class Expander:
     """Expands templates against the globals of one component.
 

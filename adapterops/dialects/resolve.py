@@ -128,15 +128,18 @@ def fit(architecture: Architecture, groups: Sequence[Group]) -> Fit:
     if len(groups) > 4 * _SAMPLE and not _plausible(architecture, groups):
         return Fit(architecture, 0, 0, tuple(groups), (), len(groups))
     tables: dict[Place, Mapping[str, str]] = {}
+    components: dict[Place, str] = {}
+    spread = _spread(groups)
     for entry in groups:
         if entry.place not in tables:
-            tables[entry.place] = book(architecture, entry.place).table if applies(entry.place, architecture) else {}
+            tables[entry.place] = _table(architecture, entry.place, spread[entry.place])
+            components[entry.place] = entry.place.among(architecture.components) or ""
         name = tables[entry.place].get(entry.name)
         if name is None:
             unknown.append(entry)
             continue
         named += 1
-        component = entry.place.among(architecture.components) or ""
+        component = components[entry.place]
         spec = architecture.components[component].spec(name)
         probe = Update(component, name, entry.method, entry.tensors, options=entry.options)
         if spec is None or not fits(probe, spec):
@@ -160,18 +163,39 @@ def _candidates(groups: Sequence[Group]) -> list[Architecture]:
     return [a for a in known if all(place.among(a.components) for place in wanted)] or known
 
 
+def _spread(groups: Iterable[Group]) -> dict[Place, list[str]]:
+    """Some of the names under each place."""
+    names: dict[Place, list[str]] = {}
+    for entry in groups:
+        names.setdefault(entry.place, []).append(entry.name)
+    return {place: own[:: max(1, len(own) // _SAMPLE)] for place, own in names.items()}
+
+
+def _table(architecture: Architecture, place: Place, names: Iterable[str]) -> Mapping[str, str]:
+    """The names of a component as `place` spells them; empty where not even the beginning of one of `names` is there,
+    which is told without writing the component's modules out."""
+    if not applies(place, architecture):
+        return {}
+    component = architecture.components[place.among(architecture.components) or ""]
+    stems = tuple(component.stems.get(place.column(architecture.family), ("",)))
+    if not component.optional_prefix and not any(name.startswith(stems) for name in names):
+        return {}
+    return book(architecture, place).table
+
+
 def _plausible(architecture: Architecture, groups: Sequence[Group]) -> bool:
     """Whether any of a spread of modules is in `architecture`; one that has none of them has not half of the file's."""
-    spread = groups[:: max(1, len(groups) // _SAMPLE)]
-    return any(applies(g.place, architecture) and g.name in book(architecture, g.place).table for g in spread)
+    return any(
+        not _table(architecture, place, names).keys().isdisjoint(names) for place, names in _spread(groups).items()
+    )
 
 
 def names_known(reading: Reading, given: Architecture | None = None) -> bool:
     """Whether any of a spread of the names that were read is one of a known base model, or of the given one."""
     known = [given] if given is not None else [architectures.load(name) for name in architectures.names()]
     places = {claim.place for claim in reading.claims}
-    tables = [book(a, place).table for a in known for place in places if applies(place, a)]
-    return any(claim.name in table for claim in sample(reading, _SAMPLE).claims for table in tables)
+    names = [claim.name for claim in sample(reading, _SAMPLE).claims]
+    return any(not _table(a, place, names).keys().isdisjoint(names) for a in known for place in places)
 
 
 def best_fit(groups: Sequence[Group], given: Architecture | None = None) -> int:

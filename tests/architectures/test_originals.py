@@ -37,7 +37,7 @@ def numbered(component: Component) -> tuple[dict[str, Any], dict[str, Any]]:
     checkpoint: dict[str, Any] = {}
     expected: dict[str, Any] = {}
     count = 0
-    for spec in (*component.modules.values(), *component.fused.values()):
+    for spec in (*component.modules.values(), *(s for s in component.fused.values() if not s.partial)):
         if not spec.original:
             continue
         for parameter in spec.params:

@@ -112,6 +112,8 @@ def test_what_has_no_original_is_part_of_exactly_one_fused_module(name: str, com
     component = load(name).components[component_name]
     pieces: dict[str, list[tuple[int, int]]] = {}
     for whole in component.fused.values():
+        if whole.partial:
+            continue
         assert whole.kind == "linear"
         for part, start, stop in whole.joins:
             pieces.setdefault(part, []).append((start, stop))
