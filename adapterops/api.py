@@ -11,7 +11,7 @@ from typing import Any
 
 from adapterops import architectures, registry
 from adapterops.adapter import COMPONENTS, Adapter, Certainty, Fact, Update
-from adapterops.architectures import Architecture
+from adapterops.architectures import LAYOUTS, Architecture, published
 from adapterops.dialects.read import Request
 from adapterops.dialects.table import AlphaIn, Dialect
 from adapterops.errors import (
@@ -77,6 +77,7 @@ def load(
     format: str | None = None,
     arch: str | None = None,
     base: PathLike | None = None,
+    layout: str | None = None,
     alpha: float | str | None = None,
     fields: Mapping[str, Any] | None = None,
     allow_drop: bool = False,
@@ -85,7 +86,8 @@ def load(
     """Read an adapter.  Tensors stay on disk until they are needed.
 
     `format` names the format or dialect where it is not to be recognised; `arch` a built-in base model, `base` the
-    config of any other; `alpha` is the alpha where the file holds none, or "tensors", "header" or "config" to say
+    config of any other, whose modules are then called as the installed library's class has them ("installed") or as
+    the published checkpoints do (`layout` "published"); `alpha` is the alpha where the file holds none, or "tensors", "header" or "config" to say
     which of two to believe, or "trained" for the scale that a block-diagonal fused projection was trained with;
     `fields` are PEFT config fields that no source holds; `allow_drop` leaves unknown keys out (they are listed in
     `provenance.dropped`); `rename` repairs keys before they are read, each entry a PATTERN=REPLACEMENT.
@@ -103,6 +105,12 @@ def load(
         given = architectures.load(arch)
     elif base is not None:
         given = architectures.from_config(base)
+    if layout is not None and layout not in LAYOUTS:
+        raise UsageError(f"--layout {layout!r} is none of {', '.join(LAYOUTS)}")
+    if layout is not None and base is None:
+        raise UsageError("--layout chooses between the names of a base model's versions; give it with --base CONFIG")
+    if layout == "published" and given is not None:
+        given = published(given)
     if isinstance(alpha, int):
         alpha = float(alpha)
     try:
@@ -316,6 +324,7 @@ def convert(
     format: str | None = None,
     arch: str | None = None,
     base: PathLike | None = None,
+    layout: str | None = None,
     alpha: float | str | None = None,
     fields: Mapping[str, Any] | None = None,
     allow_drop: bool = False,
@@ -333,7 +342,15 @@ def convert(
     form, dialect = registry.find(to)
     place = os.fspath(output) if output is not None else default_output(source, form, dialect)
     adapter = load(
-        source, format=format, arch=arch, base=base, alpha=alpha, fields=fields, allow_drop=allow_drop, rename=rename
+        source,
+        format=format,
+        arch=arch,
+        base=base,
+        layout=layout,
+        alpha=alpha,
+        fields=fields,
+        allow_drop=allow_drop,
+        rename=rename,
     )
     return save(
         adapter,

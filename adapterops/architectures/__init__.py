@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from adapterops.architectures.base import from_config
 from adapterops.architectures.errors import BadBaseConfig, UnknownArchitecture
+from adapterops.architectures.layout import LAYOUTS, published
 from adapterops.architectures.table import Architecture, Component, ModuleSpec, load, names
 
 __all__ = [
+    "LAYOUTS",
     "Architecture",
     "BadBaseConfig",
     "Component",
@@ -19,4 +21,5 @@ __all__ = [
     "from_config",
     "load",
     "names",
+    "published",
 ]

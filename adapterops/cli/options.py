@@ -52,6 +52,12 @@ def reading(command: Command) -> Command:
             help="Any other base: its config.json or model folder (diffusers or transformers; no weights are read).",
         ),
         click.option(
+            "--layout",
+            type=click.Choice(["installed", "published"]),
+            help="With --base: name modules as the installed library's class does (the default), or as the published "
+            "checkpoints do, for older versions of it.",
+        ),
+        click.option(
             "--alpha",
             metavar="X",
             callback=parse_alpha,

@@ -185,7 +185,7 @@ def _align(groups: list[Group], architecture: Architecture) -> tuple[list[Group]
         return groups, []
     if change is None:
         renamed = resolve.rename(groups, architecture)
-        note = f"modules are renamed as {architecture.name} of the installed transformers has them"
+        note = f"modules are renamed to be those of {architecture.name}"
         return (groups, []) if renamed is None else (renamed, [note])
     strip, add = change
     said = f"stripped of {strip!r}" if strip else f"given {add!r} in front"

@@ -83,3 +83,88 @@ def test_patterns_follow_their_modules(config: Path, tmp_path: Path) -> None:
         "vit.layers.0.attention.q_proj": 1.0,
         "vit.layers.1.attention.q_proj": 4.0,
     }
+
+
+def published_and_back(source: Path, config: Path, folder: Path) -> None:
+    """To the installed class's names and to the published ones again, bit for bit; each way says so."""
+    there = ao.convert(source, "peft", folder / "installed", base=config)
+    assert any("to be those of" in note for note in there.notes)
+    back = ao.convert(folder / "installed", "peft", folder / "published", base=config, layout="published")
+    assert any("to be those of" in note for note in back.notes)
+    wanted = load_file(source / "adapter_model.safetensors")
+    assert load_file(folder / "installed" / "adapter_model.safetensors").keys() != wanted.keys()
+    found = load_file(folder / "published" / "adapter_model.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[key], tensor) for key, tensor in wanted.items())
+    for result in (there, back):
+        assert result.proof is not None
+        assert result.proof.exact
+    # What has the published names already stays as it is.
+    ao.convert(source, "peft", folder / "again", base=config, layout="published")
+    assert load_file(folder / "again" / "adapter_model.safetensors").keys() == wanted.keys()
+
+
+def test_a_renamed_vit_comes_back(corpus: Path, config: Path, tmp_path: Path) -> None:
+    published_and_back(corpus / "files" / "age-prediction-whyiswmm", config, tmp_path)
+
+
+def adapter(names: dict[str, tuple[int, int]], folder: Path) -> Path:
+    from json import dumps
+
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, (outputs, inputs) in names.items():
+        tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(2, inputs)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(outputs, 2)
+    folder.mkdir()
+    save_file(tensors, folder / "adapter_model.safetensors")
+    fields = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": list(names)}
+    (folder / "adapter_config.json").write_text(dumps(fields))
+    return folder
+
+
+def test_a_text_encoder_that_lost_its_beginning(tmp_path: Path) -> None:
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    found = CLIPTextConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, vocab_size=9
+    )
+    found.architectures = ["CLIPTextModel"]
+    found.save_pretrained(tmp_path / "clip")
+    names = {f"text_model.encoder.layers.{i}.self_attn.{p}_proj": (8, 8) for i in range(2) for p in "qv"}
+    published_and_back(adapter(names, tmp_path / "in"), tmp_path / "clip", tmp_path)
+    model = PeftModel.from_pretrained(CLIPTextModel(found), tmp_path / "installed")
+    adapted = {n for n, m in model.base_model.model.named_modules() if isinstance(m, BaseTunerLayer)}
+    assert adapted == {name.removeprefix("text_model.") for name in names}
+
+
+def test_a_vision_language_model(tmp_path: Path) -> None:
+    """LLaVA: published with the language model outermost, now inside `model`."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    vision = CLIPVisionConfig(
+        hidden_size=8, intermediate_size=16, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    text = LlamaConfig(
+        hidden_size=8,
+        intermediate_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=9,
+    )
+    found = LlavaConfig(vision_config=vision, text_config=text)
+    found.architectures = ["LlavaForConditionalGeneration"]
+    found.save_pretrained(tmp_path / "llava")
+    names = {f"language_model.model.layers.{i}.self_attn.{p}_proj": (8, 8) for i in range(2) for p in "qv"}
+    published_and_back(adapter(names, tmp_path / "in"), tmp_path / "llava", tmp_path)
+    model = PeftModel.from_pretrained(LlavaForConditionalGeneration(found), tmp_path / "installed")
+    adapted = {n for n, m in model.base_model.model.named_modules() if isinstance(m, BaseTunerLayer)}
+    assert adapted == {name.replace("language_model.model.", "model.language_model.") for name in names}
+
+
+@pytest.mark.parametrize(("layout", "words"), [("published", "--base CONFIG"), ("old", "installed, published")])
+def test_layouts_need_a_base(layout: str, words: str, corpus: Path) -> None:
+    with pytest.raises(ao.errors.UsageError, match=words):
+        ao.load(corpus / "files" / "age-prediction-whyiswmm", layout=layout)
