@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from adapterops import integrations
     from adapterops.adapter import Adapter, Certainty, Fact, Update
     from adapterops.api import Result, convert, load, save
     from adapterops.errors import AdapterOpsError
@@ -47,6 +48,7 @@ __all__ = [
     "__version__",
     "convert",
     "inspect",
+    "integrations",
     "load",
     "save",
 ]
@@ -54,6 +56,8 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
     """Import a public name when it is first used."""
+    if name == "integrations":
+        return importlib.import_module("adapterops.integrations")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

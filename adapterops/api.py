@@ -76,7 +76,7 @@ def load(
     *,
     format: str | None = None,
     arch: str | None = None,
-    base: PathLike | None = None,
+    base: PathLike | Architecture | None = None,
     layout: str | None = None,
     alpha: float | str | None = None,
     fields: Mapping[str, Any] | None = None,
@@ -85,12 +85,14 @@ def load(
 ) -> Adapter:
     """Read an adapter.  Tensors stay on disk until they are needed.
 
-    `format` names the format or dialect where it is not to be recognised; `arch` a built-in base model, `base` the
-    config of any other, whose modules are then called as the installed library's class has them ("installed") or as
-    the published checkpoints do (`layout` "published"); `alpha` is the alpha where the file holds none, or "tensors", "header" or "config" to say
-    which of two to believe, or "trained" for the scale that a block-diagonal fused projection was trained with;
-    `fields` are PEFT config fields that no source holds; `allow_drop` leaves unknown keys out (they are listed in
-    `provenance.dropped`); `rename` repairs keys before they are read, each entry a PATTERN=REPLACEMENT.
+    - `format` names the format or dialect where it is not to be recognised;
+    - `arch` names a built-in base model, `base` is the config of any other (or its table), whose modules are called as
+      the installed library's class has them (`layout` "installed") or as the published checkpoints do ("published");
+    - `alpha` is the alpha where the file holds none, or "tensors", "header" or "config" to say which of two to believe,
+      or "trained" for the scale that a block-diagonal fused projection was trained with;
+    - `fields` are PEFT config fields that no source holds;
+    - `allow_drop` leaves unknown keys out (they are listed in `provenance.dropped`);
+    - `rename` repairs keys before they are read, each entry a PATTERN=REPLACEMENT.
 
     Raises the errors of `adapterops.errors`, each naming the file, the tensor and what to do.
     """
@@ -104,7 +106,7 @@ def load(
     if arch is not None:
         given = architectures.load(arch)
     elif base is not None:
-        given = architectures.from_config(base)
+        given = base if isinstance(base, Architecture) else architectures.from_config(base)
     if layout is not None and layout not in LAYOUTS:
         raise UsageError(f"--layout {layout!r} is none of {', '.join(LAYOUTS)}")
     if layout is not None and base is None:
@@ -119,11 +121,15 @@ def load(
         raise UsageError(f"--rename {error}") from error
     source = rename_keys(open_source(path), rules)
     trained = alpha == "trained"
-    adapter = _read(source, format, Request(given, None if trained else alpha, dict(fields or {}), allow_drop))
+    adapter = read_source(source, format, Request(given, None if trained else alpha, dict(fields or {}), allow_drop))
     return with_trained_scale(adapter) if trained else adapter
 
 
-def _read(source: Source, format: str | None, request: Request) -> Adapter:
+def read_source(source: Source, format: str | None, request: Request) -> Adapter:
+    """The adapter in an opened source, whose components may stand in subfolders.
+
+    Raises what `load` raises.
+    """
     if not source.parts:
         form, reading = registry.recognise(source, format, request.architecture, request.allow_drop)
         try:
@@ -136,11 +142,11 @@ def _read(source: Source, format: str | None, request: Request) -> Adapter:
         return adapter
     if len(source.parts) == 1:
         name, part = next(iter(source.parts.items()))
-        return _read(part if name in COMPONENTS else replace(part, component=""), format, request)
+        return read_source(part if name in COMPONENTS else replace(part, component=""), format, request)
     unknown = [name for name in source.parts if name not in COMPONENTS]
     if unknown:
         raise AmbiguousFormat(f"{source.path}: holds several adapters ({', '.join(source.parts)}); name one of them")
-    return join(source, [_read(part, format, request) for part in source.parts.values()])
+    return join(source, [read_source(part, format, request) for part in source.parts.values()])
 
 
 def save(
@@ -205,7 +211,7 @@ def _prove(adapter: Adapter, staged: str, place: str, dialect: Dialect, rounded:
     # What the source was read with, where it has every module; saved heads need not be in a table.
     known = adapter.base is not None and all(_in_base(u, adapter.base) for u in adapter)
     given = adapter.base if known else None
-    back = _read(open_source(staged), dialect.name, Request(given))
+    back = read_source(open_source(staged), dialect.name, Request(given))
     return prove(adapter, back, place, rounded, progress)
 
 

@@ -128,7 +128,7 @@ def _fit(reading: Reading, source: Source, architecture: Architecture | None) ->
 
 
 def _rank(reading: Reading) -> tuple[float, int, bool]:
-    return reading.score, reading.updates_claimed, reading.prefix is None and not bare(reading)
+    return reading.score, reading.updates_claimed, reading.prefix != "" and not bare(reading)
 
 
 def explain(source: Source, keys: Iterable[str]) -> None:

@@ -21,7 +21,7 @@ from dataclasses import replace
 from typing import Any
 
 from adapterops_formats.lycoris_names import DOWN_UP, LYCORIS
-from adapterops_formats.peft_config import LoraConfig, check_given, describes, from_updates, refuse_scale
+from adapterops_formats.peft_config import PeftConfig, check_given, describes, from_updates, refuse_scale
 from adapterops_formats.peft_names import LORA
 
 from adapterops.plugin import (
@@ -225,7 +225,7 @@ def _plain(adapter: Adapter) -> bool:
     )
 
 
-def _header_configs(source: Source, request: Request) -> dict[str, LoraConfig]:
+def _header_configs(source: Source, request: Request) -> dict[str, PeftConfig]:
     text = source.metadata.get(METADATA_KEY)
     if text is None:
         return {}
@@ -241,7 +241,7 @@ def _header_configs(source: Source, request: Request) -> dict[str, LoraConfig]:
         component, _, name = str(key).partition(".")
         split.setdefault(component, {})[name] = field_value
     return {
-        component: LoraConfig.parse({**fields, **request.fields}, where)
+        component: PeftConfig.parse({**fields, **request.fields}, where)
         for component, fields in split.items()
         if component in COMPONENTS
     }

@@ -20,7 +20,7 @@ from adapterops.architectures.errors import BadBaseConfig
 from adapterops.architectures.listing import list_modules
 from adapterops.architectures.table import Architecture, Component
 
-_LOST_BEGINNINGS = {"CLIPTextModel": "text_model."}
+LOST_BEGINNINGS = {"CLIPTextModel": "text_model."}
 """Classes of which one version names its modules with a beginning that another has lost (transformers 4 and 5)."""
 
 _LIBRARIES = {"diffusers": "ModelMixin", "transformers": "PreTrainedModel"}
@@ -139,15 +139,15 @@ def _component(name: str, path: Path, class_name: str | None = None) -> Componen
     class_name = type(model).__name__
     modules = list_modules(model)
     bare = frozenset(path for path, _ in model.named_modules() if path and path not in modules)
-    lost = _LOST_BEGINNINGS.get(class_name, "")
-    component = Component(name, modules, f"{library}.{class_name}", config, bare, _renamed(model, modules), lost)
+    lost = LOST_BEGINNINGS.get(class_name, "")
+    component = Component(name, modules, f"{library}.{class_name}", config, bare, renamings(model, modules), lost)
     # Of a diffusers model a read-only dictionary, of a transformers one an object: both with the defaults filled in.
     complete = model.config if library == "diffusers" else model.config.to_dict()
     owners = {key.rpartition(".")[0] for key, _ in model.named_parameters(remove_duplicate=False)}
     return with_originals(component, complete, owners)
 
 
-def _renamed(model: Any, modules: Iterable[str]) -> dict[str, str]:
+def renamings(model: Any, modules: Iterable[str]) -> dict[str, str]:
     """Published name to class name, by transformers' own mapping for the checkpoints of a class that was renamed.
 
     Source: transformers 5 `conversion_mapping.py`, `core_model_loading.py`.  Only plain renamings count: what splits or

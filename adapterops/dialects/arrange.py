@@ -48,7 +48,7 @@ class Arranger:
         if len(by_name) < len(parts):
             raise CannotRepresent(f"{sources[0].name}: two updates act on the same rows of {whole.name}")
         update, blocks = fused.join(whole, by_name)
-        if len({block.rank for block in blocks}) > 1:
+        if blocks is not None:
             self._records[f"{update.component}.{update.module}"] = [[b.module, b.rank] for b in blocks]
         self._joined += len(parts) > 1
         return [update]

@@ -180,6 +180,18 @@ def _refuse_leftover(reading: Reading, source: Source, request: Request) -> None
 
 
 def _align(groups: list[Group], architecture: Architecture) -> tuple[list[Group], list[str]]:
+    """The groups under the base's own names, each component by itself, and what was changed."""
+    parts: dict[str | None, list[Group]] = {}
+    for entry in groups:
+        parts.setdefault(entry.place.among(architecture.components), []).append(entry)
+    aligned = {name: _align_part(part, architecture) for name, part in parts.items()}
+    renamed = {id(old): new for name, part in parts.items() for old, new in zip(part, aligned[name][0], strict=True)}
+    return [renamed[id(entry)] for entry in groups], list(
+        dict.fromkeys(n for _, said in aligned.values() for n in said)
+    )
+
+
+def _align_part(groups: list[Group], architecture: Architecture) -> tuple[list[Group], list[str]]:
     change = resolve.align(groups, architecture)
     if change == ("", ""):
         return groups, []

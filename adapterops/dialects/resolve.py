@@ -213,7 +213,12 @@ def component_by_names(groups: Sequence[Group], given: Architecture | None = Non
             placed = [replace(g, place=replace(g.place, component=component)) for g in lookup[:1]]
             place = placed[0].place if placed else None
             tried = [replace(g, place=place) for g in lookup] if place is not None else []
-            if tried and (align(tried, architecture) if given is not None else fit(architecture, tried).whole):
+            change = align(tried, architecture) if tried and given is not None else ("", "")
+            if change is None or not tried:
+                continue
+            strip, add = change
+            aligned = [replace(g, name=add + g.name[len(strip) :]) for g in tried]
+            if fit(architecture, aligned).whole:
                 return component
     return None
 

@@ -174,7 +174,7 @@ def _suffix(dialect: Dialect, place: Place, update: Update, role: str) -> Suffix
     what = f"{METHODS[update.method].title}: {role}" + (f" of an {kind}" if kind == "embedding" else "")
     raise CannotRepresent(
         f"{update.name}: {dialect.title} has no place for it ({what}, tensor {update.tensors[role].key!r}); "
-        "write a PEFT folder (--to peft), or leave it out with --allow-drop"
+        f"write it as --to {'kohya' if dialect.format == 'peft' else 'peft'}, or leave it out with --allow-drop"
     )
 
 

@@ -20,6 +20,7 @@ from adapterops.adapter import Adapter, Certainty, Fact, Update
 from adapterops.architectures import ModuleSpec
 from adapterops.errors import CannotRepresent, UsageError
 from adapterops.methods import METHODS
+from adapterops.storage import dtypes
 from adapterops.storage.tensor import LazyTensor, columns, is_zero, same_bytes, stack, zeros
 
 
@@ -59,7 +60,7 @@ def split(update: Update, spec: ModuleSpec, recorded: Sequence[Block] | None = N
     blocks = block_ranks(update, spec, recorded)
     if blocks is not None:
         parts = _narrow(update, parts, blocks)
-    if recorded is not None:
+    if recorded is not None and any(block.rank for block in recorded):
         absent = {block.module for block in recorded if not block.rank}
         method = METHODS[update.method]
         parts = [p for p in parts if p.module not in absent or not method.is_nothing(p)]
@@ -86,7 +87,8 @@ def block_ranks(update: Update, spec: ModuleSpec, recorded: Sequence[Block] | No
         return None
     for row, _ in method.pairs:
         factor = update.tensors[row]
-        if is_zero(factor):
+        # Zeros show no blocks, and 4-bit types have no columns of their own.
+        if dtypes.BITS[factor.dtype] % 8 or (recorded is None and is_zero(factor)):
             return None
         start = 0
         for name, at in places.items():
@@ -180,8 +182,8 @@ def _alpha(scale: float | None, update: Update, whole: int, rank: int) -> Fact[f
     return Fact(value, Certainty.DERIVED, f"the scale {scale:g} of the fused projection: {update.alpha.source}")
 
 
-def join(spec: ModuleSpec, parts: Mapping[str, Update]) -> tuple[Update, list[Block]]:
-    """One update on the fused module from those of its parts, and what it was joined from.
+def join(spec: ModuleSpec, parts: Mapping[str, Update]) -> tuple[Update, list[Block] | None]:
+    """One update on the fused module from those of its parts, and what it was joined from where that does not show.
 
     Parts without an update get rows of zeros.  The tensors keep the first part's keys.
 
@@ -191,11 +193,20 @@ def join(spec: ModuleSpec, parts: Mapping[str, Update]) -> tuple[Update, list[Bl
     order = [name for name in sizes if name in parts]
     first = parts[order[0]]
     method = METHODS[first.method]
-    if not method.rows or not _CORES.isdisjoint(first.tensors):
+    units = _units(first)
+    if units is None or not _CORES.isdisjoint(first.tensors):
         raise _no_join(first, spec)
     for name in order[1:]:
         _insist_alike(first, parts[name], spec)
     present = [parts[name] for name in order]
+    if any(u.options.get("dora_axis") == "in" for u in present):
+        raise CannotRepresent(
+            f"{first.name}: its DoRA magnitude (tensor {first.tensors['magnitude'].key!r}) is per input: its norms go over "
+            f"the rows of this module alone, and one on the whole of {spec.name}, which this target keeps fused, over all "
+            "of them; a target with separate projections holds it (--to kohya-diffusers)"
+        )
+    if len(order) < len(sizes) and not _may_lack_parts(first):
+        raise _no_join(first, spec)
     if any("magnitude" in u.tensors for u in present) and len(order) < len(sizes):
         lacking = next(name for name in sizes if name not in parts)
         raise CannotRepresent(
@@ -203,7 +214,7 @@ def join(spec: ModuleSpec, parts: Mapping[str, Update]) -> tuple[Update, list[Bl
             f"({spec.name}) all or none have: its magnitude would be the norm of the base's weight"
         )
     ranks = {u.module: method.rank(u) or 0 for u in present}
-    shared = {role for u in present for role in u.tensors if role not in method.rows}
+    shared = {role for u in present for role in u.tensors if role not in units}
     if all(same_bytes(first.tensors[role], u.tensors[role]) for u in present[1:] for role in shared):
         blocks = None
         tensors = {role: first.tensors[role] for role in shared}
@@ -216,7 +227,7 @@ def join(spec: ModuleSpec, parts: Mapping[str, Update]) -> tuple[Update, list[Bl
     else:
         raise _no_join(first, spec)
     rank, start = sum(ranks.values()), 0
-    rows: dict[str, list[LazyTensor]] = {role: [] for u in present for role in u.tensors if role in method.rows}
+    rows: dict[str, list[LazyTensor]] = {role: [] for u in present for role in u.tensors if role in units}
     for name, size in sizes.items():
         update = parts.get(name)
         for role, into in rows.items():
@@ -224,19 +235,54 @@ def join(spec: ModuleSpec, parts: Mapping[str, Update]) -> tuple[Update, list[Bl
             like = next(u.tensors[role] for u in present if role in u.tensors)
             width = rank if blocks is not None and any(role == row for row, _ in method.pairs) else 0
             if tensor is None:
-                tensor = zeros(like, (size, width, *like.shape[2:]) if width else (size, *like.shape[1:]))
+                if size % units[role]:
+                    raise _no_join(first, spec)
+                count = size // units[role]
+                tensor = zeros(like, (count, width, *like.shape[2:]) if width else (count, *like.shape[1:]))
             elif width:
-                tensor = columns(tensor, start, rank)
+                tensor = _beside(tensor, start, rank, spec)
             into.append(tensor)
         start += ranks.get(name, 0)
     for role, into in rows.items():
-        tensors[role] = _stacked(into, spec).rows(_order(spec)) if _swapped(spec) else _stacked(into, spec)
+        tensors[role] = _stacked(into, spec)
+        if _swapped(spec):
+            pieces_of_whole = _order(spec)
+            if any(at % units[role] for piece in pieces_of_whole for at in piece):
+                raise _no_join(first, spec)
+            tensors[role] = tensors[role].rows([(a // units[role], b // units[role]) for a, b in pieces_of_whole])
     ordered = {role: tensors[role] for role in dict.fromkeys(r for u in present for r in u.tensors)}
     record = [Block(name, ranks.get(name, 0) or (1 if name in parts else 0)) for name in sizes]
-    return replace(first, module=spec.name, tensors=ordered, alpha=alpha, rslora=rslora), record
+    uneven = len({block.rank for block in record}) > 1
+    unseen = blocks is not None and any(is_zero(tensors[row]) for row, _ in method.pairs)
+    update = replace(first, module=spec.name, tensors=ordered, alpha=alpha, rslora=rslora)
+    return update, record if uneven or unseen else None
 
 
 _CORES = frozenset({"mid", "t1", "t2"})
+
+
+def _units(update: Update) -> dict[str, int] | None:
+    """The roles whose first axis is the module's outputs, with the number of outputs that one row of it makes.
+
+    None for a method that does not act on rows one by one.
+    """
+    if update.method == "lokr":
+        # Row i of w1 makes the rows of block i, which w2 shapes: parts that share w2 are joined by their rows of w1.
+        second = update.tensors["w2" if "w2" in update.tensors else "w2_a"]
+        return {"w1" if "w1" in update.tensors else "w1_a": second.shape[0], "magnitude": 1}
+    if update.method == "ia3":
+        vector = update.tensors["vector"]
+        if update.options["on_input"]:
+            return {}
+        return {"vector": 1} if vector.shape[0] == vector.numel else None
+    return dict.fromkeys(METHODS[update.method].rows, 1) or None
+
+
+def _may_lack_parts(update: Update) -> bool:
+    """Whether rows of zeros leave a part as it is: not where they replace its weight, or multiply it."""
+    if update.method == "ia3":
+        return not update.options["on_input"] and not update.options["initial"]
+    return update.method != "saved"
 
 
 def _no_join(update: Update, spec: ModuleSpec) -> CannotRepresent:
@@ -264,6 +310,15 @@ def _insist_alike(one: Update, two: Update, spec: ModuleSpec) -> None:
 
 def _close(one: float | None, two: float | None) -> bool:
     return one == two or (one is not None and two is not None and isclose(one, two, rel_tol=1e-12))
+
+
+def _beside(tensor: LazyTensor, start: int, width: int, spec: ModuleSpec) -> LazyTensor:
+    try:
+        return columns(tensor, start, width)
+    except ValueError as error:
+        raise CannotRepresent(
+            f"{error}: it is part of one fused projection here ({spec.name}); --dtype float16 gives it whole bytes"
+        ) from error
 
 
 def _stacked(tensors: list[LazyTensor], spec: ModuleSpec) -> LazyTensor:

@@ -592,7 +592,11 @@ CONTRADICTIONS: dict[str, tuple[Case, dict[str, Any], type[Exception], str, dict
     ),
     "QA-LoRA": (PLAIN, {"use_qalora": True}, errors.UnsupportedFormat, "use_qalora is set", {}),
     "bare parameters": (PLAIN, {"target_parameters": ["x"]}, errors.UnsupportedFormat, "target_parameters is set", {}),
-    "another method": (PLAIN, {"peft_type": "LOHA"}, errors.UnsupportedFormat, "peft_type is LOHA", {}),
+    "another method": (
+        PLAIN, {"peft_type": "LOHA"}, errors.Conflict, "tensor of LoRA, but .* peft_type LOHA.*--set peft_type=LORA",
+        {"peft_type": "LORA"},
+    ),
+    "a method not converted": (PLAIN, {"peft_type": "VERA"}, errors.UnsupportedFormat, "peft_type is VERA", {}),
     "no known method": (PLAIN, {"peft_type": "MAGIC"}, errors.UnsupportedFormat, "peft_type is MAGIC", {}),
 }  # fmt: skip
 

@@ -1,0 +1,225 @@
+"""The `adapter_config.json` of a PEFT folder, from the config that came along and from the tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from adapterops_formats.peft_config import (
+    PeftConfig,
+    adapted,
+    check_given,
+    describes,
+    from_updates,
+    method_of,
+)
+from adapterops_formats.peft_methods import PeftMethod
+from adapterops_formats.peft_patterns import Base, shuts_out, with_parents
+
+from adapterops.plugin import Adapter, Target, Update, errors
+
+
+def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict[str, Any], list[str]]:
+    """The `adapter_config.json` for the updates of one component, and notes.
+
+    A config that came with the adapter keeps every field that the tensors do not contradict; what no source holds
+    is derived from them.
+
+    Raises `UnknownFact` for what neither holds, `CannotRepresent` where peft's matching by name would take in a
+    module that the adapter does not have, or where no config makes peft build the adapter's tensors.
+    """
+    updates = list(adapter)
+    method = method_of(updates)
+    part = target.architecture.components.get(component) if target.architecture else None
+    base = Base.of(part)
+    check_given(target.fields, method)
+    derived = from_updates(updates, base, method=method)
+    saved, notes = _saved_fields(updates, part, method)
+    own = dict(adapter.config.get(component, {}))
+    if own and _still_true(own, updates, method, base):
+        # The config's own words hold, but for lists of names that would take in more, or that say nothing.
+        config = {**method.defaults, **derived, **_unsaid(method), **saved, **own}
+        more = base.names is not None and _takes_more(own, updates, base.names, method)
+        if more or own.get("target_modules") is None:
+            config |= {"target_modules": derived["target_modules"], **dict.fromkeys(method.narrowing)}
+        if more:
+            notes.append("target_modules is made anew: the one in the config would adapt more modules of the base")
+        unsaid = any(name in own and own[name] is None for name in method.shaping)
+        if "feedforward_modules" in method.shaping:
+            # peft would fill it in by the model's type, and insists on a part of `target_modules`.
+            remade = config["target_modules"] is not own.get("target_modules")
+            unsaid = remade or own.get("feedforward_modules") is None
+        if unsaid:
+            config |= method.fields(adapted(updates, method), base)
+        if part is not None and _bystander(own.get("modules_to_save") or (), _saved_modules(updates), part.modules):
+            config["modules_to_save"] = saved.get("modules_to_save")
+            notes.append("modules_to_save is made anew: the one in the config names modules that the file lacks")
+    else:
+        kept = _travelling(own, method)
+        config = {**method.defaults, **kept, **derived, **saved, **method.fields(adapted(updates, method), base)}
+        if own:
+            notes.append("config fields that do not fit the tensors or the names of their modules are derived anew")
+    transposed = any(base.kinds.get(u.module) == "transposed" for u in adapted(updates, method))
+    if "fan_in_fan_out" in method.flags and transposed:
+        config["fan_in_fan_out"] = True
+    config.update({k: v for k, v in target.fields.items() if not _answered(k, v, config, method)})
+    _agrees(config, updates, base, target.fields, method)
+    absent = [m for m in config.get("modules_to_save") or () if not _is_saved(m, updates)]
+    if absent:
+        notes.append(
+            f"modules_to_save lists {', '.join(dict.fromkeys(absent))}, of which the file holds nothing: peft cannot load "
+            "it into a base that has such a module"
+        )
+    return config, notes
+
+
+def _unsaid(method: PeftMethod) -> dict[str, Any]:
+    """What a true config means by the fields on rank and scale that it does not say."""
+    return {"r": 8, "rank_pattern": {}, "alpha_pattern": {}} if method.alpha else {}
+
+
+def _travelling(own: Mapping[str, Any], method: PeftMethod) -> dict[str, Any]:
+    """The fields of a config that the tensors do not decide; of another method's, only what every method has."""
+    if str(own.get("peft_type") or method.kind).upper() != method.kind:
+        common = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode")
+        return {k: v for k, v in own.items() if k in common}
+    void = {*method.derived, *method.narrowing, *method.refused, "peft_type"}
+    return {k: v for k, v in own.items() if k not in void}
+
+
+def _agrees(
+    config: Mapping[str, Any], updates: list[Update], base: Base, given: Mapping[str, Any], method: PeftMethod
+) -> None:
+    """Raise `Conflict` where the finished config, the user's fields in it, does not say what the tensors are."""
+    where = f"the config to be written (--set {', '.join(given)})" if given else "the config to be written"
+    describes(config, where, updates, conflict, method, base)
+    view = PeftConfig.parse(config, where, method)
+    for update in adapted(updates, method):
+        if update.alpha is not None and not view.agrees(update):
+            rule = view.rule(update.module)
+            said = f"{method.alpha} {rule.alpha}" + (f", {method.rslora} {rule.rslora}" if method.rslora else "")
+            has = f"{update.alpha}" + (f", {method.rslora} {update.rslora}" if method.rslora else "")
+            raise errors.Conflict(
+                f"{next(iter(update.tensors.values())).where}: {where} says {said} for {update.name}, but the adapter "
+                f"has {has}"
+            )
+    if base.names is not None and "target_modules" in given and _takes_more(config, updates, base.names, method):
+        raise errors.Conflict(f"{where}: its target_modules would adapt modules of the base that the file lacks")
+    absent = [m for m in given.get("modules_to_save") or () if not _is_saved(m, updates)]
+    if absent:
+        raise errors.Conflict(f"{where}: modules_to_save names {absent[0]}, of which the file holds no tensor")
+
+
+def conflict(sentence: str) -> None:
+    """Raise `Conflict`: what `describes` is given where a contradiction must not stand."""
+    raise errors.Conflict(sentence)
+
+
+def _is_saved(entry: str, updates: list[Update]) -> bool:
+    """Whether a saved module of the file is one that peft would find by an entry of `modules_to_save`."""
+    return any(path.endswith(entry) for u in updates if u.method == "saved" for path in with_parents([u.module]))
+
+
+def _answered(name: str, value: Any, config: Mapping[str, Any], method: PeftMethod) -> bool:
+    """Whether a field that the user gave only asked for what stands in the config now, or says the same in short."""
+    if name in method.derived and value is None:
+        return True
+    return name == "trainable_token_indices" and list((config.get(name) or {}).values()) == [value]
+
+
+def _still_true(config: Mapping[str, Any], updates: list[Update], method: PeftMethod, base: Base) -> bool:
+    """Whether a config that came along says of these updates what they are."""
+    problems: list[str] = []
+    try:
+        describes(config, "config", updates, problems.append, method, base)
+        view = PeftConfig.parse(config, "config", method)
+    except errors.AdapterOpsError:
+        return False
+    if problems or not view.states_alpha or view.method is not method:
+        return False
+    return all(view.agrees(u) for u in adapted(updates, method))
+
+
+def _takes_more(config: Mapping[str, Any], updates: list[Update], names: Iterable[str], method: PeftMethod) -> bool:
+    view = PeftConfig.parse(config, "config", method)
+    if not isinstance(config.get("target_modules"), (str, list)):
+        return False
+    own = {u.module for u in adapted(updates, method)}
+    return any(view.targets(name) for name in with_parents(names) - own)
+
+
+def _saved_modules(updates: list[Update]) -> set[str]:
+    """The modules that are saved whole, by their own names or those of modules inside them."""
+    whole = [u for u in updates if u.method == "saved" and u.options.get("kind") != "wrapped"]
+    return {u.module for u in whole if set(u.tensors) != {"bias"}}
+
+
+def _insist_on_place(updates: Sequence[Update], biases: Sequence[Update], method: PeftMethod) -> None:
+    """Raise `CannotRepresent` for what a config of the method cannot say of parameters saved beside it."""
+    tokens = [u for u in updates if u.method == "trainable_tokens"]
+    wrong = [(u, "trained token rows", "trainable_token_indices") for u in tokens if not method.tokens]
+    wrong += [(u, "a bias alone", "bias") for u in biases if not method.biases]
+    for update, what, name in wrong[:1]:
+        raise errors.CannotRepresent(
+            f"{update.name}: {what} beside {method.title}, whose PEFT config has no {name}: take "
+            f"tensor {next(iter(update.tensors.values())).key!r} out of the file"
+        )
+
+
+def _saved_fields(updates: list[Update], base: Any, method: PeftMethod) -> tuple[dict[str, Any], list[str]]:
+    """`modules_to_save`, `bias` and `trainable_token_indices`, and notes."""
+    own = {u.module for u in adapted(updates, method)}
+    biases = [u for u in updates if u.method == "saved" and set(u.tensors) == {"bias"}]
+    _insist_on_place(updates, biases, method)
+    saved = _saved_modules(updates)
+    fields: dict[str, Any] = {}
+    notes: list[str] = []
+    if biases:
+        fields["bias"] = "lora_only" if all(u.module in own for u in biases) else "all"
+    if saved:
+        # peft would look for a wrapper inside a wrapper, so only the outermost are named.
+        fields["modules_to_save"] = sorted(m for m in saved if with_parents([m]).isdisjoint(saved - {m}))
+    tokens = {u.module: _indices(u) for u in updates if u.method == "trainable_tokens"}
+    if tokens:
+        fields["trainable_token_indices"] = tokens
+    walk = with_parents(own | (set(base.modules) if base is not None else set()))
+    for field, inside in (("modules_to_save", saved), ("trainable_token_indices", set(tokens))):
+        clash = _bystander(fields.get(field, ()), inside, walk)
+        if clash is not None:
+            raise errors.CannotRepresent(
+                f"{clash[0]} is saved, but peft matches {field} by the bare end of a name, so it would also take "
+                f"{clash[1]}, of which the adapter saves nothing; rename the module in the base, or take the saved one "
+                "out of the file"
+            )
+    shut = next((m for m in sorted(own) if shuts_out(fields.get("modules_to_save", ()), m)), None)
+    if shut is not None:
+        raise errors.CannotRepresent(
+            f"{shut} is adapted, but its name holds that of a saved module ({', '.join(fields['modules_to_save'])}), "
+            "and peft adapts nothing under such a name; rename one of them in the base, or take the saved one out of "
+            "the file"
+        )
+    for name in sorted(saved):
+        spec = base.modules.get(name) if base is not None else None
+        if spec is not None and spec.tied_to:
+            notes.append(f"{name} is saved, and the base ties it to {spec.tied_to}: peft unties them")
+    return fields, notes
+
+
+def _indices(update: Update) -> list[int]:
+    delta, indices = update.tensors["delta"], update.options.get("indices")
+    if indices is None:
+        raise errors.UnknownFact(
+            f"{delta.where}: which {delta.shape[0]} tokens these rows are for is not among the tensors; say it with "
+            "--set trainable_token_indices='[…]'"
+        )
+    return list(indices)
+
+
+def _bystander(entries: Iterable[str], inside: set[str], walk: Iterable[str]) -> tuple[str, str] | None:
+    """An entry that peft matches by the bare end of a name, and a module outside `inside` that it takes too."""
+    mine = with_parents(inside)
+    for name in sorted(walk):
+        entry = next((e for e in entries if name.endswith(e)), None)
+        if entry is not None and name not in mine and with_parents([name]).isdisjoint(inside):
+            return entry, name
+    return None
