@@ -11,7 +11,7 @@ scale 1.  Sources: Comfy-Org/ComfyUI `comfy/lora.py` (`model_lora_keys_unet`, `m
 
 from __future__ import annotations
 
-from adapterops_formats.lycoris_names import DOWN_UP, LYCORIS
+from adapterops_formats.lycoris_names import DOWN_UP, LYCORIS, UNREAD
 
 from adapterops.plugin import AlphaIn, Dialect, Format, Place, Suffix
 
@@ -39,6 +39,7 @@ def _dialect(name: str, title: str, pair: tuple[Suffix, ...], example: str) -> D
         ),
         alpha=AlphaIn.TENSOR,
         convention="rank",
+        unread=UNREAD,
         example=example,
     )
 

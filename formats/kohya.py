@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from math import isfinite, sqrt
 
-from adapterops_formats.lycoris_names import DOWN_UP, IA3, LYCORIS
+from adapterops_formats.lycoris_names import DOWN_UP, IA3, LYCORIS, UNREAD
 from adapterops_formats.peft_config import refuse_scale
 
 from adapterops.plugin import (
@@ -63,6 +63,7 @@ KOHYA = Dialect(
     ),
     alpha=AlphaIn.TENSOR,
     convention="rank",
+    unread=UNREAD,
     example="lora_unet_input_blocks_4_1_proj_in.lora_down.weight",
 )
 KOHYA_DIFFUSERS = Dialect(
@@ -72,6 +73,7 @@ KOHYA_DIFFUSERS = Dialect(
     places=(Place("unet", "lora_unet_", SUFFIXES, ("transformer",), flat=True), *ENCODERS),
     alpha=AlphaIn.TENSOR,
     convention="rank",
+    unread=UNREAD,
     example="lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight",
 )
 ONETRAINER = Dialect(
@@ -89,6 +91,7 @@ ONETRAINER = Dialect(
     ),
     alpha=AlphaIn.TENSOR,
     convention="rank",
+    unread=UNREAD,
     example="lora_transformer_transformer_blocks_0_attn_to_q.lora_down.weight",
 )
 LYCORIS_FILE = Dialect(
@@ -98,6 +101,7 @@ LYCORIS_FILE = Dialect(
     places=(Place("unet", "lycoris_", SUFFIXES, ("transformer", "model", "text_encoder"), flat=True),),
     alpha=AlphaIn.TENSOR,
     convention="rank",
+    unread=UNREAD,
     example="lycoris_transformer_blocks_0_attn_to_q.lokr_w1",
 )
 
@@ -133,7 +137,8 @@ def _agree_with_header(adapter: Adapter, source: Source) -> None:
     """Raise `Conflict` where `ss_network_alpha` is the alpha of no module at all.
 
     Readers use the tensors, but a header that no tensor agrees with means that one of the two was edited.
-    Convolutions and block-wise ranks have alphas of their own, so one agreeing module is enough.
+    Convolutions and block-wise ranks have alphas of their own, so one agreeing module is enough.  A LoKr of two whole
+    factors has no scale, and LyCORIS writes the rank of the network for its alpha (`lycoris/modules/lokr.py`).
     """
     text = source.metadata.get("ss_network_alpha", "")
     try:
@@ -143,9 +148,10 @@ def _agree_with_header(adapter: Adapter, source: Source) -> None:
     # Zero says "as the rank" to trainers; some write None or Dynamic.
     if not isfinite(stated) or stated == 0:
         return
-    read = [u for u in adapter if u.alpha is not None and u.alpha.certainty is Certainty.READ]
-    for update in read:
-        value, rank = update.alpha.value or 0.0, METHODS[update.method].rank(update) or 1  # type: ignore[union-attr]
+    ranked = ((u.alpha, u, METHODS[u.method].rank(u)) for u in adapter if u.alpha is not None)
+    read = [(alpha, update, rank) for alpha, update, rank in ranked if rank and alpha.certainty is Certainty.READ]
+    for alpha, _, rank in read:
+        value = alpha.value or 0.0
         # 16-bit alphas are rounded: within bfloat16's spacing they say the same.  LyCORIS stores rsLoRA's scale as
         # alpha·√rank (`lycoris/modules/locon.py`).
         if any(abs(value - said) <= abs(said) * 2**-7 for said in (stated, stated * sqrt(rank))):
@@ -153,7 +159,7 @@ def _agree_with_header(adapter: Adapter, source: Source) -> None:
     if read:
         raise errors.Conflict(
             f"{source.path}: two alphas: the header's ss_network_alpha is {stated:g}, but no module has it "
-            f"({read[0].name}: {read[0].alpha}); --alpha tensors believes the tensors, as readers do"
+            f"({read[0][1].name}: {read[0][0]}); --alpha tensors believes the tensors, as readers do"
         )
 
 

@@ -28,3 +28,11 @@ DIFFERENCES = (
 )
 LYCORIS = (*LOHA, *LOKR, *DIFFERENCES, *SCALE)
 """Every method that these files share but LoRA, whose names differ, and (IA)³, which only LyCORIS reads."""
+UNREAD = (
+    (
+        "magnitude",
+        "diffusers' own loaders drop DoRA magnitudes that are spelled dora_scale and apply the rest; for it write --to "
+        "diffusers, or load through adapterops.integrations.diffusers",
+    ),
+)
+"""What common readers of these files leave out: huggingface/diffusers `loaders/lora_pipeline.py`, "dora_scale"."""

@@ -108,6 +108,7 @@ class Dialect:
     tells that DoRA magnitudes are flat vectors per output, as peft keeps them, and not columns or rows.
     `exact_shapes` says that readers insist on factors shaped like the module (a 1×1 convolution's factors have
     four dimensions, a linear layer's two), `widens` that they take factors for more inputs than the base has.
+    `unread` names roles that a common reader leaves out, with the sentence that warns of it.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Dialect:
     vectors: bool = False
     exact_shapes: bool = False
     widens: bool = False
+    unread: tuple[tuple[str, str], ...] = ()
     example: str = ""
 
 

@@ -69,7 +69,8 @@ def write(
             tensors[key] = tensor
         written += updates
         kept += sources
-    return Spelled(arranger.result(written), tensors, kept, arranger.notes(), dropped)
+    warnings = [sentence for role, sentence in dialect.unread if any(role in u.tensors for u in written)]
+    return Spelled(arranger.result(written), tensors, kept, [*arranger.notes(), *warnings], dropped)
 
 
 def _spell(

@@ -38,16 +38,28 @@ class Ia3(Method):
     source = "https://arxiv.org/abs/2205.05638"
 
     def check(self, update: Update) -> None:
+        if not update.tensors:
+            raise BrokenAdapter(f"{update.name}: (IA)³ without its vector (only on_input is there)")
         need(update, "vector")
         vector = update.tensors["vector"]
+        if update.options.get("on_input") is None:
+            raise BrokenAdapter(
+                f"{vector.where}: the flag on_input of {update.name} is missing from the file; without it nothing says "
+                "whether (IA)³ multiplies the module's inputs or its outputs"
+            )
         if not vector.numel or sum(n != 1 for n in vector.shape) > 1:
             raise BrokenAdapter(
                 f"{vector.where}: shape {list(vector.shape)} is no vector; (IA)³ has one number a channel"
             )
 
     def fits(self, update: Update, shape: tuple[int, ...]) -> bool:
-        vector, axis = update.tensors.get("vector"), 1 if update.options["on_input"] else 0
-        return vector is None or (len(shape) > axis and vector.numel == shape[axis])
+        vector, on_input = update.tensors.get("vector"), _on_input(update)
+        if vector is None:
+            return True  # `check` says it better than a shape could
+        if on_input is None:
+            return vector.numel in shape[:2]
+        axis = 1 if on_input else 0
+        return len(shape) > axis and vector.numel == shape[axis]
 
     def take_rows(self, update: Update, pieces: Sequence[tuple[int, int]]) -> dict[str, LazyTensor]:
         vector = update.tensors["vector"]
@@ -75,3 +87,12 @@ class Ia3(Method):
         """m − 1 (n,) in float64."""
         values: Array = update.tensors["vector"].numpy().astype("f8").reshape(-1) - update.options["initial"]
         return values
+
+
+def _on_input(update: Update) -> bool | None:
+    """Whether the inputs are multiplied; None where nothing says so yet.  A file's flag is a tensor until it is read."""
+    flag = update.tensors.get("on_input")
+    if flag is not None and flag.numel == 1:
+        return bool(flag.item())
+    stated: bool | None = update.options.get("on_input")
+    return stated
