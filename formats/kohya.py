@@ -118,11 +118,13 @@ class Kohya(Format):
     foreign = {
         r"\.oft_blocks(\.\d+)?$|\.oft_diag$": f"is OFT or BOFT (LyCORIS or sd-scripts); {_LATER}",
         r"\.(a1|a2|b1|b2|bm)\.weight$": f"is GLoRA (LyCORIS); {_LATER}",
-        r"^lora_unet_blocks_\d+_(cross|self)_attn_": f"belongs to an Anima or Wan adapter in Kohya's spelling; {_LATER}",
-        r"_lora_(down|up)\.weight$": (
-            "is a botched Kohya name (`_lora_down` for `.lora_down`), which no tool reads; repair it with "
-            r"--rename '_lora_(down|up)\.weight$=.lora_\1.weight'"
+        # What a module of LyCORIS saved as it stood has and its own `state_dict` folds into w1, w1_a or lora_up.
+        r"\.scalar$": (
+            "is a learnt factor on its module's update (LyCORIS, use_scalar), which no reader applies, LyCORIS 4.1.3 "
+            "included; multiply it into the module's lora_up, hada_w1_a, lokr_w1 or lokr_w1_a and take it out, or take it "
+            "out with --allow-drop, and its module with it"
         ),
+        r"^lora_unet_blocks_\d+_(cross|self)_attn_": f"belongs to an Anima or Wan adapter in Kohya's spelling; {_LATER}",
     }
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:

@@ -274,21 +274,28 @@ def identify(
     return Identified(best.architecture, Fact(name, Certainty.DERIVED, "module names and shapes"), unknown=unknown)
 
 
-def _refuse(best: Fit, path: str, fits: Iterable[Fit]) -> None:
+def _refuse(best: Fit, path: str, fits: Sequence[Fit]) -> None:
     known = ", ".join(f.architecture.name for f in fits)
     if best.named and not best.shaped:
         entry = best.misshapen[0]
-        tensor = next(iter(entry.tensors.values()))
+        tensor, *rest = sorted(entry.tensors.values(), key=lambda t: -t.numel)
+        beside = "".join(f" (beside {t.key!r} {list(t.shape)})" for t in rest[:1] if t.numel > 1)
         raise UnknownArchitectureOfFile(
-            f"{tensor.where}: shape {list(tensor.shape)} fits none of the known base models ({known}), though "
+            f"{tensor.where}: shape {list(tensor.shape)}{beside} fits none of the known base models ({known}), though "
             f"{best.named} module names are those of {best.architecture.name}; give --base CONFIG of its base model"
         )
     entry = (best.unknown or best.misshapen)[0]
     others = f" and {len(best.unknown) - 1} others are" if len(best.unknown) > 1 else " is"
+    near = {n: f.architecture.name for f in fits if applies(entry.place, f.architecture) for n in _near(entry, f)}
+    nearest = "".join(f"; the nearest known: {name!r} of {base}" for name, base in list(near.items())[:1])
     raise UnknownArchitectureOfFile(
-        f"{path}: module {entry.name!r}{others} in none of the known base models "
-        f"({known}); if the base is another, give its config: --base CONFIG"
+        f"{path}: module {entry.name!r}{others} in none of the known base models ({known}){nearest}. If the base is "
+        "another, give its config: --base CONFIG; if the keys are botched, repair them: --rename PATTERN=REPLACEMENT"
     )
+
+
+def _near(entry: Group, found: Fit) -> list[str]:
+    return book(found.architecture, entry.place).nearest(entry.name)[:1]
 
 
 def _insist(found: Fit, path: str, allow_drop: bool) -> None:
@@ -301,7 +308,7 @@ def _insist(found: Fit, path: str, allow_drop: bool) -> None:
         more = f" ({len(found.unknown)} such modules)" if len(found.unknown) > 1 else ""
         raise UnknownModule(
             f"{tensor.where}: {arch.name} has no module {entry.name!r} in {entry.place.component}{more}{hint}. "
-            "If the base is another model, name it with --arch or --base CONFIG"
+            "If the base is another model, name it with --arch or --base CONFIG; --rename repairs botched keys"
         )
     if found.misshapen:
         entry = found.misshapen[0]

@@ -13,7 +13,7 @@ import adapterops as ao
 
 REFUSED = {
     "cloneofsimo-": "cloneofsimo's spelling",
-    "timohavdk-sd-lora/new": "botched Kohya name",
+    "timohavdk-sd-lora/new": "the nearest known: 'down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_k",
     "sam-lora/": "Sam_LoRA's spelling",
     "mlx-wyek1n/": "MLX's spelling",
     "mlx-npz": "MLX's spelling",
