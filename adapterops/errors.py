@@ -6,11 +6,21 @@ clear message and exit status 2.  A message names the file, the tensor and the r
 
 from __future__ import annotations
 
+_LONGEST = 2500
+"""Characters of a message."""
+
 
 class AdapterOpsError(Exception):
-    """Base class: an input, an option or an output that cannot be used.  Exit status 2."""
+    """Base class: an input, an option or an output that cannot be used.  Exit status 2.
+
+    Messages quote what files say: what cannot be printed is escaped, and what a stranger made too long is cut.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str = "") -> None:
+        text = message if len(message) <= _LONGEST else f"{message[: _LONGEST - 900]} … {message[-600:]}"
+        super().__init__("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text))
 
 
 class UnreadableFile(AdapterOpsError):

@@ -7,6 +7,7 @@ from dataclasses import replace
 from adapterops import architectures
 from adapterops.adapter import Adapter, Certainty, Fact
 from adapterops.architectures import Architecture
+from adapterops.errors import BrokenAdapter
 from adapterops.methods import METHODS
 from adapterops.storage import Source
 
@@ -35,7 +36,13 @@ def join(source: Source, parts: list[Adapter]) -> Adapter:
     mutated = next((p.mutated_init for p in parts if p.mutated_init), None)
     config = {k: v for p in parts for k, v in p.config.items()}
     joined = Adapter({}, fact, provenance, _metadata(parts), config, base, mutated)
-    return joined.with_updates(u for p in parts for u in p)
+    try:
+        return joined.with_updates(u for p in parts for u in p)
+    except ValueError as error:
+        raise BrokenAdapter(
+            f"{source.path}: {error}: two of its folders ({', '.join(source.parts)}) hold the same component; name one of "
+            "them"
+        ) from error
 
 
 def _metadata(parts: list[Adapter]) -> dict[str, str]:

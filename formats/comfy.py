@@ -11,6 +11,8 @@ scale 1.  Sources: Comfy-Org/ComfyUI `comfy/lora.py` (`model_lora_keys_unet`, `m
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from adapterops_formats.lycoris_names import DOWN_UP, LYCORIS, UNREAD
 
 from adapterops.plugin import AlphaIn, Dialect, Format, Place, Suffix
@@ -34,8 +36,8 @@ def _dialect(name: str, title: str, pair: tuple[Suffix, ...], example: str) -> D
             encoder("text_encoder", "clip_l", "sd1", "sdxl", "sd3", "flux"),
             encoder("text_encoder", "clip_h", "sd2"),
             encoder("text_encoder_2", "clip_g", "sdxl", "sd3"),
-            encoder("text_encoder_2", "t5xxl", "flux"),
-            encoder("text_encoder_3", "t5xxl", "sd3"),
+            # T5 is the third encoder of SD3 and the second of Flux.1.
+            replace(encoder("text_encoder_3", "t5xxl", "sd3", "flux"), instead=("text_encoder_2",)),
         ),
         alpha=AlphaIn.TENSOR,
         convention="rank",

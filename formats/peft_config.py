@@ -202,21 +202,46 @@ def _check_names(fields: Config, where: str, method: PeftMethod) -> None:
     patterns = fields.get("layers_pattern")
     if patterns is not None and not isinstance(patterns, str) and not _is_names(patterns):
         raise _bad(where, "layers_pattern", patterns, "a name, a list of them, or null")
+    for name in [patterns] if isinstance(patterns, str) else patterns or ():
+        _compile(where, "layers_pattern", name)
 
 
-_REPEATED_REPEAT = re.compile(r"[*+}]\??\)*\)[*+{]")
-"""`(a+)+` and the like, which take exponential time on a name that does not match."""
-_UNBOUNDED = re.compile(r"(?<!\\)[*+]|,\}")
+_ATOM = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?#[^)]*\)|[()]|[*+]|\{\d*,?\d*\}|.", re.DOTALL)
+"""What a regular expression is made of: escapes, classes, comments, brackets, repeats, everything else."""
+_MOST_REPEATS = 16
+
+
+def _repeats(pattern: str) -> tuple[int, bool]:
+    """How many repeats a pattern has, and whether one stands around another (`(a+)*`): such take exponential
+    time on a name that does not match."""
+    groups, closed, count = [False], False, 0
+    for match in _ATOM.finditer(pattern):
+        atom, was = match[0], closed
+        closed = False
+        if atom == "(":
+            groups.append(False)
+        elif atom == ")" and len(groups) > 1:
+            closed = groups.pop()
+            groups[-1] |= closed
+        elif atom in "*+" or (atom[0] == "{" and len(atom) > 2):
+            count += 1
+            if was:
+                return count, True
+            groups[-1] = True
+    return count, False
 
 
 def _compile(where: str, name: str, pattern: str) -> None:
-    if len(pattern) > 100_000 or _REPEATED_REPEAT.search(pattern) or len(_UNBOUNDED.findall(pattern)) > 16:
+    count, nested = _repeats(pattern) if len(pattern) <= 100_000 else (0, True)
+    if nested or count > _MOST_REPEATS:
         wanted = (
             f"a pattern that surely ends in bounded time (a repeat inside a repeat?); --set {name}=null leaves it out"
         )
         raise _bad(where, name, pattern, wanted)
     try:
+        # By itself, and as peft puts it into patterns of its own (flags may stand only at the beginning of one).
         re.compile(pattern)
+        re.compile(f"(.*\\.)?({pattern})$")
     except (re.error, RecursionError, OverflowError) as error:
         raise _bad(where, name, pattern, f"a regular expression ({error})") from error
 
@@ -269,6 +294,11 @@ def from_updates(
     if not isinstance(base, Base):
         base = Base(frozenset(base) if base is not None else None, optional_prefix)
     own = adapted(updates, method)
+    if not own:
+        raise errors.CannotRepresent(
+            f"{updates[0].name}: nothing but {METHODS[updates[0].method].title} is adapted there, and a PEFT folder of "
+            f"{method.title} needs modules of its own; write it as --to kohya, or leave it out with --allow-drop"
+        )
     fields: dict[str, Any] = {"target_modules": target_modules({u.module for u in own}, base)}
     if method.alpha:
         fields |= _scale_fields(own, base, method)

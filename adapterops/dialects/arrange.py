@@ -43,6 +43,8 @@ class Arranger:
         parts = [part for update in sources for part in self._parts(update)]
         whole = self._whole(parts[0], parts[0].module)
         if whole is None:
+            for part in parts:
+                self._keep_record(part)
             return parts
         by_name = {part.module: part for part in parts}
         if len(by_name) < len(parts):
@@ -81,10 +83,10 @@ class Arranger:
     def result(self, written: list[Update]) -> Adapter:
         """The adapter with the updates as they are written, and a record of how they were joined."""
         carried = self.adapter.provenance.carried
-        own = {k: v for k, v in carried.spelling.get(self.dialect.name, {}).items() if k != "joined"}
+        # What earlier files were joined from is not true of this one.
+        spelling = {n: {k: v for k, v in own.items() if k != "joined"} for n, own in carried.spelling.items()}
         if self._records:
-            own["joined"] = self._records
-        spelling = {**carried.spelling, self.dialect.name: own} if own else dict(carried.spelling)
+            spelling[self.dialect.name] = {**spelling.get(self.dialect.name, {}), "joined": self._records}
         provenance = replace(self.adapter.provenance, carried=replace(carried, spelling=spelling))
         return replace(self.adapter, provenance=provenance).with_updates(written)
 
@@ -113,7 +115,21 @@ class Arranger:
         candidates = [component.fused[name] for name in component.whole[module]]
         return next((spec for spec in candidates if resolve.spells(place, self.architecture, spec)), None)
 
+    def _record(self, update: Update) -> list[list[Any]] | None:
+        """What the file says that a fused module was joined from.
+
+        The dialect that wrote it need not be the one by which it is read: two may spell these modules alike.
+        """
+        at = f"{update.component}.{update.module}"
+        found = (own.get("joined", {}).get(at) for own in self.adapter.provenance.carried.spelling.values())
+        return next((blocks for blocks in found if blocks is not None), None)
+
     def _recorded(self, update: Update) -> list[fused.Block] | None:
-        own = self.adapter.provenance.carried.spelling.get(self.adapter.provenance.dialect, {})
-        blocks = own.get("joined", {}).get(f"{update.component}.{update.module}")
+        blocks = self._record(update)
         return [fused.Block(name, rank) for name, rank in blocks] if blocks is not None else None
+
+    def _keep_record(self, update: Update) -> None:
+        """A fused module that stays one was still joined from what it was joined from."""
+        component, blocks = self._component(update), self._record(update)
+        if component is not None and update.module in component.fused and blocks is not None:
+            self._records[f"{update.component}.{update.module}"] = blocks

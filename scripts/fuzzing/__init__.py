@@ -1,0 +1,1 @@
+"""`scripts/fuzz`: damaged and hostile inputs, made from sound ones, and what adapterops does with them."""
