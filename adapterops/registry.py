@@ -97,9 +97,9 @@ def recognise(
     between them.
     """
     chosen = {form: [d for d in form.dialects if only in (None, form.name, d.name)] for form in formats().values()}
-    candidates = [
-        (form, reading) for form, dialects in chosen.items() if dialects for reading in form.recognise(source, dialects)
-    ]
+    candidates = _readings(source, {form: [d for d in own if not d.is_bare] for form, own in chosen.items()})
+    if all(reading.unclaimed for _, reading in candidates):
+        candidates += _readings(source, {form: [d for d in own if d.is_bare] for form, own in chosen.items()})
     candidates.sort(key=lambda c: _rank(c[1]), reverse=True)
     while candidates and bare(candidates[0][1]) and not names_known(candidates[0][1], architecture):
         del candidates[0]
@@ -119,6 +119,12 @@ def recognise(
         # They differ in module names only, which a few dozen modules tell as well as all.
         return max(ties, key=lambda c: _fit(c[1], source, architecture))
     return candidates[0]
+
+
+def _readings(source: Source, chosen: Mapping[Format, list[Dialect]]) -> list[tuple[Format, Reading]]:
+    return [
+        (form, reading) for form, dialects in chosen.items() if dialects for reading in form.recognise(source, dialects)
+    ]
 
 
 def _fit(reading: Reading, source: Source, architecture: Architecture | None) -> tuple[int, bool]:

@@ -16,8 +16,7 @@ import os
 import shutil
 import sys
 import tempfile
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,9 @@ from diffusers.utils import (
     convert_state_dict_to_kohya,
     convert_unet_state_dict_to_peft,
 )
+from fixture_tools import PublishedClip, fill, settle, training_metadata, values
 from lycoris.kohya import LycorisNetworkKohya
+from lycoris_fixtures import lycoris_folders
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -128,14 +129,6 @@ SDXL_MODULES = {
 }
 
 
-class PublishedClip(nn.Module):
-    """A CLIP text model under the names of the published checkpoints: transformers 5 dropped `text_model.`."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.text_model = model
-
-
 class SmallNet(nn.Module):
     """A base that no library knows, with every kind of layer that LoRA adapts."""
 
@@ -149,46 +142,9 @@ class SmallNet(nn.Module):
         self.head = nn.Linear(8, 4)
 
 
-def values(shape: Iterable[int], name: str, deviation: float = 0.02) -> Tensor:
-    """Normal values that depend only on the tensor's name."""
-    generator = torch.Generator().manual_seed(zlib.crc32(name.encode()))
-    return torch.randn(*shape, generator=generator) * deviation
-
-
-def fill(module: nn.Module, only: str = "") -> None:
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            if only in name:
-                parameter.copy_(values(parameter.shape, name))
-
-
 def on_meta(build: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
     with torch.device("meta"):
         return build(*arguments, **options)
-
-
-def settle(path: Path, extra: dict[str, str] | None = None) -> None:
-    """Adds metadata to a safetensors file, and sorts it: safetensors writes it in a new order every time."""
-    content = path.read_bytes()
-    end = 8 + int.from_bytes(content[:8], "little")
-    header = json.loads(content[8:end])
-    metadata = {**header.pop("__metadata__", {}), **(extra or {})}
-    text = json.dumps({"__metadata__": dict(sorted(metadata.items())), **header}, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
-
-
-def training_metadata(module: str, rank: int, alpha: float, base: str, **extra: str) -> dict[str, str]:
-    """What sd-scripts says in the header of a file that it trained."""
-    return {
-        "ss_base_model_version": base,
-        "ss_network_alpha": str(alpha),
-        "ss_network_dim": str(rank),
-        "ss_network_module": module,
-        "ss_output_name": "fixture",
-        "ss_v2": "False",
-        **extra,
-    }
 
 
 def save_lycoris(
@@ -502,6 +458,7 @@ def main() -> None:
             diffusers_sd15,
             diffusers_attention_processors,
             peft_folders,
+            lycoris_folders,
         ):
             make(folder)
         for path in sorted(folder.rglob("*.safetensors")):

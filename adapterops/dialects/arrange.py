@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ class Arranger:
     dialect: Dialect
     adapter: Adapter
     architecture: Architecture | None
-    spelling: Mapping[str, Any]
+    placing: resolve.Placing
     _records: dict[str, list[list[Any]]] = field(default_factory=dict)
     _narrowed: int = 0
     _joined: int = 0
@@ -94,10 +94,7 @@ class Arranger:
         return self.architecture.components.get(update.component) if self.architecture is not None else None
 
     def _place(self, update: Update) -> Place | None:
-        try:
-            return resolve.place_of(self.dialect, update, self.architecture, self.spelling)
-        except CannotRepresent:
-            return None  # Said where the update is spelled.
+        return self.placing.find(update.component)
 
     def _unspelled(self, update: Update) -> ModuleSpec | None:
         """The fused module that an update is on, where the target has none such."""

@@ -12,7 +12,7 @@ from adapterops.architectures import Architecture
 from adapterops.carried import Carried
 from adapterops.dialects import resolve
 from adapterops.dialects.match import Group, Reading, group
-from adapterops.dialects.table import FLAG_DTYPE, AlphaIn, Dialect
+from adapterops.dialects.table import FLAG_DTYPE, AlphaIn, Dialect, Place
 from adapterops.errors import BrokenAdapter, CannotRepresent, Conflict, UnsupportedFormat, UsageError
 from adapterops.methods import METHODS
 from adapterops.storage import LazyTensor, Source
@@ -89,11 +89,16 @@ def read(
     alphas: dict[str, tuple[str, tuple[int, ...]]] = {}
     folded: dict[tuple[str, str, str], str] = {}
     stated: dict[tuple[str, str, str], str] = {}
+    components: dict[Place, str | None] = {}
+    books: dict[Place, resolve.NameBook] = {}
     for entry in groups:
         tensors = dict(entry.tensors)
         stored = tensors.pop("alpha", None)
-        module = resolve.canonical(architecture, entry)
-        component = entry.place.among(architecture.components) if architecture is not None else None
+        if architecture is not None and entry.place not in books:
+            books[entry.place] = resolve.book(architecture, entry.place)
+            components[entry.place] = entry.place.among(architecture.components)
+        module = resolve.canonical(architecture, entry, books.get(entry.place))
+        component = components.get(entry.place)
         update = Update(component or entry.place.component, module, entry.method, tensors, options=entry.options)
         if not tensors and stored is not None:
             raise BrokenAdapter(f"{stored.where}: an alpha without factors ({update.name})")

@@ -323,11 +323,14 @@ def _insist(found: Fit, path: str, allow_drop: bool) -> None:
         )
 
 
-def canonical(architecture: Architecture | None, entry: Group) -> str:
-    """The canonical name of a group's module.  Raises `UnknownModule` for a flat name that two modules share."""
+def canonical(architecture: Architecture | None, entry: Group, names: NameBook | None = None) -> str:
+    """The canonical name of a group's module; `names` is its place's book, for callers with many.
+
+    Raises `UnknownModule` for a flat name that two modules share.
+    """
     if architecture is None or entry.place.free:
         return entry.name
-    names = book(architecture, entry.place)
+    names = names if names is not None else book(architecture, entry.place)
     if entry.name in names.clashes:
         one, two = names.clashes[entry.name]
         raise UnknownModule(
@@ -416,17 +419,35 @@ def writing_place(dialect: Dialect, component: str, architecture: Architecture |
     return None
 
 
-def place_of(dialect: Dialect, update: Update, architecture: Architecture | None, spelling: Mapping[str, Any]) -> Place:
-    """The row by which an update is spelled: the recorded one, or the usual.  Raises `CannotRepresent`."""
-    recorded = spelling.get("prefixes", {}).get(update.component)
-    for place in dialect.places if recorded is not None else ():
-        if update.component in (place.component, *place.instead) and place.prefix == recorded:
+class Placing:
+    """The rows by which a dialect spells an architecture's components: the recorded ones, or the usual."""
+
+    def __init__(self, dialect: Dialect, architecture: Architecture | None, spelling: Mapping[str, Any]) -> None:
+        self._dialect, self._architecture = dialect, architecture
+        self._recorded: Mapping[str, str] = spelling.get("prefixes", {})
+        self._found: dict[str, Place | None] = {}
+
+    def find(self, component: str) -> Place | None:
+        """The row of a component; None where there is none."""
+        if component not in self._found:
+            self._found[component] = self._find(component)
+        return self._found[component]
+
+    def _find(self, component: str) -> Place | None:
+        recorded = self._recorded.get(component)
+        for place in self._dialect.places if recorded is not None else ():
+            if component in (place.component, *place.instead) and place.prefix == recorded:
+                return place
+        return writing_place(self._dialect, component, self._architecture)
+
+    def of(self, update: Update) -> Place:
+        """The row of an update's component.  Raises `CannotRepresent` where there is none."""
+        place = self.find(update.component)
+        if place is not None:
             return place
-    usual = writing_place(dialect, update.component, architecture)
-    if usual is not None:
-        return usual
-    if any(update.component in (p.component, *p.instead) for p in dialect.places):
-        what = architecture.name if architecture else "a base model that is not known"
-        raise CannotRepresent(f"{update.name}: {dialect.title} has no spelling for this component of {what}")
-    known = ", ".join(dict.fromkeys(p.component for p in dialect.places))
-    raise CannotRepresent(f"{update.name}: {dialect.title} has no such component; it knows {known}")
+        dialect, architecture = self._dialect, self._architecture
+        if any(update.component in (p.component, *p.instead) for p in dialect.places):
+            what = architecture.name if architecture else "a base model that is not known"
+            raise CannotRepresent(f"{update.name}: {dialect.title} has no spelling for this component of {what}")
+        known = ", ".join(dict.fromkeys(p.component for p in dialect.places))
+        raise CannotRepresent(f"{update.name}: {dialect.title} has no such component; it knows {known}")

@@ -123,6 +123,11 @@ class Dialect:
     unread: tuple[tuple[str, str], ...] = ()
     example: str = ""
 
+    @property
+    def is_bare(self) -> bool:
+        """Whether names stand in its keys without anything before or after them that only this dialect has."""
+        return any(not place.prefix and not place.tails for place in self.places)
+
 
 def traits(architecture: Architecture) -> frozenset[str]:
     """The words by which a `Place` may ask for an architecture."""

@@ -51,13 +51,14 @@ def write(
     written: list[Update] = []
     kept: list[Update] = []
     dropped: list[str] = []
-    arranger = Arranger(dialect, adapter, architecture, spelling)
+    placing = resolve.Placing(dialect, architecture, spelling)
+    arranger = Arranger(dialect, adapter, architecture, placing)
     for sources in arranger.groups():
         try:
             updates = arranger.arrange(sources)
             spelled: dict[str, LazyTensor] = {}
             for update in updates:
-                spelled |= _spell(dialect, update, architecture, spelling)
+                spelled |= _spell(dialect, placing.of(update), update, architecture, spelling)
         except CannotRepresent as error:
             if not allow_drop:
                 raise
@@ -74,10 +75,9 @@ def write(
 
 
 def _spell(
-    dialect: Dialect, update: Update, architecture: Architecture | None, spelling: Mapping[str, Any]
+    dialect: Dialect, place: Place, update: Update, architecture: Architecture | None, spelling: Mapping[str, Any]
 ) -> dict[str, LazyTensor]:
     """The keys and tensors of one update."""
-    place = resolve.place_of(dialect, update, architecture, spelling)
     _insist_on_width(dialect, update, architecture)
     name = _name(dialect, place, update, architecture)
     prefix = spelling.get("prefix", place.prefix) if place.saved else place.prefix
