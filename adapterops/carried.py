@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any
 
 from adapterops.storage.dtypes import BITS
@@ -63,6 +64,10 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+
+
 def _is_sizes(value: object) -> bool:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
@@ -91,6 +96,7 @@ _CHOICES: dict[str, Callable[[object], bool]] = {
     "alpha_absent": lambda value: value == "all" or (isinstance(value, list) and all(map(_is_text, value))),
     "alpha_as": lambda value: _is_stored(value) or _is_table_of(value, _is_stored),
     "flag_as": lambda value: value in BITS,
+    "idle_alpha": lambda value: _is_table_of(value, _is_number),
     "joined": lambda value: _is_table_of(value, _is_blocks),
     "shapes": lambda value: _is_table_of(value, lambda roles: _is_table_of(roles, _is_sizes)),
 }

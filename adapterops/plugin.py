@@ -129,7 +129,7 @@ class Format:
         if own is not None and target.faithful:
             return dict(own)
         near = own or next((recorded[d.name] for d in self.dialects if d.name in recorded), {})
-        return {k: v for k, v in near.items() if k in ("alpha_absent", "alpha_as", "flag_as", "shapes")}
+        return {k: v for k, v in near.items() if k in ("alpha_absent", "alpha_as", "flag_as", "idle_alpha", "shapes")}
 
 
 def header(adapter: Adapter) -> dict[str, str]:

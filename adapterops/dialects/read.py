@@ -359,6 +359,13 @@ def _spelling(
     absent = [f"{u.component}.{u.module}" for u in scaled if f"{u.component}.{u.module}" not in alphas]
     if absent:
         spelling["alpha_absent"] = "all" if len(absent) == len(scaled) else absent
+    idle = {
+        f"{u.component}.{u.module}": u.alpha.value
+        for u in scaled
+        if u.alpha is not None and METHODS[u.method].rank(u) is None and f"{u.component}.{u.module}" in alphas
+    }
+    if idle:
+        spelling["idle_alpha"] = idle
     unusual = {}
     for update in scaled:
         at = f"{update.component}.{update.module}"

@@ -173,9 +173,14 @@ def _suffix(dialect: Dialect, place: Place, update: Update, role: str) -> Suffix
     if update.method == "saved" and (update.module.endswith(saved) if isinstance(saved, tuple) else saved):
         return Suffix("." + role, "saved", role)
     what = f"{METHODS[update.method].title}: {role}" + (f" of an {kind}" if kind == "embedding" else "")
+    # What a whole module or an embedding is given only peft writes; every other method and part stands in Kohya files.
+    other = (
+        "peft" if update.method in ("saved", "trainable_tokens") or kind == "embedding" or role == "bias" else "kohya"
+    )
+    way = f"write it as --to {other}, or leave" if other != dialect.format else "leave"
     raise CannotRepresent(
-        f"{update.name}: {dialect.title} has no place for it ({what}, tensor {update.tensors[role].key!r}); "
-        f"write it as --to {'kohya' if dialect.format == 'peft' else 'peft'}, or leave it out with --allow-drop"
+        f"{update.name}: {dialect.title} has no place for it ({what}, tensor {update.tensors[role].key!r}); {way} it out "
+        "with --allow-drop"
     )
 
 
@@ -267,6 +272,9 @@ def _alpha(
     if (absent == "all" or at in absent) and scale == 1.0:
         return {}
     value = scale * rank if update.rslora else update.alpha.value
+    if method.rank(update) is None:
+        # It has no effect, and formats that keep a rank beside it may have changed it.
+        value = spelling.get("idle_alpha", {}).get(at, value)
     assert value is not None
     suffix = next(s for s in place.suffixes if s.role == "alpha" and _means(s, update.method))
     return {stem + suffix.text: _alpha_tensor(stem + suffix.text, value, at, update, spelling)}
