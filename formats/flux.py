@@ -14,7 +14,9 @@ No alpha anywhere: scale 1.  Sources: black-forest-labs/flux `src/flux/modules/l
 
 from __future__ import annotations
 
-from adapterops.plugin import AlphaIn, Dialect, Format, Place, Suffix
+from collections.abc import Sequence
+
+from adapterops.plugin import AlphaIn, Dialect, Format, Place, Reading, Source, Suffix
 
 _FLUX = frozenset({"flux"})
 _FACTORS = (
@@ -77,6 +79,10 @@ class Flux(Format):
     title = "Flux.1 by its authors' names (BFL, fal, XLabs)"
     dialects = (BFL, BFL_PEFT, XLABS)
     file_name = "lora.safetensors"
+
+    def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
+        """As for any format; but what has a PEFT config beside it is a PEFT folder, whatever its modules are called."""
+        return super().recognise(source, [d for d in dialects if d is not BFL_PEFT or source.config is None])
 
 
 FORMAT = Flux()

@@ -1,9 +1,7 @@
-"""The peer's way from a Kohya file to a diffusers file: `python through_diffusers.py SOURCE FOLDER`.
+"""The peer's way from a Kohya file to a diffusers file: `python through_diffusers.py sdxl|flux SOURCE FOLDER`.
 
 What a user of diffusers would write, at its cheapest: no model and no pipeline is built, only the public loader
-mixin's class methods are called.  `lora_state_dict` gives the alphas apart from the tensors, and a file made of the
-tensors alone would lose them: they go into the header's `lora_adapter_metadata`, so that, as in our own output,
-every tensor stays as it is.
+mixins' class methods are called.
 """
 
 from __future__ import annotations
@@ -23,18 +21,16 @@ utils: Any = diffusers.utils
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
 
-def main(source: str, folder: str) -> None:
-    """Convert; the file is `pytorch_lora_weights.safetensors` in `folder`."""
+def sdxl(source: str, folder: str) -> None:
+    """`lora_state_dict` gives the alphas apart from the tensors, and a file made of the tensors alone would lose them.
+
+    They go into the header's `lora_adapter_metadata`, so that, as in our own output, every tensor stays as it is.
+    """
     mixin = loaders.StableDiffusionXLLoraLoaderMixin
-    tensors, alphas = mixin.lora_state_dict(
-        os.path.dirname(source),
-        weight_name=os.path.basename(source),
-        local_files_only=True,
-        unet_config=SimpleNamespace(layers_per_block=2),
-    )
+    tensors, alphas = mixin.lora_state_dict(**_local(source), unet_config=SimpleNamespace(layers_per_block=2))
     arguments: dict[str, Any] = {}
     for component in COMPONENTS:
-        layers = {k.removeprefix(f"{component}."): v for k, v in tensors.items() if k.startswith(f"{component}.")}
+        layers = _of(component, tensors)
         if not layers:
             continue
         if component == "unet":
@@ -54,5 +50,35 @@ def main(source: str, folder: str) -> None:
     mixin.save_lora_weights(folder, **arguments)
 
 
+def flux(source: str, folder: str) -> None:
+    """`lora_state_dict` splits the fused projections and multiplies alpha / rank into the factors: there is no scale
+    left to save.  It leaves the parts of a projection one tensor for their down factors, which safetensors does not
+    save under several names: all but the first are copied.
+    """
+    mixin = loaders.FluxLoraLoaderMixin
+    tensors, alphas = mixin.lora_state_dict(**_local(source), return_alphas=True)
+    if alphas:
+        raise SystemExit(f"diffusers left alphas apart, so that they would be lost: {sorted(alphas)[:3]}")
+    layers, seen = {}, set()
+    for key, tensor in _of("transformer", tensors).items():
+        layers[key] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(tensor.data_ptr())
+    mixin.save_lora_weights(folder, transformer_lora_layers=layers)
+
+
+def _local(source: str) -> dict[str, Any]:
+    """The arguments that name a file on disk."""
+    return {
+        "pretrained_model_name_or_path_or_dict": os.path.dirname(source),
+        "weight_name": os.path.basename(source),
+        "local_files_only": True,
+    }
+
+
+def _of(component: str, tensors: dict[str, Any]) -> dict[str, Any]:
+    prefix = f"{component}."
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    {"sdxl": sdxl, "flux": flux}[sys.argv[1]](*sys.argv[2:])
