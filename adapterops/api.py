@@ -15,9 +15,11 @@ from adapterops.architectures import LAYOUTS, Architecture, published
 from adapterops.dialects.read import Request
 from adapterops.dialects.table import AlphaIn, Dialect
 from adapterops.errors import (
+    AdapterOpsError,
     AmbiguousFormat,
     CannotRepresent,
     NotAnAdapter,
+    ProofFailed,
     UnknownArchitectureOfFile,
     UnknownFact,
     UsageError,
@@ -209,9 +211,14 @@ def save(
 
 def _prove(adapter: Adapter, staged: str, place: str, dialect: Dialect, rounded: bool, progress: Progress) -> Proof:
     # What the source was read with, where it has every module; saved heads need not be in a table.
-    known = adapter.base is not None and all(_in_base(u, adapter.base) for u in adapter)
+    own = [u for u in adapter if u.component in COMPONENTS]
+    known = adapter.base is not None and all(_in_base(u, adapter.base) for u in own)
     given = adapter.base if known else None
-    back = read_source(open_source(staged), dialect.name, Request(given))
+    try:
+        back = read_source(open_source(staged), dialect.name, Request(given))
+    except AdapterOpsError as error:
+        what = str(error).replace(staged, place)
+        raise ProofFailed(f"{place}: what was written cannot be read back ({what}); nothing was written") from error
     return prove(adapter, back, place, rounded, progress)
 
 

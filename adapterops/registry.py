@@ -9,7 +9,8 @@ import sys
 from collections.abc import Iterable, Mapping
 from functools import cache
 
-from adapterops.architectures import Architecture
+from adapterops.architectures import Architecture, load, names
+from adapterops.carried import Carried
 from adapterops.dialects.match import Reading, bare, group, sample
 from adapterops.dialects.resolve import best_fit, names_known, needs_table
 from adapterops.dialects.table import Dialect
@@ -98,7 +99,7 @@ def recognise(
     """
     chosen = {form: [d for d in form.dialects if only in (None, form.name, d.name)] for form in formats().values()}
     candidates = _readings(source, {form: [d for d in own if not d.is_bare] for form, own in chosen.items()})
-    if all(reading.unclaimed for _, reading in candidates):
+    if all(reading.unclaimed or reading.prefix == "" for _, reading in candidates):
         candidates += _readings(source, {form: [d for d in own if d.is_bare] for form, own in chosen.items()})
     candidates.sort(key=lambda c: _rank(c[1]), reverse=True)
     while candidates and bare(candidates[0][1]) and not names_known(candidates[0][1], architecture):
@@ -127,10 +128,13 @@ def _readings(source: Source, chosen: Mapping[Format, list[Dialect]]) -> list[tu
     ]
 
 
-def _fit(reading: Reading, source: Source, architecture: Architecture | None) -> tuple[int, bool]:
-    """The number of modules that a base model has, and whether names that none has can be taken as they stand."""
-    found = best_fit(group(sample(reading, 24), source.tensors), architecture)
-    return found, not any(needs_table(place) for place in reading.dialect.places)
+def _fit(reading: Reading, source: Source, given: Architecture | None) -> tuple[int, int, bool]:
+    """The number of modules that a base model has, and that the recorded one has; and whether names that none has can be
+    taken as they stand."""
+    groups = group(sample(reading, 24), source.tensors)
+    recorded = Carried.parse(source.metadata).architecture
+    hinted = best_fit(groups, load(recorded)) if given is None and recorded in names() else 0
+    return best_fit(groups, given), hinted, not any(needs_table(place) for place in reading.dialect.places)
 
 
 def _rank(reading: Reading) -> tuple[float, int, bool]:

@@ -16,7 +16,7 @@ Sources: huggingface/diffusers 0.42.1 `loaders/lora_base.py` (`_save_lora_weight
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -168,6 +168,12 @@ class Diffusers(Format):
             f"is spelled without a component (DiffSynth and others); {_LATER}"
         ),
     }
+
+    def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
+        readings = super().recognise(source, dialects)
+        # A header that says scales is read by those dialects that have one, where they read every key too.
+        telling = [r for r in readings if r.dialect.alpha is AlphaIn.CONFIG and not r.unclaimed]
+        return telling if telling and METADATA_KEY in source.metadata else readings
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
         check_given(request.fields)

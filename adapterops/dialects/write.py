@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from typing import Any
 
@@ -174,9 +174,8 @@ def _suffix(dialect: Dialect, place: Place, update: Update, role: str) -> Suffix
         return Suffix("." + role, "saved", role)
     what = f"{METHODS[update.method].title}: {role}" + (f" of an {kind}" if kind == "embedding" else "")
     # What a whole module or an embedding is given only peft writes; every other method and part stands in Kohya files.
-    other = (
-        "peft" if update.method in ("saved", "trainable_tokens") or kind == "embedding" or role == "bias" else "kohya"
-    )
+    only_peft = update.method in ("saved", "trainable_tokens") or kind == "embedding"
+    other = "peft" if only_peft or (update.method, role) == ("lora", "bias") else "kohya"
     way = f"write it as --to {other}, or leave" if other != dialect.format else "leave"
     raise CannotRepresent(
         f"{update.name}: {dialect.title} has no place for it ({what}, tensor {update.tensors[role].key!r}); {way} it out "
@@ -258,6 +257,12 @@ def _alpha(
             "say it with --alpha X"
         )
     rank = method.rank(update) or 1
+    told = {name: value for name, value in update.options.items() if name not in method.compared}
+    if dialect.alpha is AlphaIn.TENSOR and method.scale(replace(update, options=told)) != scale:
+        raise CannotRepresent(
+            f"{update.name}: its scale is {scale:g} (alpha {update.alpha.value:g}), but readers of {dialect.title} apply "
+            f"none to {method.title} of such factors; --fold-alpha bakes it into them"
+        )
     if dialect.alpha is AlphaIn.NOWHERE:
         if scale != 1.0:
             raise CannotRepresent(

@@ -6,6 +6,7 @@ import os
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -324,17 +325,44 @@ class MappedSource:
         return self.tensor.source.path
 
     def readinto(self, start: int, buffer: memoryview) -> None:
-        import numpy as np
-
         width, before = dtypes.BITS[self.dtype] // 8, dtypes.BITS[self.tensor.dtype] // 8
         first, last = start // width, -(-(start + len(buffer)) // width)
         data = bytearray((last - first) * before)
         self.tensor.source.readinto(self.tensor.start + first * before, memoryview(data))
-        # Overflow and NaN are for the proof to report, with the tensor's name.
-        with np.errstate(all="ignore"):
-            values = dtypes.to_numpy(self.tensor.dtype, data, (last - first,)).astype(np.float64) * self.factor
-        out = dtypes.from_numpy(self.dtype, values)
-        buffer[:] = memoryview(out)[start - first * width :][: len(buffer)]
+        if before == 2 and self.tensor.dtype in dtypes.FLOATS:
+            out = _looked_up(data, self.tensor.dtype, self.dtype, self.factor)
+        else:
+            out = memoryview(_mapped(data, self.tensor.dtype, self.dtype, self.factor))
+        buffer[:] = out[start - first * width :][: len(buffer)]
+
+
+def _mapped(data: bytes | bytearray, before: str, after: str, factor: float) -> bytes:
+    """The values in another type, times a factor, rounded once."""
+    import numpy as np
+
+    # Overflow and NaN are for the proof to report, with the tensor's name.
+    with np.errstate(all="ignore"):
+        size = len(data) // (dtypes.BITS[before] // 8)
+        return dtypes.from_numpy(after, dtypes.to_numpy(before, data, (size,)).astype(np.float64) * factor)
+
+
+@lru_cache(maxsize=8)
+def _every_value(before: str, after: str, factor: float) -> numpy.typing.NDArray[Any]:
+    """What `_mapped` makes of each of the 65,536 elements that a 16-bit type has."""
+    import numpy as np
+
+    every = np.arange(1 << 16, dtype="<u2").tobytes()
+    return np.frombuffer(_mapped(every, before, after, factor), dtype=f"<u{dtypes.BITS[after] // 8}")
+
+
+def _looked_up(data: bytearray, before: str, after: str, factor: float) -> memoryview:
+    """`_mapped` for a 16-bit type, by a table."""
+    import numpy as np
+
+    table = _every_value(before, after, factor)
+    raw = bytearray(len(data) // 2 * table.itemsize)
+    np.take(table, np.frombuffer(data, dtype="<u2"), out=np.frombuffer(raw, dtype=table.dtype), mode="clip")
+    return memoryview(raw)
 
 
 TORCH_NAMES = {
