@@ -169,13 +169,16 @@ def _same_structure(update: Update, other: Update, path: str) -> None:
     Equal bytes under another shape are another matrix.  A kernel may be written out or flattened, and ones added:
     the matrix stays the same.
     """
-    for name in sorted((update.options.keys() | other.options.keys()) - METHODS[update.method].compared):
+    names = update.options.keys() | other.options.keys() if update.options or other.options else ()
+    for name in sorted(set(names) - METHODS[update.method].compared):
         one, two = update.options.get(name), other.options.get(name)
         if one != two:
             raise ProofFailed(f"{path}: {update.method} of {update.name}: {name} is {one!r}, but {two!r} in the output")
     for role, tensor in update.tensors.items():
         twin = other.tensors.get(role)
-        if twin is not None and twin.numel == tensor.numel and not _same_matrix(tensor.shape, twin.shape):
+        if twin is None or twin.shape == tensor.shape:
+            continue
+        if twin.numel == tensor.numel and not _same_matrix(tensor.shape, twin.shape):
             raise ProofFailed(
                 f"{path}: tensor {twin.key!r} has shape {list(twin.shape)}, but {tensor.key!r} of the source has "
                 f"{list(tensor.shape)} ({update.name}); nothing was written"
@@ -198,17 +201,20 @@ def _same_bytes(
     bytes, where a narrower dtype makes them.  Both are read through `buffers`.
     """
     ours, theirs = buffers
+    ours_view, theirs_view = memoryview(ours), memoryview(theirs)
     out = []
     for role, tensor in update.tensors.items():
         twin = other.tensors.get(role)
         same = twin is not None and (twin.dtype, twin.numel) == (tensor.dtype, tensor.numel)
-        lengths = twin.chunks(theirs) if same and twin is not None else iter(())
-        for length in tensor.chunks(ours):
+        for done in range(0, tensor.nbytes, CHUNK):
+            length = min(CHUNK, tensor.nbytes - done)
+            tensor.source.readinto(tensor.start + done, ours_view[:length])
             _insist_finite(tensor, ours, length, update)
-            if same:
-                next(lengths)
+            if same and twin is not None:
+                part = theirs_view[:length]
+                twin.source.readinto(twin.start + done, part)
                 # memcmp over the part that was read; comparing memoryviews goes element by element.
-                same = ours.startswith(memoryview(theirs)[:length])
+                same = ours.startswith(part)
             progress(length)
         out.append(same)
         if twin is not None and not same:

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import cache
 
 from adapterops.architectures import Architecture, load, names
@@ -98,9 +99,11 @@ def recognise(
     between them.
     """
     chosen = {form: [d for d in form.dialects if only in (None, form.name, d.name)] for form in formats().values()}
-    candidates = _readings(source, {form: [d for d in own if not d.is_bare] for form, own in chosen.items()})
-    if all(reading.unclaimed or reading.prefix == "" for _, reading in candidates):
-        candidates += _readings(source, {form: [d for d in own if d.is_bare] for form, own in chosen.items()})
+    candidates = _whole_readings(source, chosen)
+    if not candidates:
+        candidates = _readings(source, {form: [d for d in own if not d.is_bare] for form, own in chosen.items()})
+        if all(reading.unclaimed or reading.prefix == "" for _, reading in candidates):
+            candidates += _readings(source, {form: [d for d in own if d.is_bare] for form, own in chosen.items()})
     candidates.sort(key=lambda c: _rank(c[1]), reverse=True)
     while candidates and bare(candidates[0][1]) and not names_known(candidates[0][1], architecture):
         del candidates[0]
@@ -120,6 +123,25 @@ def recognise(
         # They differ in module names only, which a few dozen modules tell as well as all.
         return max(ties, key=lambda c: _fit(c[1], source, architecture))
     return candidates[0]
+
+
+_ENOUGH = 256
+"""The number of keys above which some of them are looked at first."""
+
+
+def _whole_readings(source: Source, chosen: Mapping[Format, list[Dialect]]) -> list[tuple[Format, Reading]]:
+    """The readings that understand every key of a large file, found by those that understand every key of a sample.
+
+    None where a large file is no one dialect's: then all of them must read it.
+    """
+    keys = list(source.tensors)
+    if len(keys) < _ENOUGH:
+        return []
+    some = replace(source, tensors={key: source.tensors[key] for key in keys[:: len(keys) // 61]})
+    able = {form: [d for d in own if not d.is_bare] for form, own in chosen.items()}
+    names = {reading.dialect.name for _, reading in _readings(some, able) if not reading.unclaimed}
+    found = _readings(source, {form: [d for d in own if d.name in names] for form, own in able.items()})
+    return [(form, reading) for form, reading in found if not reading.unclaimed and reading.prefix != ""]
 
 
 def _readings(source: Source, chosen: Mapping[Format, list[Dialect]]) -> list[tuple[Format, Reading]]:

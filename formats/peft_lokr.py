@@ -9,9 +9,8 @@ with whole factors needs an r that makes them whole again.  Source: huggingface/
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from math import isqrt, prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from adapterops_formats import peft_conv
 from adapterops_formats.peft_conv import KOHYA
@@ -32,8 +31,7 @@ def factors(size: int, factor: int) -> tuple[int, int]:
     return small, size // small
 
 
-@dataclass(frozen=True, slots=True)
-class Shown:
+class Shown(NamedTuple):
     """What the tensors of a LoKr update show: w1 (o1, i1), w2 (o2, i2); `inputs` are what i2 may be."""
 
     update: Update

@@ -38,7 +38,7 @@ def convert(
     no_verify: bool,
     as_json: bool,
 ) -> None:
-    r"""Convert the adapter SRC (a file or a folder) to another format.
+    """Convert the adapter SRC (a file or a folder) to another format.
 
     The output is read back from disk and every module's weight delta compared with the source's before it appears;
     without -o it stands in the current folder, named after the source and the target.
@@ -49,7 +49,7 @@ def convert(
       adapterops convert style.safetensors --to diffusers -o style-diffusers.safetensors
       adapterops convert my-peft-folder --to kohya -o style.safetensors --dtype float16
       adapterops convert adapter_model.safetensors --to peft --alpha 16 --base model/config.json
-      adapterops convert botched.safetensors --to diffusers --rename '_lora_(down|up)\.weight$=.lora_\1.weight'
+      adapterops convert botched.safetensors --to diffusers --rename '_lora_(down|up)\\.weight$=.lora_\\1.weight'
     """
     from adapterops import api, registry
 

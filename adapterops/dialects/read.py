@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 from adapterops.adapter import Adapter, Certainty, Fact, Provenance, Update
 from adapterops.architectures import Architecture
@@ -32,8 +32,7 @@ class Request:
     allow_drop: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ScaleRule:
+class ScaleRule(NamedTuple):
     """What a config says of one module's scale.  `alpha` is None where it says nothing."""
 
     alpha: float | None = None

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from adapterops import architectures
 from adapterops.adapter import Certainty, Fact, Update
@@ -22,8 +22,7 @@ _SAMPLE = 24
 """The number of modules that tell a hopeless architecture, or the better of two dialects, without a look at all."""
 
 
-@dataclass(frozen=True, slots=True)
-class Fit:
+class Fit(NamedTuple):
     """How well one architecture explains a file."""
 
     architecture: Architecture
@@ -39,8 +38,7 @@ class Fit:
         return not self.unknown and not self.misshapen
 
 
-@dataclass(frozen=True, slots=True)
-class Identified:
+class Identified(NamedTuple):
     """What `identify` found: the table, how certain it is, what to tell the user, and modules it has not."""
 
     architecture: Architecture | None
@@ -183,10 +181,16 @@ def _table(architecture: Architecture, place: Place, names: Iterable[str]) -> Ma
     return book(architecture, place).table
 
 
-def _plausible(architecture: Architecture, groups: Sequence[Group]) -> bool:
-    """Whether any of a spread of modules is in `architecture`; one that has none of them has not half of the file's."""
-    return any(
-        not _table(architecture, place, names).keys().isdisjoint(names) for place, names in _spread(groups).items()
+def _plausible(
+    architecture: Architecture, groups: Sequence[Group], wanted: Callable[[Iterable[bool]], bool] = any
+) -> bool:
+    """Whether any of a spread of modules is in `architecture` (one that has none of them has not half of the file's), or
+    all of them."""
+    return wanted(
+        name in table
+        for place, names in _spread(groups).items()
+        for table in [_table(architecture, place, names)]
+        for name in names
     )
 
 
@@ -252,7 +256,11 @@ def identify(
         _insist(found, path, allow_drop)
         return Identified(given, Fact(given.name, Certainty.GIVEN, "--arch or --base"), unknown=found.unknown)
     lookup = [g for g in groups if g.method != "saved"] or list(groups)
-    fits = [fit(architecture, lookup) for architecture in _candidates(lookup)]
+    fits: list[Fit] = []
+    for architecture in _candidates(lookup):
+        # Beside one that has everything, only another such counts.
+        if not any(f.whole for f in fits) or _plausible(architecture, lookup, all):
+            fits.append(fit(architecture, lookup))
     best = max(fits, key=lambda f: (f.shaped, f.named, f.architecture.name == hint, _usual(f, lookup)))
     dependent = any(needs_table(g.place) for g in groups)
     enough = best.total and best.shaped / best.total >= _ENOUGH

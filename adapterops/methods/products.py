@@ -9,9 +9,8 @@ Source: LyCORIS `lycoris/functional/general.py` (`rebuild_tucker`), `lycoris/mod
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from math import prod, sqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapterops.adapter import Update
 from adapterops.errors import BrokenAdapter, CannotRepresent
@@ -28,8 +27,7 @@ BLOCK = 1 << 18
 """Numbers of a matrix that are built at a time: 2 MiB of float64."""
 
 
-@dataclass(frozen=True, slots=True)
-class Shape:
+class Shape(NamedTuple):
     """What the shapes of a pair say.  `kernel` is empty where there is none or where it is flattened into `inputs`."""
 
     out: int
@@ -94,8 +92,7 @@ def pair_factors(update: Update, a: str, b: str, core: str) -> tuple[Array, Arra
     return np.ascontiguousarray(one.T), middle.reshape(len(one), -1)
 
 
-@dataclass(frozen=True, slots=True)
-class Rows:
+class Rows(NamedTuple):
     """A matrix that is never whole in memory: `at(start, stop)` gives those rows in float64."""
 
     shape: tuple[int, int]

@@ -13,8 +13,9 @@ A block diagonal is recognised when it is split again, so that each part gets ba
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import isclose
+from typing import NamedTuple
 
 from adapterops.adapter import Adapter, Certainty, Fact, Update
 from adapterops.architectures import ModuleSpec
@@ -24,8 +25,7 @@ from adapterops.storage import dtypes
 from adapterops.storage.tensor import LazyTensor, columns, is_zero, same_bytes, stack, zeros
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """One part of a fused module that was joined from parts: its name and its rank (0: it had no update)."""
 
     module: str

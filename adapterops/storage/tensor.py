@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from adapterops.errors import CannotRepresent, UnreadableFile
 from adapterops.storage import dtypes
@@ -211,8 +211,7 @@ def stack(parts: Sequence[LazyTensor]) -> LazyTensor:
     return LazyTensor(first.key, first.dtype, shape, StackedSource(tuple(parts)), 0)
 
 
-@dataclass(frozen=True, slots=True)
-class StackedSource:
+class StackedSource(NamedTuple):
     """The bytes of several tensors in a row."""
 
     parts: tuple[LazyTensor, ...]
@@ -235,8 +234,7 @@ class StackedSource:
             raise UnreadableFile(f"{self.path}: ends {len(buffer)} bytes too early")
 
 
-@dataclass(frozen=True, slots=True)
-class ZeroSource:
+class ZeroSource(NamedTuple):
     """Zeros: the rows of a fused projection whose parts an adapter leaves alone."""
 
     path: str
@@ -245,8 +243,7 @@ class ZeroSource:
         buffer[:] = bytes(len(buffer))
 
 
-@dataclass(frozen=True, slots=True)
-class ColumnSource:
+class ColumnSource(NamedTuple):
     """A matrix (rows, columns) laid into a wider or narrower one: its column 0 becomes column `shift` of `width`."""
 
     tensor: LazyTensor
@@ -311,8 +308,7 @@ def is_zero(tensor: LazyTensor) -> bool:
     return all(buffer.count(0, 0, length) == length for length in tensor.chunks(buffer))
 
 
-@dataclass(frozen=True, slots=True)
-class MappedSource:
+class MappedSource(NamedTuple):
     """The bytes of a tensor after an element-wise change; nothing is held between reads."""
 
     tensor: LazyTensor
