@@ -6,10 +6,19 @@ Importing this package imports neither torch nor numpy.
 
 from __future__ import annotations
 
-from adapterops.architectures.base import from_config
+import os
+
 from adapterops.architectures.errors import BadBaseConfig, UnknownArchitecture
 from adapterops.architectures.layout import LAYOUTS, published
 from adapterops.architectures.table import Architecture, Component, ModuleSpec, load, names
+
+
+def from_config(path: str | os.PathLike[str]) -> Architecture:
+    """The architecture of any diffusers or transformers model, from its config: `architectures.base.from_config`."""
+    from adapterops.architectures.base import from_config as build  # with it comes what only `--base` needs
+
+    return build(path)
+
 
 __all__ = [
     "LAYOUTS",

@@ -5,19 +5,19 @@ Loading is on the path of every command, so this file imports neither torch nor 
 
 from __future__ import annotations
 
+import os
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from math import prod
-from pathlib import Path
 from typing import Any
 
 from adapterops.architectures.errors import UnknownArchitecture
 from adapterops.architectures.expression import Value, evaluate_integer
 from adapterops.architectures.template import ALL, Expander, Leaf, Piece, Row, stems
 
-_FOLDER = Path(__file__).parent
+_FOLDER = os.path.dirname(__file__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +113,7 @@ class Architecture:
 @cache
 def names() -> tuple[str, ...]:
     """The names of the built-in architectures, sorted."""
-    return tuple(sorted(path.stem for path in _FOLDER.glob("*.toml")))
+    return tuple(sorted(name.removesuffix(".toml") for name in os.listdir(_FOLDER) if name.endswith(".toml")))
 
 
 @cache
@@ -125,7 +125,7 @@ def load(name: str) -> Architecture:
             f"unknown architecture {name!r}; known: {', '.join(names())}. "
             "For another base model give its config: --base CONFIG"
         )
-    document = _read(_FOLDER / f"{name}.toml")
+    document = _read(os.path.join(_FOLDER, f"{name}.toml"))
     templates = _templates(document)
     components: dict[str, Component] = {}
     for component_name, table in document["components"].items():
@@ -140,7 +140,7 @@ def likes(class_name: str, config: Mapping[str, Any]) -> Iterator[Component]:
     modules raise `ValueError` when they are first asked for, where the config lacks a number that a row needs.
     """
     for name in names():
-        document = _read(_FOLDER / f"{name}.toml")
+        document = _read(os.path.join(_FOLDER, f"{name}.toml"))
         for component_name, table in document["components"].items():
             if table["class"] == class_name:
                 yield replace(_component(component_name, table, _templates(document), config), like=name)
@@ -149,14 +149,14 @@ def likes(class_name: str, config: Mapping[str, Any]) -> Iterator[Component]:
 def _templates(document: Mapping[str, Any]) -> dict[str, list[Row]]:
     templates: dict[str, list[Row]] = {}
     for include in document.get("include", ()):
-        templates |= _read(_FOLDER / "shared" / f"{include}.toml")["templates"]
+        templates |= _read(os.path.join(_FOLDER, "shared", f"{include}.toml"))["templates"]
     templates |= document.get("templates", {})
     return templates
 
 
 @cache
-def _read(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
+def _read(path: str) -> dict[str, Any]:
+    with open(path, "rb") as file:
         return tomllib.load(file)
 
 

@@ -30,13 +30,17 @@ find_python() {
     "install one, or set PYTHON to its path."
 }
 
-# What an installation depends on: where the project stands, what it asks for, and the tested versions.
+# What an installation depends on: where the project stands, what it asks for, the tested versions, and the names of the
+# package's files: pip links each of them into build/ (setuptools' strict editable mode), which spares every start the
+# import hook of the other mode. A change in a file is seen at once; a new one asks for another installation.
 wanted_stamp() { # ROOT EXTRA
   printf '%s\n' "root $1" "extra $2" "$(<"$1/pyproject.toml")" "$(<"$1/constraints.txt")"
+  (cd -- "$1" && find adapterops formats -name '*.py' -o -name '*.toml' -o -name py.typed) | LC_ALL=C sort
 }
 
 is_ready() { # ROOT EXTRA; test includes all
   local extra
+  compgen -G "$1/build/__editable__*/adapterops/__init__.py" >/dev/null || return 1
   for extra in "$2" test; do
     if [[ -x $venv/bin/python && -f $venv/.adapterops-$extra ]] &&
       [[ $(<"$venv/.adapterops-$extra") == "$(wanted_stamp "$1" "$extra")" ]]; then
@@ -78,7 +82,8 @@ install_project() { # ROOT EXTRA
   say "2/3 $torch"
   install_packages "$torch" --constraint "$root/constraints.txt"
   say "3/3 adapterops[$extra]"
-  install_packages --editable "${root}[$extra]" --constraint "$root/constraints.txt"
+  install_packages --config-settings editable_mode=strict --editable "${root}[$extra]" \
+    --constraint "$root/constraints.txt"
 
   wanted_stamp "$root" "$extra" >"$venv/.stamp"
   mv -f -- "$venv/.stamp" "$venv/.adapterops-$extra"
