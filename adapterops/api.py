@@ -184,7 +184,7 @@ def save(
     except CannotRepresent as error:
         path = adapter.provenance.path
         raise (error if path in str(error) else CannotRepresent(f"{path}: {error}")) from error
-    if not out.kept:
+    if not any(u.method != "saved" for u in out.kept):
         raise CannotRepresent(f"{adapter.provenance.path}: nothing of it is left to write as {dialect.title}")
     place = _place(os.fspath(path), form)
     timings = Timings()

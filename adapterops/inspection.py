@@ -6,11 +6,12 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import hypot, isfinite, isnan, nan
 from typing import Any
 
 from adapterops import registry
-from adapterops.adapter import Adapter, Fact, Update
+from adapterops.adapter import Adapter, Certainty, Fact, Update
 from adapterops.api import PathLike, known_dtypes, load
 from adapterops.methods import METHODS
 from adapterops.storage import safetensors
@@ -84,7 +85,11 @@ class Inspection:
                 }
                 for c in self.components
             ],
-            "norms": {k: dict(v) for k, v in self.norms.items()},
+            # JSON has no NaN.
+            "norms": {
+                block: {name: value if isfinite(value) else None for name, value in sizes.items()}
+                for block, sizes in self.norms.items()
+            },
             "metadata": dict(self.metadata),
             "config": {k: dict(v) for k, v in self.config.items()},
             "hashes": dict(self.hashes),
@@ -109,6 +114,7 @@ def report(adapter: Adapter, *, norms: bool = False, hashes: bool = False) -> In
     form, dialect = registry.find(adapter.provenance.dialect)
     files = {t.source.path for u in adapter for t in u.tensors.values()}
     tensors = sum(len(u.tensors) for u in adapter) + len(adapter.provenance.folded)
+    sizes, said = _norms(adapter) if norms else ({}, [])
     return Inspection(
         path=adapter.provenance.path,
         size=adapter.provenance.size,
@@ -121,10 +127,10 @@ def report(adapter: Adapter, *, norms: bool = False, hashes: bool = False) -> In
         tensors=tensors,
         metadata=adapter.metadata,
         config=adapter.config,
-        notes=adapter.provenance.notes,
+        notes=(*adapter.provenance.notes, *said),
         dropped=adapter.provenance.dropped,
         hashes=_hashes(files) if hashes else {},
-        norms=_norms(adapter) if norms else {},
+        norms=sizes,
     )
 
 
@@ -168,25 +174,39 @@ def block_of(module: str) -> str:
     return match.group(1) if match else module.split(".")[0]
 
 
-def _norms(adapter: Adapter) -> dict[str, dict[str, float]]:
-    """For every block the Frobenius norm of its deltas together, and the largest of a module.
-
-    Of LoRA updates before any DoRA normalisation; where alpha is unknown the scale counts as 1.
-    """
-    import numpy as np
-
-    from adapterops.methods.lora import Lora, factor_norm
-
+def _norms(adapter: Adapter) -> tuple[dict[str, dict[str, float]], list[str]]:
+    """For every block the Frobenius norm of its deltas together and the largest of a module, and what they leave out."""
     sums: dict[str, list[float]] = {}
+    without: Counter[str] = Counter()
+    before_dora = unscaled = 0
     for update in adapter:
         method = METHODS[update.method]
-        if isinstance(method, Lora):
-            b, a = method.factors(update, unknown_scale=1.0)
-            sums.setdefault(f"{update.component}: {block_of(update.module)}", []).append(factor_norm(b, a))
-    return {
-        block: {"norm": float(np.linalg.norm(values)), "largest": max(values), "modules": len(values)}
+        if method.scaled and method.scale(update) is None:
+            unit = Fact[float | None](float(method.rank(update) or 1), Certainty.ASSUMED)
+            update, unscaled = replace(update, alpha=unit, rslora=False), unscaled + 1
+        norm = method.norm(update)
+        if norm is None:
+            without[method.title] += 1
+            continue
+        before_dora += "magnitude" in update.tensors
+        sums.setdefault(f"{update.component}: {block_of(update.module)}", []).append(norm)
+    notes = [
+        *(
+            f"the norms leave out {count} of {title}: no delta without the base weight"
+            for title, count in without.items()
+        ),
+        *([f"the norms of {before_dora} modules are those before DoRA's normalisation"] if before_dora else []),
+        *([f"the scale of {unscaled} modules is unknown and counts as 1 in their norms"] if unscaled else []),
+    ]
+    sizes = {
+        block: {
+            "norm": hypot(*values),
+            "largest": nan if any(map(isnan, values)) else max(values),
+            "modules": len(values),
+        }
         for block, values in sums.items()
     }
+    return sizes, notes
 
 
 def _hashes(files: set[str]) -> dict[str, Any]:

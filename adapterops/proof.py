@@ -42,6 +42,8 @@ class Proof:
         modules = f"{self.modules} module" + ("s" if self.modules != 1 else "")
         if self.exact:
             return f"{modules}, every tensor bit-identical, every scale equal"
+        if self.largest_error == 0.0:
+            return f"{modules}, {self.identical} of {self.tensors} tensors bit-identical, every delta equal"
         return (
             f"{modules}, {self.identical} of {self.tensors} tensors bit-identical, largest relative error "
             f"of a weight delta {self.largest_error:.2e} ({self.worst}), allowed {self.tolerance:.0e}"

@@ -4,6 +4,8 @@
   config a component (`lora_adapter_metadata`), else alpha = rank;
 - what its training scripts have written since peft came (`convert_state_dict_to_diffusers`): attention in the older
   spelling below, everything else in today's, in one file;
+- the same names with Kohya's alpha tensors beside the factors, as some trainers of Flux.1 save them and diffusers reads
+  them (`loaders/lora_pipeline.py`, `FluxLoraLoaderMixin.lora_state_dict`);
 - before peft: `unet.<module>.lora.down.weight`, text encoders `….lora_linear_layer.down.weight`; no alpha;
 - without a component, with Kohya's factors and alphas (`transformer_blocks.0.attn.to_q.lora_down.weight`): not
   diffusers' own writing but read by it; Qwen-Image's published distillations are spelled so;
@@ -25,6 +27,7 @@ from adapterops_formats.peft_config import PeftConfig, check_given, describes, f
 from adapterops_formats.peft_names import LORA
 
 from adapterops.plugin import (
+    ANY,
     Adapter,
     AlphaIn,
     Dialect,
@@ -148,6 +151,15 @@ WITHOUT_PREFIX = Dialect(
     example="transformer_blocks.0.attn.to_q.lora_down.weight",
 )
 
+WITH_ALPHA = replace(
+    DIFFUSERS,
+    name="diffusers-alpha",
+    title="diffusers with alpha tensors",
+    places=tuple(replace(p, suffixes=(*p.suffixes, Suffix(".alpha", ANY, "alpha"))) for p in DIFFUSERS.places),
+    alpha=AlphaIn.TENSOR,
+    example="transformer.transformer_blocks.0.attn.to_q.alpha",
+)
+
 _LATER = "this version does not convert it"
 
 
@@ -156,7 +168,7 @@ class Diffusers(Format):
 
     name = "diffusers"
     title = "diffusers (pytorch_lora_weights.safetensors)"
-    dialects = (DIFFUSERS, BEFORE_PEFT, MIXED, PROCESSORS, BARE_PROCESSORS, WITHOUT_PREFIX)
+    dialects = (DIFFUSERS, BEFORE_PEFT, MIXED, PROCESSORS, BARE_PROCESSORS, WITHOUT_PREFIX, WITH_ALPHA)
     file_name = "pytorch_lora_weights.safetensors"
     foreign = {
         r"^(controlnet|vae|image_encoder|image_proj)\.": "belongs to a component that no format here converts",
@@ -170,6 +182,8 @@ class Diffusers(Format):
     }
 
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
+        if len(dialects) > 1 and not any(key.endswith(".alpha") for key in source.tensors):
+            dialects = [d for d in dialects if d is not WITH_ALPHA]  # read alike, it would only tie with the usual one
         readings = super().recognise(source, dialects)
         # A header that says scales is read by those dialects that have one, where they read every key too.
         telling = [r for r in readings if r.dialect.alpha is AlphaIn.CONFIG and not r.unclaimed]
@@ -177,7 +191,8 @@ class Diffusers(Format):
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
         check_given(request.fields)
-        if reading.dialect.alpha is not AlphaIn.CONFIG or METADATA_KEY not in source.metadata:
+        told = reading.dialect.alpha is AlphaIn.CONFIG or reading.dialect is WITH_ALPHA
+        if not told or METADATA_KEY not in source.metadata:
             refuse_scale(request.fields, f"{reading.dialect.title} without a header")
             return read_by_table(reading, source, request)
         configs = _header_configs(source, request)
@@ -212,7 +227,7 @@ class Diffusers(Format):
             metadata[METADATA_KEY] = _write_header(kept, target)
             notes.append(
                 "the scale stands in the header (lora_adapter_metadata): diffusers reads it there, Comfy does not and "
-                "would apply scale 1"
+                "would apply scale 1; --fold-alpha bakes it in for both, --to comfy keeps it in tensors"
             )
         file = OutputFile("", spelled.tensors, metadata)
         return Output((file,), tuple(spelled.kept), tuple(spelled.dropped), tuple(notes))

@@ -172,7 +172,7 @@ def _check_scale(fields: Config, where: str, method: PeftMethod) -> None:
         raise _bad(where, "r", rank, "a positive number")
     alpha = fields.get(method.alpha, 8)
     if not _is_number(alpha):
-        raise _bad(where, method.alpha, alpha, "a number")
+        raise _bad(where, method.alpha, alpha, f"a number (--set {method.alpha}=X says it)")
     for name in ("rank_pattern", "alpha_pattern"):
         pattern = fields.get(name) or {}
         if not isinstance(pattern, Mapping):

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from adapterops_formats.peft_config import (
+    MUTATING,
     PeftConfig,
     adapted,
     check_given,
@@ -36,6 +37,9 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
     derived = from_updates(updates, base, method=method)
     saved, notes = _saved_fields(updates, part, method)
     own = dict(adapter.config.get(component, {}))
+    if adapter.mutated_init is None and str(own.get("init_lora_weights", "")).lower().startswith(MUTATING):
+        # Said by the header of a file that cannot have been trained so: it would have peft change the base.
+        del own["init_lora_weights"]
     if own and _still_true(own, updates, method, base):
         # The config's own words hold, but for lists of names that would take in more, or that say nothing.
         config = {**method.defaults, **derived, **_unsaid(method), **saved, **own}

@@ -80,7 +80,7 @@ def run(arguments: list[str] | None = None) -> None:
     arguments = [a for a in arguments if a != "--debug"]
     wants_json = "--json" in arguments
     try:
-        main.main(args=arguments, prog_name="adapterops", standalone_mode=False)
+        main.main(args=arguments, prog_name="adapterops", standalone_mode=False, color=_color())
     except AdapterOpsError as error:
         if debug:
             raise
@@ -129,6 +129,11 @@ def script() -> None:
     os._exit(code)
 
 
+def _color() -> bool | None:
+    """None lets click decide by the terminal; https://no-color.org says when not even there."""
+    return False if os.environ.get("NO_COLOR") else None
+
+
 def _stop() -> None:
     click.echo("stopped; nothing was written", err=True)
     sys.exit(130)
@@ -137,7 +142,7 @@ def _stop() -> None:
 def _fail(error: AdapterOpsError, wants_json: bool, code: int) -> None:
     if wants_json:
         print_json({"error": {"kind": type(error).__name__, "message": str(error)}})
-    click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True)
+    click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True, color=_color())
     sys.exit(code)
 
 

@@ -49,7 +49,8 @@ def reading(command: Command) -> Command:
             "--base",
             metavar="CONFIG",
             type=click.Path(),
-            help="Any other base: its config.json or model folder (diffusers or transformers; no weights are read).",
+            help="Any other base: its config.json, or a model's or pipeline's folder (diffusers or transformers; no weights "
+            "are read).",
         ),
         click.option(
             "--layout",
@@ -89,7 +90,7 @@ def writing(command: Command) -> Command:
     """The options of every command that writes an adapter."""
     options = (
         click.option("-o", "--output", metavar="OUT", type=click.Path(), help="File or folder to write."),
-        click.option("--dtype", metavar="TYPE", help="Round the tensors to float32, float16 or bfloat16."),
+        click.option("--dtype", metavar="TYPE", help="Round the tensors to float32, float16, bfloat16 or float64."),
         click.option("--overwrite", is_flag=True, help="Replace an existing output."),
         click.option("--no-verify", is_flag=True, help="Skip the proof (reading the output back and comparing)."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else."),

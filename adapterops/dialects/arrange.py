@@ -46,14 +46,17 @@ class Arranger:
             for part in parts:
                 self._keep_record(part)
             return parts
-        by_name = {part.module: part for part in parts}
-        if len(by_name) < len(parts):
+        names = {name for name, _, _ in whole.joins}
+        by_name = {part.module: part for part in parts if part.module in names}
+        # The source's fused module may have more parts than the target's.
+        beside = [part for part in parts if part.module not in names]
+        if len(by_name) + len(beside) < len(parts):
             raise CannotRepresent(f"{sources[0].name}: two updates act on the same rows of {whole.name}")
         update, blocks = fused.join(whole, by_name)
         if blocks is not None:
             self._records[f"{update.component}.{update.module}"] = [[b.module, b.rank] for b in blocks]
-        self._joined += len(parts) > 1
-        return [update]
+        self._joined += len(by_name) > 1
+        return [update, *beside]
 
     def _parts(self, update: Update) -> list[Update]:
         spec = self._unspelled(update)
@@ -69,15 +72,23 @@ class Arranger:
         """What the user should know about it."""
         out = []
         if self._split:
-            out.append(f"{self._split} fused projections are split into their parts, as {self.dialect.title} has them")
-        if self._narrowed:
+            are = "projection is" if self._split == 1 else "projections are"
+            out.append(f"{self._split} fused {are} split into their parts, as {self.dialect.title} has them")
+        if self._narrowed and any(u.alpha is not None and u.alpha.source == fused.TRAINED for u in self.adapter):
             out.append(
-                f"{self._narrowed} of them are block-diagonal (sd-scripts' split_qkv): each part gets its "
-                "own rank back, and the scale that readers of the file apply, alpha over the stored rank; --alpha "
-                "trained gives the scale of the training, alpha over the part's own rank"
+                f"{self._narrowed} of them are block-diagonal: each part gets its own rank back, and the scale of the "
+                f"training, alpha over it, as {fused.TRAINED} says"
+            )
+        elif self._narrowed:
+            out.append(
+                f"{self._narrowed} of them are block-diagonal (saved so by sd-scripts' split_qkv, or by a conversion that "
+                "joined the parts): each part gets its own rank back, and the scale that readers of the file apply, alpha "
+                "over the stored rank; for a split_qkv network, --alpha trained gives the scale of the training, alpha "
+                "over the part's own rank"
             )
         if self._joined:
-            out.append(f"{self._joined} projections are joined from their parts, as {self.dialect.title} has them")
+            are = "projection is" if self._joined == 1 else "projections are"
+            out.append(f"{self._joined} {are} joined from their parts, as {self.dialect.title} has them")
         return out
 
     def result(self, written: list[Update]) -> Adapter:

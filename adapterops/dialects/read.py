@@ -84,6 +84,7 @@ def read(
     for entry in found.unknown:
         dropped += [t.key for t in entry.tensors.values()]
         groups.remove(entry)
+    notes += _shared_components(groups, architecture)
     updates: list[Update] = []
     alphas: dict[str, tuple[str, tuple[int, ...]]] = {}
     folded: dict[tuple[str, str, str], str] = {}
@@ -139,6 +140,19 @@ def read(
         dict(carried.config),
         architecture,
     )
+
+
+def _shared_components(groups: list[Group], architecture: Architecture | None) -> list[str]:
+    """A note for each component that stands under several prefixes: it is written under one."""
+    prefixes: dict[str, dict[str, None]] = {}
+    for place in dict.fromkeys(g.place for g in groups):
+        component = (place.among(architecture.components) if architecture is not None else None) or place.component
+        prefixes.setdefault(component, {})[place.prefix] = None
+    return [
+        f"modules of {component} stand under {' and '.join(own)}; they are written under one prefix"
+        for component, own in prefixes.items()
+        if len(own) > 1
+    ]
 
 
 def _without_owners(groups: list[Group], reading: Reading) -> tuple[list[Group], list[str]]:

@@ -92,7 +92,9 @@ def spells(place: Place, architecture: Architecture, spec: ModuleSpec) -> bool:
     """Whether the column of `place` has this module."""
     if place.column(architecture.family) != "original":
         return not spec.joins
-    return bool(spec.original) and (not spec.partial or spec.original.endswith(tuple(c for c, _ in place.tails)))
+    # A fused module that the tails leave out may have a part that they do not.
+    tailed = spec.partial or (spec.joins and place.tails)
+    return bool(spec.original) and (not tailed or spec.original.endswith(tuple(c for c, _ in place.tails)))
 
 
 _books: dict[tuple[int, str | None, str, bool, bool], NameBook] = {}
@@ -311,11 +313,16 @@ def _insist(found: Fit, path: str, allow_drop: bool) -> None:
     if found.unknown and not allow_drop:
         entry = found.unknown[0]
         tensor = next(iter(entry.tensors.values()))
+        component = entry.place.among(arch.components) or entry.place.component
         near = book(arch, entry.place).nearest(entry.name) if applies(entry.place, arch) else []
         hint = f"; the nearest known: {', '.join(near)}" if near else ""
+        if component in arch.components and not applies(entry.place, arch):
+            hint = f"; files for {arch.name} do not begin the keys of its {component} with {entry.place.prefix!r}"
+        else:
+            hint = _elsewhere(entry, found.named) or hint
         more = f" ({len(found.unknown)} such modules)" if len(found.unknown) > 1 else ""
         raise UnknownModule(
-            f"{tensor.where}: {arch.name} has no module {entry.name!r} in {entry.place.component}{more}{hint}. "
+            f"{tensor.where}: {arch.name} has no module {entry.name!r} in {component}{more}{hint}. "
             "If the base is another model, name it with --arch or --base CONFIG; --rename repairs botched keys"
         )
     if found.misshapen:
@@ -329,6 +336,20 @@ def _insist(found: Fit, path: str, allow_drop: bool) -> None:
             + (f" ({len(found.misshapen)} such modules)" if len(found.misshapen) > 1 else "")
             + "; if the base is another model, name it with --arch or --base CONFIG"
         )
+
+
+def _elsewhere(entry: Group, others: int) -> str:
+    """For a message: which built-in base model has a module of that name, in either of its spellings.
+
+    `others` of the file's modules are the base's that was tried.
+    """
+    mixed = ": the file mixes two spellings, or two base models" if others else ""
+    for known in map(architectures.load, architectures.names()):
+        for column in ("canonical", "original") if applies(entry.place, known) else ():
+            module = book(known, replace(entry.place, names=column, names_in={})).table.get(entry.name)
+            if module is not None:
+                return f"; it names {module} of {known.name}{mixed}"
+    return ""
 
 
 def canonical(architecture: Architecture | None, entry: Group, names: NameBook | None = None) -> str:
@@ -458,4 +479,6 @@ class Placing:
             what = architecture.name if architecture else "a base model that is not known"
             raise CannotRepresent(f"{update.name}: {dialect.title} has no spelling for this component of {what}")
         known = ", ".join(dict.fromkeys(p.component for p in dialect.places))
-        raise CannotRepresent(f"{update.name}: {dialect.title} has no such component; it knows {known}")
+        raise CannotRepresent(
+            f"{update.name}: {dialect.title} has no such component; it knows {known}; --allow-drop leaves it out"
+        )

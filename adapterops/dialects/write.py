@@ -46,7 +46,13 @@ def write(
     Raises `CannotRepresent` where the dialect has no way to say something, `UnknownFact` where it needs an alpha
     that nobody knows, `UnknownArchitectureOfFile` where names need a table and there is none.
     """
-    spelling = spelling or {}
+    spelling = dict(spelling or {})
+    if isinstance(spelling.get("alpha_absent"), list):
+        spelling["alpha_absent"] = frozenset(spelling["alpha_absent"])  # asked for every module
+    if "idle_alpha" in spelling:
+        # What the source's own tensor says goes before what its header recalls of another file.
+        stored = {f"{component}.{module}" for component, module, _ in adapter.provenance.folded}
+        spelling["idle_alpha"] = {at: value for at, value in spelling["idle_alpha"].items() if at not in stored}
     tensors: dict[str, LazyTensor] = {}
     written: list[Update] = []
     kept: list[Update] = []
@@ -62,16 +68,22 @@ def write(
         except CannotRepresent as error:
             if not allow_drop:
                 raise
-            dropped.append(str(error))
+            dropped.append(f"{error} (left out: {_keys(sources, adapter)})")
             continue
         for key, tensor in spelled.items():
             if key in tensors:
-                raise CannotRepresent(f"{updates[0].name}: its key {key!r} stands in the output already: names clash")
+                raise _clash(updates[0], written, key, dialect)
             tensors[key] = tensor
         written += updates
         kept += sources
     warnings = [sentence for role, sentence in dialect.unread if any(role in u.tensors for u in written)]
     return Spelled(arranger.result(written), tensors, kept, [*arranger.notes(), *warnings], dropped)
+
+
+def _keys(updates: list[Update], adapter: Adapter) -> str:
+    """Every key of the source that `updates` are made of."""
+    alphas = [adapter.provenance.folded.get(update.key) for update in updates]
+    return ", ".join([*(t.key for update in updates for t in update.tensors.values()), *(a for a in alphas if a)])
 
 
 def _spell(
@@ -126,9 +138,11 @@ def _name(dialect: Dialect, place: Place, update: Update, architecture: Architec
     if name is None:
         if not resolve.needs_table(place):
             return update.module
+        if place.tails:
+            raise _no_tail(dialect, place, update)
         raise CannotRepresent(
-            f"{update.name}: {architecture.name if architecture else 'the base'} has no such module to spell in "
-            f"{dialect.title}"
+            f"{update.name}: {dialect.title} has no name for this module of {architecture.name if architecture else 'the base'}"
+            f" (tensor {next(iter(update.tensors.values())).key!r})"
         )
     if architecture is not None:
         clash = resolve.book(architecture, place).clashes.get(name)
@@ -143,8 +157,24 @@ def _tail(dialect: Dialect, place: Place, name: str, update: Update) -> str:
     for canonical, spelled in place.tails:
         if name.endswith(canonical):
             return name[: len(name) - len(canonical)] + spelled
+    raise _no_tail(dialect, place, update)
+
+
+def _clash(update: Update, written: list[Update], key: str, dialect: Dialect) -> CannotRepresent:
+    other = next((u for u in written if (u.component, u.module) == (update.component, update.module)), None)
+    if other is None:
+        return CannotRepresent(f"{update.name}: its key {key!r} stands in the output already: names clash")
+    return CannotRepresent(
+        f"{update.name}: {METHODS[other.method].title} and {METHODS[update.method].title} act on parts of this module, "
+        f"which {dialect.title} keeps in one, and would share the key {key!r}; --to kohya-diffusers keeps the parts apart"
+    )
+
+
+def _no_tail(dialect: Dialect, place: Place, update: Update) -> CannotRepresent:
     endings = ", ".join(dict.fromkeys(c.lstrip(".") for c, _ in place.tails))
-    raise CannotRepresent(f"{update.name}: {dialect.title} can hold only modules that end in {endings}")
+    return CannotRepresent(
+        f"{update.name}: {dialect.title} can hold only modules that end in {endings}; --allow-drop leaves the others out"
+    )
 
 
 def _means(suffix: Suffix, method: str) -> bool:
@@ -173,9 +203,16 @@ def _suffix(dialect: Dialect, place: Place, update: Update, role: str) -> Suffix
     if update.method == "saved" and (update.module.endswith(saved) if isinstance(saved, tuple) else saved):
         return Suffix("." + role, "saved", role)
     what = f"{METHODS[update.method].title}: {role}" + (f" of an {kind}" if kind == "embedding" else "")
-    # What a whole module or an embedding is given only peft writes; every other method and part stands in Kohya files.
-    only_peft = update.method in ("saved", "trainable_tokens") or kind == "embedding"
+    # What a whole module or an embedding is given only peft writes, and its (IA)³, which starts at one; every other method
+    # and part stands in Kohya files, and Comfy sets a weight.
+    only_peft = (
+        update.method in ("saved", "trainable_tokens") or kind == "embedding" or bool(update.options.get("initial"))
+    )
     other = "peft" if only_peft or (update.method, role) == ("lora", "bias") else "kohya"
+    if update.component != "model" and (update.method, role) in (("saved", "weight"), ("lora", "bias")):
+        # What Flux.1's control adapters have, and other whole weights of a denoiser.
+        norm = update.method == "saved" and len(update.tensors[role].shape) == 1
+        other = "diffusers" if norm or update.method == "lora" else "comfy"
     way = f"write it as --to {other}, or leave" if other != dialect.format else "leave"
     raise CannotRepresent(
         f"{update.name}: {dialect.title} has no place for it ({what}, tensor {update.tensors[role].key!r}); {way} it out "
@@ -186,9 +223,12 @@ def _suffix(dialect: Dialect, place: Place, update: Update, role: str) -> Suffix
 def _as_it_was(tensor: LazyTensor, update: Update, role: str, spelling: Mapping[str, Any]) -> LazyTensor:
     """The tensor in the unusual shape that its file recorded, where that still fits."""
     recorded = spelling.get("shapes", {}).get(f"{update.component}.{update.module}", {}).get(role)
-    if isinstance(recorded, list) and all(type(n) is int for n in recorded) and prod(recorded) == tensor.numel:
-        return tensor.reshape(tuple(recorded))
-    return tensor
+    if not isinstance(recorded, list) or not all(type(n) is int for n in recorded) or prod(recorded) != tensor.numel:
+        return tensor
+    # A header is a stranger's: only what leaves the matrix as it is, ones and a flattened kernel, is taken from it.
+    ones_aside = [n for n in recorded if n != 1] == [n for n in tensor.shape if n != 1]
+    flattened = recorded[:1] == list(tensor.shape[:1]) and 2 in (len(recorded), len(tensor.shape))
+    return tensor.reshape(tuple(recorded)) if ones_aside or flattened else tensor
 
 
 def as_usual(update: Update, architecture: Architecture | None) -> bool:

@@ -72,6 +72,13 @@ class Method:
         """Whether the update changes nothing, since what its rows are made of is zero."""
         return bool(self.rows) and all(is_zero(t) for role, t in update.tensors.items() if role in self.rows)
 
+    def norm(self, update: Update) -> float | None:
+        """‖ΔW‖ (Frobenius) before any DoRA normalisation; None where ΔW needs the base weight or does not exist.
+
+        Raises `CannotRepresent` where the scale is unknown.
+        """
+        return None
+
     def delta(self, update: Update) -> torch.Tensor:
         """ΔW in float32, in the shape of the module's weight.
 

@@ -15,7 +15,7 @@ Sources: LyCORIS `lycoris/modules/full.py`, `lycoris/modules/norms.py`; ComfyUI 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod
+from math import hypot, prod
 from typing import TYPE_CHECKING, Any
 
 from adapterops.adapter import Update
@@ -111,6 +111,13 @@ class Difference(Method):
         """Δb (out,) in float32; None where the bias stays."""
         bias = update.tensors.get("bias")
         return None if bias is None else bias.torch().float().reshape(-1)
+
+    def norm(self, update: Update) -> float:
+        import numpy as np
+
+        parts = [t.numpy().astype("f8") for role, t in update.tensors.items() if role not in SPARSE]
+        parts += [self._sparse(update)] if "bias_indices" in update.tensors else []
+        return hypot(*(float(np.linalg.norm(part.reshape(-1))) for part in parts))
 
     def error(self, update: Update, other: Update) -> float:
         if update.tensors.keys() != other.tensors.keys():

@@ -93,6 +93,6 @@ def _on_input(update: Update) -> bool | None:
     """Whether the inputs are multiplied; None where nothing says so yet.  A file's flag is a tensor until it is read."""
     flag = update.tensors.get("on_input")
     if flag is not None and flag.numel == 1:
-        return bool(flag.item())
+        return any(flag.read())  # of any type: what is not all zero bits is true
     stated: bool | None = update.options.get("on_input")
     return stated

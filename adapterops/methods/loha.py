@@ -107,6 +107,9 @@ class Loha(Method):
         shape = self._shape(update)
         return self._matrix(update).dense().reshape(shape.out, shape.inputs, *shape.kernel)
 
+    def norm(self, update: Update) -> float:
+        return self._matrix(update).norm()
+
     def error(self, update: Update, other: Update) -> float:
         return worst([self._matrix(update).error(self._matrix(other)), magnitude_error(update, other)])
 

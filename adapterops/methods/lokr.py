@@ -139,6 +139,12 @@ class Lokr(Method):
         matrix = kronecker(*self._factors(update)).dense()
         return matrix.reshape(one.out * two.out, one.inputs * two.inputs, *two.kernel)
 
+    def norm(self, update: Update) -> float:
+        import numpy as np
+
+        w1, w2 = self._factors(update)
+        return float(np.linalg.norm(w1) * np.linalg.norm(w2))
+
     def error(self, update: Update, other: Update) -> float:
         (w1, w2), (v1, v2) = self._factors(update), self._factors(other)
         if (w1.shape, w2.shape) == (v1.shape, v2.shape):

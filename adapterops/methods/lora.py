@@ -112,15 +112,14 @@ class Lora(Method):
         assert scale is not None
         return {role: t.mapped(dtype, scale if role in ("B", "bias") else 1.0) for role, t in update.tensors.items()}
 
-    def factors(self, update: Update, unknown_scale: float | None = None) -> tuple[Array, Array]:
+    def factors(self, update: Update) -> tuple[Array, Array]:
         """B (out, r) times the scale, and A (r, in · kernel), in float64.
 
-        Raises `CannotRepresent` where alpha is unknown and no `unknown_scale` stands in for it.
+        Raises `CannotRepresent` where alpha is unknown.
         """
         import numpy as np
 
         scale = self.scale(update)
-        scale = unknown_scale if scale is None else scale
         if scale is None:
             raise CannotRepresent(f"{update.name}: its scale is unknown, so its delta is too (give --alpha)")
         rank = self.rank(update)
@@ -130,6 +129,9 @@ class Lora(Method):
             a = np.einsum("rs...,si->ri...", mid.numpy().astype(np.float64), a.reshape(rank, -1))
         b = update.tensors["B"].numpy().astype(np.float64)
         return b.reshape(-1, rank) * scale, a.reshape(rank, -1)
+
+    def norm(self, update: Update) -> float:
+        return factor_norm(*self.factors(update))
 
     def delta(self, update: Update) -> torch.Tensor:
         """ΔW in float32 before any DoRA normalisation (which needs the base weight)."""
@@ -182,4 +184,6 @@ def factor_norm(b: Array, a: Array) -> float:
     """‖b·a‖ (Frobenius) from the two Gram matrices (r, r), without forming the product."""
     import numpy as np
 
-    return float(np.sqrt(max(0.0, float(np.sum((b.T @ b) * (a @ a.T))))))
+    square = float(np.sum((b.T @ b) * (a @ a.T)))
+    # Rounding may leave a zero slightly negative; NaN is to stay NaN.
+    return 0.0 if square < 0 else sqrt(square)

@@ -113,6 +113,12 @@ class Rows(NamedTuple):
             out[start:stop] = torch.from_numpy(self.at(start, stop))
         return out
 
+    def norm(self) -> float:
+        """‖self‖ (Frobenius)."""
+        import numpy as np
+
+        return sqrt(sum(float(np.vdot(rows, rows)) for start, stop in self.blocks() for rows in [self.at(start, stop)]))
+
     def error(self, other: Rows) -> float:
         """‖self − other‖ / ‖self‖ (Frobenius; absolute where self is zero); inf for other shapes.
 

@@ -24,6 +24,9 @@ from adapterops.methods import METHODS
 from adapterops.storage import dtypes
 from adapterops.storage.tensor import LazyTensor, columns, is_zero, same_bytes, stack, zeros
 
+TRAINED = "--alpha trained"
+"""The option that asks for the scale of the training, as the source of an alpha."""
+
 
 class Block(NamedTuple):
     """One part of a fused module that was joined from parts: its name and its rank (0: it had no update)."""
@@ -47,8 +50,24 @@ def cut(update: Update, spec: ModuleSpec) -> list[Update]:
 
     Raises `CannotRepresent` where the method does not act on rows one by one.
     """
-    method = METHODS[update.method]
-    return [replace(update, module=name, tensors=method.take_rows(update, at)) for name, at in pieces(spec).items()]
+    method, places = METHODS[update.method], pieces(spec)
+    # Norms over all rows do not depend on the rows' order.
+    aside = _over_all_rows(update) if len(places) == 1 else {}
+    rest = replace(update, tensors={role: t for role, t in update.tensors.items() if role not in aside})
+    rest = replace(rest, options={k: v for k, v in rest.options.items() if k != "dora_axis"}) if aside else rest
+    return [
+        replace(update, module=name, tensors=_in_order(update, {**method.take_rows(rest, at), **aside}))
+        for name, at in places.items()
+    ]
+
+
+def _over_all_rows(update: Update) -> dict[str, LazyTensor]:
+    """The DoRA magnitude of an update, if it is per input: its norms go over all rows of the module."""
+    return {"magnitude": update.tensors["magnitude"]} if update.options.get("dora_axis") == "in" else {}
+
+
+def _in_order(update: Update, tensors: dict[str, LazyTensor]) -> dict[str, LazyTensor]:
+    return {role: tensors[role] for role in update.tensors}
 
 
 def split(update: Update, spec: ModuleSpec, recorded: Sequence[Block] | None = None) -> list[Update]:
@@ -141,7 +160,7 @@ def with_trained_scale(adapter: Adapter) -> Adapter:
         ranks = block_ranks(update, spec) if spec is not None and update.alpha is not None else None
         if ranks is not None and update.alpha is not None and update.alpha.value is not None:
             found += 1
-            alpha: Fact[float | None] = Fact(update.alpha.value * len(ranks), Certainty.GIVEN, "--alpha trained")
+            alpha: Fact[float | None] = Fact(update.alpha.value * len(ranks), Certainty.GIVEN, TRAINED)
             update = replace(update, alpha=alpha)
         updates.append(update)
     if not found:
@@ -194,12 +213,14 @@ def join(spec: ModuleSpec, parts: Mapping[str, Update]) -> tuple[Update, list[Bl
     first = parts[order[0]]
     method = METHODS[first.method]
     units = _units(first)
-    if units is None or not _CORES.isdisjoint(first.tensors):
+    if units is None or any(not _WHOLE.isdisjoint(parts[name].tensors) for name in order):
         raise _no_join(first, spec)
+    if _over_all_rows(first):
+        units.pop("magnitude", None)
     for name in order[1:]:
         _insist_alike(first, parts[name], spec)
     present = [parts[name] for name in order]
-    if any(u.options.get("dora_axis") == "in" for u in present):
+    if len(sizes) > 1 and any(u.options.get("dora_axis") == "in" for u in present):
         raise CannotRepresent(
             f"{first.name}: its DoRA magnitude (tensor {first.tensors['magnitude'].key!r}) is per input: its norms go over "
             f"the rows of this module alone, and one on the whole of {spec.name}, which this target keeps fused, over all "
@@ -258,7 +279,8 @@ def join(spec: ModuleSpec, parts: Mapping[str, Update]) -> tuple[Update, list[Bl
     return update, record if uneven or unseen else None
 
 
-_CORES = frozenset({"mid", "t1", "t2"})
+_WHOLE = frozenset({"mid", "t1", "t2", "bias_indices"})
+"""Roles of tensors that are not rows and say something of all rows: cores, and positions in the whole matrix."""
 
 
 def _units(update: Update) -> dict[str, int] | None:
@@ -286,9 +308,14 @@ def _may_lack_parts(update: Update) -> bool:
 
 
 def _no_join(update: Update, spec: ModuleSpec) -> CannotRepresent:
+    # Whole parameters and peft's own (IA)³ stand in no Kohya file.
+    only_peft = update.method == "saved" or (update.method == "ia3" and update.options.get("initial"))
+    # peft has no whole differences, and its (IA)³ is another than LyCORIS'.
+    only_kohya = update.method in ("diff", "ia3")
+    ways = "--to peft" if only_peft else "--to kohya-diffusers" if only_kohya else "--to peft, --to kohya-diffusers"
     return CannotRepresent(
         f"{update.name}: {METHODS[update.method].title} on the parts of {spec.name}, which this target keeps fused, is not "
-        "one such update on the whole; a target with separate projections holds it (--to peft, --to kohya-diffusers)"
+        f"one such update on the whole; a target with separate projections holds it ({ways})"
     )
 
 

@@ -107,6 +107,8 @@ def decode_scalar(dtype: str, data: bytes) -> float:
         return float(struct.unpack("<f", b"\0\0" + data)[0])
     if dtype in _SMALL and len(data) == 1:
         return _small_values(dtype)[data[0]]
+    if dtype == "BOOL":
+        return float(data[0] != 0)
     if dtype not in _STRUCT:
         raise ValueError(f"a number cannot be read from dtype {dtype}")
     return float(struct.unpack(_STRUCT[dtype], data)[0])
@@ -121,6 +123,8 @@ def encode_scalar(dtype: str, value: float) -> bytes | None:
         elif dtype in _SMALL:
             values = _small_values(dtype)
             data = bytes([values.index(value)]) if value in values else None
+        elif dtype == "BOOL" and value in (0, 1):
+            data = bytes([int(value)])
         elif dtype in _STRUCT:
             data = struct.pack(_STRUCT[dtype], value if dtype in FLOATS else int(value))
         else:

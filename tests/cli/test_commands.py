@@ -168,3 +168,44 @@ def test_help_has_examples(arguments: list[str], command: Command) -> None:
     outcome = command(*arguments)
     assert outcome.code == 0
     assert "Examples:" in outcome.out
+
+
+def test_help_keeps_its_examples_apart(command: Command) -> None:
+    for name in ("convert", "inspect"):
+        text = command(name, "--help").out
+        assert "\\b" not in text
+        assert f"\n    adapterops {name} style.safetensors" in text.replace("      ", "    ")
+
+
+def test_norms_of_every_method(command: Command, tmp_path: Path) -> None:
+    """Norms against those of the dense deltas; what has none is said."""
+    import adapterops as ao
+    from adapterops.methods import METHODS
+
+    for name in ("lycoris-loha", "lycoris-lokr", "lycoris-full", "lycoris-ia3"):
+        path, base = FIXTURES / "lycoris-sd15" / f"{name}.safetensors", FIXTURES / "lycoris-sd15"
+        found = json.loads(command("inspect", path, "--base", base, "--norms", "--json").out)
+        adapter = ao.load(path, base=base)
+        if name == "lycoris-ia3":
+            assert found["norms"] == {}
+            assert any("leave out" in note and "(IA)³" in note for note in found["notes"])
+            continue
+        wanted: dict[str, float] = {}
+        for update in adapter:
+            if name == "lycoris-full":
+                size = sum(float(t.torch().double().norm()) ** 2 for t in update.tensors.values())
+            else:
+                size = float(METHODS[update.method].delta(update).double().norm()) ** 2
+            block = next(b for b in found["norms"] if f"{update.component}: {update.module}".startswith(b))
+            wanted[block] = wanted.get(block, 0.0) + size
+        assert found["norms"].keys() == wanted.keys()
+        for block, square in wanted.items():
+            assert abs(found["norms"][block]["norm"] - square**0.5) < 1e-5 * square**0.5
+
+
+def test_no_color_is_honoured(monkeypatch: pytest.MonkeyPatch, command: Command) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in command("convert", "nothing.safetensors", "--to", "peft").err
+    assert "\x1b" not in command("inspect", FIXTURES / "kohya-sd15.safetensors").out

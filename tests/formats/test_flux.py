@@ -88,7 +88,7 @@ def test_every_spelling_says_the_same(name: str, base: Path, tmp_path: Path) -> 
 
 
 def test_a_control_adapter_goes_where_biases_and_norms_can(base: Path, tmp_path: Path) -> None:
-    held = {"bfl", "diffusers", "peft"}
+    held = {"bfl", "diffusers", "diffusers-alpha", "peft"}
     words = dict.fromkeys(DIALECTS, "norm_k") | dict.fromkeys(("comfy", "comfy-down"), "bias")
     source = ff.control(tmp_path / "control.safetensors")
     all_dialects(source, tmp_path, {d: w for d, w in words.items() if d not in held}, base=base)
@@ -98,7 +98,9 @@ def test_only_targets_that_widen_take_a_wider_input(base: Path, tmp_path: Path) 
     tensors = {k: t for k, t in load_tensors(ff.control(tmp_path / "c.safetensors")).items() if k.startswith("img_in")}
     del tensors["img_in.lora_B.bias"]
     source = write(tmp_path / "img_in.safetensors", tensors)
-    refused = {d: "more inputs than the base has" for d in DIALECTS if d not in ("bfl", "diffusers", "peft")}
+    refused = {
+        d: "more inputs than the base has" for d in DIALECTS if d not in ("bfl", "diffusers", "diffusers-alpha", "peft")
+    }
     all_dialects(source, tmp_path, refused, base=base)
 
 

@@ -520,7 +520,6 @@ def test_every_dialect_method_and_architecture(tmp_path: Path, monkeypatch: pyte
     assert METHODS.keys() <= held.keys(), f"never held: {METHODS.keys() - held.keys()}"
 
 
-
 def lone(tmp_path: Path, base: str, ending: str, method: str = "lora", **changes: Any) -> Adapter:
     """An adapter of one module, whose name ends so."""
     pool = candidates(base, "any", tmp_path)

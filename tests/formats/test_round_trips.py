@@ -79,7 +79,7 @@ def holders(adapter: Adapter) -> set[str]:
     plain = all(set(u.tensors) == {"A", "B"} and not u.options.get("kind") for u in adapter)
     known = {"unet", "text_encoder", "text_encoder_2", "transformer"}
     if parts <= known and not any("mid" in u.tensors for u in adapter):
-        out.add("diffusers")
+        out |= {"diffusers", "diffusers-alpha"}
         if "transformer" not in parts:
             out.add("diffusers-mixed")
     if adapter.base is not None:

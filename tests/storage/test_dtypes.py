@@ -115,9 +115,10 @@ def test_scalars_of_other_types() -> None:
     assert dtypes.encode_scalar("U8", 300.0) is None
     assert dtypes.encode_scalar("I32", float("inf")) is None
     assert dtypes.encode_scalar("F4", 1.0) is None
-    assert dtypes.encode_scalar("BOOL", 1.0) is None
+    assert dtypes.encode_scalar("BOOL", 1.0) == b"\1"
+    assert dtypes.encode_scalar("BOOL", 0.5) is None
     assert dtypes.decode_scalar("I16", b"\xfe\xff") == -2
-    for dtype in ("BOOL", "C64", "F8_E8M0", "F4"):
+    for dtype in ("C64", "F8_E8M0", "F4"):
         with pytest.raises(ValueError, match=dtype):
             dtypes.decode_scalar(dtype, b"\0")
 

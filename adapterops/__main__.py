@@ -1,0 +1,5 @@
+"""`python -m adapterops`."""
+
+from adapterops.cli.main import script
+
+script()
