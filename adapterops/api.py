@@ -188,6 +188,8 @@ def save(
         raise CannotRepresent(f"{adapter.provenance.path}: nothing of it is left to write as {dialect.title}")
     place = _place(os.fspath(path), form)
     timings = Timings()
+    if wanted or fold_alpha:
+        import numpy as np  # noqa: F401  (what computes values while they are copied is not to be loaded meanwhile)
     names = [file.path or os.path.basename(place) for file in out.files]
     check_target(place, form.is_folder, names, overwrite)
     _spare_sources(adapter, place, form, names)

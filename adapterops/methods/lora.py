@@ -18,7 +18,7 @@ https://arxiv.org/abs/2402.09353; layers in peft `tuners/lora/layer.py`, axes an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import prod, sqrt
+from math import inf, prod, sqrt
 from typing import TYPE_CHECKING, Any
 
 from adapterops.adapter import Update
@@ -171,12 +171,15 @@ def product_error(b: Array, a: Array, b2: Array, a2: Array) -> float:
     """
     import numpy as np
 
-    if b.shape == b2.shape and a.shape == a2.shape:
-        left, right = np.hstack([b - b2, b2]), np.vstack([a, a - a2])
+    size = factor_norm(b, a)
+    if a.shape == a2.shape and np.array_equal(a, a2):
+        difference = factor_norm(b - b2, a) if b.shape == b2.shape else inf
+    elif b.shape == b2.shape and np.array_equal(b, b2):
+        difference = factor_norm(b, a - a2) if a.shape == a2.shape else inf
+    elif b.shape == b2.shape and a.shape == a2.shape:
+        difference = factor_norm(np.hstack([b - b2, b2]), np.vstack([a, a - a2]))
     else:
-        left, right = np.hstack([b, -b2]), np.vstack([a, a2])
-
-    size, difference = factor_norm(b, a), factor_norm(left, right)
+        difference = factor_norm(np.hstack([b, -b2]), np.vstack([a, a2]))
     return difference / size if size else difference
 
 
