@@ -161,23 +161,27 @@ def test_published_lokr(factor: int, corpus: Path, tmp_path: Path) -> None:
     assert result.proof.exact
     found, wanted = load_tensors(tmp_path / "out.safetensors"), load_tensors(source)
     assert len(found) == len(wanted) == 1750
-    lost = iter(range(0, 350, 50))
-    by_bytes: dict[bytes, list[str]] = {}
-    for key, tensor in wanted.items():
-        by_bytes.setdefault(tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.ndim else b"", []).append(
-            key
-        )
-    for number in lost:
-        stem = sorted({key.split(".")[0] for key in wanted})[number]
-        one = {role: wanted[f"{stem}.lokr_{role}"].double() for role in ("w1_a", "w1_b", "w2_a", "w2_b")}
-        scale = float(wanted[f"{stem}.alpha"]) / len(one["w2_b"])
-        delta = torch.kron(one["w1_a"] @ one["w1_b"], one["w2_a"] @ one["w2_b"]) * scale
-        same_factor = by_bytes[wanted[f"{stem}.lokr_w1_a"].contiguous().view(torch.uint8).numpy().tobytes()]
-        assert same_factor == [f"{stem}.lokr_w1_a"]
-        twin = next(k for k, t in found.items() if k.endswith("w1_a") and torch.equal(t, wanted[same_factor[0]]))
-        other = {role: found[twin[: -len("w1_a")] + role].double() for role in one}
-        assert float(found[twin.replace("lokr_w1_a", "alpha")]) / len(other["w2_b"]) == scale
-        assert torch.equal(torch.kron(other["w1_a"] @ other["w1_b"], other["w2_a"] @ other["w2_b"]) * scale, delta)
+    roles = ("w1_a", "w1_b", "w2_a", "w2_b")
+    # What belongs together in the output is found by the bytes of a factor, not by our names.
+    stems = {bits(t): key.removesuffix("lokr_w1_a") for key, t in found.items() if key.endswith("lokr_w1_a")}
+    assert len(stems) == 350, "two modules have one factor, so it names neither"
+    trained = 0
+    for key, first in wanted.items():
+        if not key.endswith("lokr_w1_a"):
+            continue
+        stem, twin = key.removesuffix("lokr_w1_a"), stems[bits(first)]
+        one, two = ([file[f"{at}lokr_{r}"].float() for r in roles] for file, at in ((wanted, stem), (found, twin)))
+        scales = [
+            float(file[f"{at}alpha"]) / len(file[f"{at}lokr_w2_b"]) for file, at in ((wanted, stem), (found, twin))
+        ]
+        before, after = (torch.kron(a @ b, c @ d) * s for (a, b, c, d), s in zip((one, two), scales, strict=True))
+        trained += bool(before.any())
+        assert torch.equal(before, after), key
+    assert trained > 200  # The others were left as they began, at zero.
+
+
+def bits(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
 
 
 # What diffusers makes of the result.
