@@ -20,7 +20,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 from adapterops_formats.lycoris_names import DOWN_UP, LYCORIS
 from adapterops_formats.peft_config import PeftConfig, check_given, describes, from_updates, refuse_scale
@@ -170,6 +170,8 @@ class Diffusers(Format):
     title = "diffusers (pytorch_lora_weights.safetensors)"
     dialects = (DIFFUSERS, BEFORE_PEFT, MIXED, PROCESSORS, BARE_PROCESSORS, WITHOUT_PREFIX, WITH_ALPHA)
     file_name = "pytorch_lora_weights.safetensors"
+    # peft's wrapper, left in: https://github.com/bghira/SimpleTuner/issues/779.
+    variants: ClassVar = {"transformer.": ("transformer.base_model.model.",)}
     foreign = {
         r"^(controlnet|vae|image_encoder|image_proj)\.": "belongs to a component that no format here converts",
         r"^lora_controlnet$": f"is a Stability control-LoRA; {_LATER}",

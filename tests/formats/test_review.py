@@ -224,3 +224,28 @@ def test_a_header_does_not_change_an_alpha_that_a_tensor_holds(tmp_path: Path) -
     result = ao.convert(source, "kohya", tmp_path / "k.safetensors", arch="flux")
     (alpha,) = (t for key, t in load_file(result.path).items() if key.endswith(".alpha"))
     assert float(alpha) == 16.0
+
+
+def test_a_wrapper_left_in_the_keys_is_no_part_of_the_names(tmp_path: Path) -> None:
+    """SimpleTuner#779: `transformer.base_model.model.…`."""
+    stem = "transformer.base_model.model.transformer_blocks.0.attn.to_q"
+    tensors = {f"{stem}.lora_A.weight": torch.randn(4, 3072), f"{stem}.lora_B.weight": torch.randn(3072, 4)}
+    path = tmp_path / "wrapped.safetensors"
+    save_file(tensors, path)
+    adapter = ao.load(path)
+    assert [u.module for u in adapter] == ["transformer_blocks.0.attn.to_q"]
+    assert load_file(ao.save(adapter, tmp_path / "same.safetensors").path).keys() == tensors.keys()
+    plain = ao.convert(path, "kohya-diffusers", tmp_path / "k.safetensors")
+    back = ao.convert(plain.path, "diffusers", tmp_path / "d.safetensors")
+    assert load_file(back.path).keys() == {key.replace("base_model.model.", "") for key in tensors}
+
+
+def test_a_header_cannot_make_peft_change_the_base(tmp_path: Path) -> None:
+    """`init_lora_weights: pissa` in the header of a Kohya file, which no such training can have written."""
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{stem}.lora_down.weight": torch.randn(4, 320), f"{stem}.lora_up.weight": torch.randn(320, 4)}
+    path = tmp_path / "hostile.safetensors"
+    save_file(tensors, path, {"adapterops": json.dumps({"config": {"unet": {"init_lora_weights": "PiSSA_niter_4"}}})})
+    ao.convert(path, "peft", tmp_path / "peft")
+    config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
+    assert config["init_lora_weights"] is True
