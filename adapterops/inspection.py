@@ -182,7 +182,7 @@ def _norms(adapter: Adapter) -> tuple[dict[str, dict[str, float]], list[str]]:
     for update in adapter:
         method = METHODS[update.method]
         if method.scaled and method.scale(update) is None:
-            unit = Fact[float | None](float(method.rank(update) or 1), Certainty.ASSUMED)
+            unit: Fact[float | None] = Fact(float(method.rank(update) or 1), Certainty.ASSUMED)
             update, unscaled = replace(update, alpha=unit, rslora=False), unscaled + 1
         norm = method.norm(update)
         if norm is None:

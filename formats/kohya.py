@@ -11,6 +11,7 @@ that train SDXL on a diffusers UNet write diffusers' names there too, which is t
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import isfinite, sqrt
 
 from adapterops_formats.lycoris_names import DOWN_UP, IA3, LYCORIS, UNREAD
@@ -25,12 +26,17 @@ from adapterops.plugin import (
     Certainty,
     Dialect,
     Format,
+    Output,
+    OutputFile,
     Place,
     Reading,
     Request,
     Source,
     Suffix,
+    Target,
+    Update,
     errors,
+    header,
     read_by_table,
 )
 
@@ -130,39 +136,48 @@ class Kohya(Format):
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
         refuse_scale(request.fields, "a Kohya file")
         adapter = read_by_table(reading, source, request)
-        if not isinstance(request.alpha, (str, float)):
-            _agree_with_header(adapter, source)
+        read = [u for u in adapter if u.alpha is not None and u.alpha.certainty is Certainty.READ]
+        other = _contradicted(adapter.with_updates(read), source.metadata)
+        if other is not None and not isinstance(request.alpha, (str, float)):
+            raise errors.Conflict(
+                f"{source.path}: two alphas: the header's ss_network_alpha is {source.metadata['ss_network_alpha'][:40]}, but "
+                f"no module has it ({other.name}: {other.alpha}); --alpha tensors believes the tensors, as readers do"
+            )
         return adapter
 
+    def write(self, adapter: Adapter, target: Target) -> Output:
+        spelled = self.spell(adapter, target)
+        metadata, notes = header(spelled.adapter), list(spelled.notes)
+        if _contradicted(spelled.adapter, metadata) is not None:
+            notes.append(
+                f"the header's ss_network_alpha, {metadata.pop('ss_network_alpha')[:40]}, is no module's: left out"
+            )
+        file = OutputFile("", spelled.tensors, metadata)
+        return Output((file,), tuple(spelled.kept), tuple(spelled.dropped), tuple(notes))
 
-def _agree_with_header(adapter: Adapter, source: Source) -> None:
-    """Raise `Conflict` where `ss_network_alpha` is the alpha of no module at all.
+
+def _contradicted(adapter: Adapter, metadata: Mapping[str, str]) -> Update | None:
+    """A module whose alpha is not `ss_network_alpha`, where that is the alpha of no module at all.
 
     Readers use the tensors, but a header that no tensor agrees with means that one of the two was edited.
-    Convolutions and block-wise ranks have alphas of their own, so one agreeing module is enough.  A LoKr of two whole
-    factors has no scale, and LyCORIS writes the rank of the network for its alpha (`lycoris/modules/lokr.py`).
+    Convolutions and block-wise ranks have alphas of their own, so one agreeing module is enough.
     """
-    text = source.metadata.get("ss_network_alpha", "")
     try:
-        stated = float(text)
+        stated = float(metadata.get("ss_network_alpha", ""))
     except ValueError:
-        return
+        return None
     # Zero says "as the rank" to trainers; some write None or Dynamic.
     if not isfinite(stated) or stated == 0:
-        return
-    ranked = ((u.alpha, u, METHODS[u.method].rank(u)) for u in adapter if u.alpha is not None)
-    read = [(alpha, update, rank) for alpha, update, rank in ranked if rank and alpha.certainty is Certainty.READ]
-    for alpha, _, rank in read:
-        value = alpha.value or 0.0
+        return None
+    # LoKr of two whole factors has no rank: LyCORIS writes any number beside it.
+    ranked = [(u, METHODS[u.method].rank(u)) for u in adapter if u.alpha is not None and u.alpha.value is not None]
+    for update, rank in ranked:
+        value = update.alpha.value if update.alpha is not None else None
         # 16-bit alphas are rounded: within bfloat16's spacing they say the same.  LyCORIS stores rsLoRA's scale as
         # alpha·√rank (`lycoris/modules/locon.py`).
-        if any(abs(value - said) <= abs(said) * 2**-7 for said in (stated, stated * sqrt(rank))):
-            return
-    if read:
-        raise errors.Conflict(
-            f"{source.path}: two alphas: the header's ss_network_alpha is {stated:g}, but no module has it "
-            f"({read[0][1].name}: {read[0][0]}); --alpha tensors believes the tensors, as readers do"
-        )
+        if rank and any(abs((value or 0.0) - said) <= abs(said) * 2**-7 for said in (stated, stated * sqrt(rank))):
+            return None
+    return next((update for update, rank in ranked if rank), None)
 
 
 FORMAT = Kohya()

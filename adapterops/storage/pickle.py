@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -65,7 +66,7 @@ def _load(path: str, zipped: bool) -> object:
     import torch
 
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _short_messages():
             # About the pickle protocol and torch's own storages: nothing that the user could act on.
             warnings.simplefilter("ignore")
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
@@ -84,6 +85,30 @@ def _load(path: str, zipped: bool) -> object:
     # Whatever bytes a stranger wrote decide what is raised here: KeyError, struct.error, OverflowError, MemoryError …
     except Exception as error:
         raise UnreadableFile(f"{path}: torch.load cannot read it: {_first_line(error)}; download it again") from error
+
+
+@contextlib.contextmanager
+def _short_messages() -> Iterator[None]:
+    """Cut what torch's unpickler says of a file.
+
+    torch 2.13 searches it for patterns that take the square of its length, and a file can make it as long as itself.
+    """
+    from torch import _weights_only_unpickler as unpickler
+
+    original = getattr(unpickler, "UnpicklingError", None)
+    if original is None:  # another version keeps it elsewhere: long messages are slow there, nothing else
+        yield
+        return
+
+    class Short(original):  # type: ignore[misc, valid-type]
+        def __init__(self, *arguments: object) -> None:
+            super().__init__(*(str(argument)[:1000] for argument in arguments))
+
+    unpickler.UnpicklingError = Short  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        unpickler.UnpicklingError = original  # type: ignore[attr-defined]
 
 
 def _first_line(error: Exception) -> str:

@@ -146,7 +146,9 @@ def npz_bytes(sample: Sample, compressed: bool = False) -> bytes:
     method = zipfile.ZIP_DEFLATED if compressed else zipfile.ZIP_STORED
     with zipfile.ZipFile(buffer, "w", method) as archive:
         for key, tensor in sample.tensors.items():
-            archive.writestr(plain_entry(key + ".npy", method), npy_bytes(tensor))
+            # A zip cannot name what UTF-8 cannot say.
+            name = key.encode("utf-8", "replace").decode()
+            archive.writestr(plain_entry(name + ".npy", method), npy_bytes(tensor))
     return buffer.getvalue()
 
 

@@ -249,3 +249,23 @@ def test_a_header_cannot_make_peft_change_the_base(tmp_path: Path) -> None:
     ao.convert(path, "peft", tmp_path / "peft")
     config = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())
     assert config["init_lora_weights"] is True
+
+
+def test_a_header_alpha_that_no_module_has_is_not_carried_into_a_kohya_file(tmp_path: Path) -> None:
+    """sd-scripts' `ss_network_alpha` beside Comfy's names, or beside alphas that were folded."""
+    stem = "diffusion_model.double_blocks.0.img_attn.proj"
+    tensors = {
+        f"{stem}.lora_A.weight": torch.randn(4, 3072),
+        f"{stem}.lora_B.weight": torch.randn(3072, 4),
+        f"{stem}.alpha": torch.tensor(3.0),
+    }
+    path = tmp_path / "comfy.safetensors"
+    save_file(tensors, path, {"ss_network_alpha": "16"})
+    result = ao.convert(path, "kohya", tmp_path / "k.safetensors")
+    assert any("ss_network_alpha, 16, is no module's" in note for note in result.notes)
+    assert "ss_network_alpha" not in ao.load(result.path).metadata
+    save_file(tensors, path, {"ss_network_alpha": "3"})
+    kept = ao.convert(path, "kohya", tmp_path / "kept.safetensors")
+    assert ao.load(kept.path).metadata["ss_network_alpha"] == "3"
+    folded = ao.convert(kept.path, "kohya", tmp_path / "folded.safetensors", fold_alpha=True)
+    assert "ss_network_alpha" not in ao.load(folded.path).metadata
