@@ -7,13 +7,22 @@ from dataclasses import replace
 from adapterops import architectures
 from adapterops.adapter import Adapter, Certainty, Fact
 from adapterops.architectures import Architecture
-from adapterops.errors import BrokenAdapter
+from adapterops.errors import AmbiguousFormat
 from adapterops.methods import METHODS
 from adapterops.storage import Source
 
 
 def join(source: Source, parts: list[Adapter]) -> Adapter:
-    """One adapter of the components that a folder keeps in subfolders."""
+    """One adapter of the components that a folder keeps in subfolders.
+
+    Raises `AmbiguousFormat` where a subfolder holds something else than its component.
+    """
+    for name, part in zip(source.parts, parts, strict=True):
+        if part.components != (name,):
+            raise AmbiguousFormat(
+                f"{source.path}: its folder {name} holds updates of {', '.join(part.components)}: the folders are not the "
+                "components of one adapter; name one of them"
+            )
     names = {p.architecture.value for p in parts if p.architecture.value is not None}
     bases = [p.base for p in parts if p.base is not None]
     fact, base = parts[0].architecture, parts[0].base
@@ -36,13 +45,7 @@ def join(source: Source, parts: list[Adapter]) -> Adapter:
     mutated = next((p.mutated_init for p in parts if p.mutated_init), None)
     config = {k: v for p in parts for k, v in p.config.items()}
     joined = Adapter({}, fact, provenance, _metadata(parts), config, base, mutated)
-    try:
-        return joined.with_updates(u for p in parts for u in p)
-    except ValueError as error:
-        raise BrokenAdapter(
-            f"{source.path}: {error}: two of its folders ({', '.join(source.parts)}) hold the same component; name one of "
-            "them"
-        ) from error
+    return joined.with_updates(u for p in parts for u in p)
 
 
 def _metadata(parts: list[Adapter]) -> dict[str, str]:

@@ -269,3 +269,14 @@ def test_a_header_alpha_that_no_module_has_is_not_carried_into_a_kohya_file(tmp_
     assert ao.load(kept.path).metadata["ss_network_alpha"] == "3"
     folded = ao.convert(kept.path, "kohya", tmp_path / "folded.safetensors", fold_alpha=True)
     assert "ss_network_alpha" not in ao.load(folded.path).metadata
+
+
+def test_folders_that_are_no_components_are_not_one_adapter(tmp_path: Path) -> None:
+    """A whole Kohya file in a folder called after a component, beside a real one."""
+    unet = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    pairs = {f"{unet}.lora_A.weight": torch.randn(4, 320), f"{unet}.lora_B.weight": torch.randn(320, 4)}
+    for name in ("prior", "unet"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        save_file(pairs, tmp_path / "in" / name / "adapter_model.safetensors")
+    with pytest.raises(ao.AdapterOpsError, match="folder prior holds updates of unet"):
+        ao.load(tmp_path / "in")
