@@ -85,11 +85,12 @@ def _leave(*arguments: Any) -> Any:
     raise ao.AdapterOpsError("refused")
 
 
+_HELD: list[bytearray] = []
+
+
 def _hold(*arguments: Any) -> Any:
-    # Where the highest point cannot be set back, only what goes beyond it is seen.
-    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
-    below = sum(sign * int(status[name].split()[0]) for name, sign in (("VmHWM", 1), ("VmRSS", -1)))
-    bytearray(b"x") * ((400 << 20) + (below << 10))
+    # Kept, and not let go at once: what is still held shows whatever the process's earlier peak was.
+    _HELD.append(bytearray(b"x") * (400 << 20))
     raise ao.AdapterOpsError("refused")
 
 

@@ -77,12 +77,13 @@ def run(given: Input, place: Path, seconds: float, with_cli: bool = False) -> Ou
     os.chdir(place)
     try:
         _write(given)
-        memory, started = _reset_peak(), time.perf_counter()
+        memory, resident, started = _reset_peak(), _resident(), time.perf_counter()
         descriptors = _open_descriptors()
         report = _guard(lambda: _inspected(given), seconds, "inspect", outcome)
         result = _guard(lambda: _converted(given), seconds, "convert", outcome)
         outcome.seconds = time.perf_counter() - started
-        outcome.memory = _peak() - memory
+        # Where the peak cannot be set back, what is still held shows all the same.
+        outcome.memory = max(_peak() - memory, _resident() - resident)
         _judge(given, result, outcome)
         _check_files(given, result, outcome)
         if with_cli and not outcome.findings:
@@ -302,11 +303,24 @@ def _reset_peak() -> float:
 
 def _peak() -> float:
     """The peak of resident memory, in MiB."""
+    peak = _status("VmHWM")
+    if peak is not None:
+        return peak
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def _resident() -> float:
+    """Resident memory now, in MiB; 0 where the system does not say."""
+    return _status("VmRSS") or 0.0
+
+
+def _status(name: str) -> float | None:
+    """An entry of the process's status, in MiB (Linux)."""
     try:
         with open("/proc/self/status", encoding="ascii") as file:
-            line = next(line for line in file if line.startswith("VmHWM"))
+            line = next(line for line in file if line.startswith(name))
         return int(line.split()[1]) / 1024
     except (OSError, StopIteration):
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        return None
