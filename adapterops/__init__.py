@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from adapterops.api import Result, convert, load, save
     from adapterops.errors import AdapterOpsError
     from adapterops.inspection import Inspection, inspect
+    from adapterops.merging.merge import MergeResult, combine, merge
 
 __version__ = "0.1.0"
 
@@ -29,11 +30,14 @@ _HOMES = {
     "Certainty": "adapter",
     "Fact": "adapter",
     "Inspection": "inspection",
+    "MergeResult": "merging.merge",
     "Result": "api",
     "Update": "adapter",
+    "combine": "merging.merge",
     "convert": "api",
     "inspect": "inspection",
     "load": "api",
+    "merge": "merging.merge",
     "save": "api",
 }
 
@@ -43,13 +47,16 @@ __all__ = [
     "Certainty",
     "Fact",
     "Inspection",
+    "MergeResult",
     "Result",
     "Update",
     "__version__",
+    "combine",
     "convert",
     "inspect",
     "integrations",
     "load",
+    "merge",
     "save",
 ]
 

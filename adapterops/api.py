@@ -175,7 +175,7 @@ def save(
     form, dialect = registry.find(format or adapter.provenance.dialect)
     _insist_on_use(adapter, dialect, fields or {})
     insist_on_alphas(adapter)
-    wanted = _dtype(dtype)
+    wanted = dtype_named(dtype)
     changed = adapter.with_updates(_map(u, wanted, fold_alpha) for u in adapter)
     target = Target(dialect, adapter.base, dict(fields or {}), format is None, allow_drop)
     _insist_on_init(adapter, form)
@@ -260,7 +260,8 @@ def insist_on_alphas(adapter: Adapter) -> None:
             )
 
 
-def _dtype(name: str | None) -> str | None:
+def dtype_named(name: str | None) -> str | None:
+    """A dtype as people and torch call it, by its safetensors name.  Raises `UsageError`."""
     if name is None:
         return None
     known = _DTYPE_NAMES.get(name.lower().removeprefix("torch."))

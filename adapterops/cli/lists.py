@@ -48,10 +48,20 @@ def architectures(as_json: bool) -> None:
         click.echo(line)
 
 
-@click.command(short_help="The adapter methods that are understood.")
+@click.command(short_help="The adapter methods that are understood, and those of merging.")
+@click.option("--merge", "merging", is_flag=True, help="The methods of `adapterops merge`, with their parameters.")
 @_json
-def methods(as_json: bool) -> None:
-    """List the methods and the source that defines each."""
+def methods(merging: bool, as_json: bool) -> None:
+    """List the methods of adaptation, or with --merge those of merging, and the source that defines each.
+
+    \b
+    Examples:
+      adapterops methods
+      adapterops methods --merge
+    """
+    if merging:
+        _merge_methods(as_json)
+        return
     from adapterops.methods import METHODS
 
     found = [{"method": m.name, "title": m.title, "source": m.source} for m in METHODS.values()]
@@ -60,3 +70,35 @@ def methods(as_json: bool) -> None:
         return
     for line in table(["method", "what it is", "source"], [list(f.values()) for f in found]):
         click.echo(line)
+
+
+def _merge_methods(as_json: bool) -> None:
+    import adapterops.merging.methods  # noqa: F401  (fills the table)
+    from adapterops.merging.registry import ALIASES, METHODS
+
+    found = [
+        {
+            "method": m.name,
+            "aliases": [alias for alias, (name, _) in ALIASES.items() if name == m.name],
+            "spaces": [space.value for space in m.spaces],
+            "summary": m.summary,
+            "source": m.source,
+            "adapters": m.adapters,
+            "parameters": [
+                {"name": p.name, "option": p.option, "help": p.help, "default": p.default, "range": p.range}
+                for p in m.parameters
+            ],
+        }
+        for m in METHODS.values()
+    ]
+    if as_json:
+        print_json(found)
+        return
+    for m in METHODS.values():
+        names = [m.name, *(alias for alias, (name, _) in ALIASES.items() if name == m.name)]
+        click.echo(click.style(", ".join(names), bold=True) + f"  ({' or '.join(space.value for space in m.spaces)})")
+        click.echo(f"    {m.summary}")
+        for p in m.parameters:
+            usual = "must be given" if p.default is None else f"default {p.default}"
+            click.echo(f"    {p.option}: {p.help} ({p.range}; {usual})")
+        click.echo(f"    {m.source}")

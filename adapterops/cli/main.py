@@ -18,6 +18,7 @@ from adapterops.errors import AdapterOpsError
 COMMANDS = {
     "inspect": "What an adapter file is and holds.",
     "convert": "Convert an adapter to another format, with proof.",
+    "merge": "Make one adapter of several.",
     "formats": "The formats and dialects that are read and written.",
     "architectures": "The base models whose module names are built in.",
     "methods": "The adapter methods that are understood.",
@@ -60,13 +61,14 @@ class LazyGroup(click.Group):
 @click.version_option(__version__, prog_name="adapterops")
 @click.option("--debug", is_flag=True, help="Show the Python traceback of an error.")
 def main(debug: bool) -> None:
-    """Read, understand and convert LoRA adapters, with proof.
+    """Read, understand, convert and merge LoRA adapters, with proof.
 
     \b
     Examples:
       adapterops inspect style.safetensors
       adapterops convert style.safetensors --to peft
       adapterops convert my-peft-folder --to kohya -o style.safetensors
+      adapterops merge style.safetensors face.safetensors --method svd --weights 0.7,0.5
     """
 
 

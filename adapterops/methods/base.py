@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import numpy.typing
     import torch
 
+    from adapterops.methods.products import Rows
+
     Array = numpy.typing.NDArray[Any]
 
 
@@ -85,6 +87,29 @@ class Method:
         Raises `CannotRepresent` where ΔW needs the base weight or does not exist.
         """
         raise NotImplementedError
+
+    def weight_shape(self, update: Update) -> tuple[int, ...] | None:
+        """The shape of ΔW as the tensors have it (a kernel may be flattened, an embedding's is (dim, tokens)); None where
+        no weight is changed, or where the change needs the base."""
+        return None
+
+    def exact_rank(self, update: Update) -> int | None:
+        """The r of the factors that `low_rank` gives; None where it gives none."""
+        return None
+
+    def low_rank(self, update: Update) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Exact factors of ΔW, the scale aside: (out, r) and (r, in · kernel); None where it has none of low rank.
+
+        In the dtype of the tensors where they are the factors, else in float64.
+        """
+        return None
+
+    def matrix(self, update: Update) -> Rows:
+        """ΔW, the scale included, as rows (out, in · kernel) that are made when they are asked for.
+
+        Raises `CannotRepresent` where ΔW needs the base weight or does not exist.
+        """
+        raise CannotRepresent(f"{update.name}: {self.title} has no weight delta of its own")
 
     def error(self, update: Update, other: Update) -> float:
         """How far `other` is from `update`, relative to the size of `update`; 0 where they are the same."""

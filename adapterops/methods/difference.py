@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from adapterops.adapter import Update
 from adapterops.errors import BrokenAdapter, CannotRepresent
 from adapterops.methods.base import Method, array_error, need, tensor_error, worst
+from adapterops.methods.products import Rows
 from adapterops.storage.tensor import LazyTensor, is_zero
 
 if TYPE_CHECKING:
@@ -106,6 +107,17 @@ class Difference(Method):
             self._insist(update, weight.numel == sparse.size)
             made = (made.double() + torch.from_numpy(sparse).reshape(made.shape)).float()
         return made
+
+    def weight_shape(self, update: Update) -> tuple[int, ...] | None:
+        weight, size = update.tensors.get("weight"), update.tensors.get("bias_size")
+        if weight is not None:
+            return weight.shape
+        return None if size is None else tuple(int(n) for n in size.numpy().reshape(-1))
+
+    def matrix(self, update: Update) -> Rows:
+        made = self.delta(update)
+        values = made.reshape(made.shape[0] if made.dim() > 1 else 1, -1).numpy().astype("f8")
+        return Rows(values.shape, lambda start, stop: values[start:stop])
 
     def bias_delta(self, update: Update) -> torch.Tensor | None:
         """Δb (out,) in float32; None where the bias stays."""

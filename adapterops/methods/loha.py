@@ -113,6 +113,30 @@ class Loha(Method):
     def error(self, update: Update, other: Update) -> float:
         return worst([self._matrix(update).error(self._matrix(other)), magnitude_error(update, other)])
 
+    def weight_shape(self, update: Update) -> tuple[int, ...]:
+        shape = self._shape(update)
+        return (shape.out, shape.inputs, *shape.kernel)
+
+    def exact_rank(self, update: Update) -> int | None:
+        """r², where that is still low."""
+        shape = self._shape(update)
+        return shape.rank**2 if 2 * shape.rank**2 <= min(shape.out, shape.columns) else None
+
+    def low_rank(self, update: Update) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Every pair of a column of w1 and one of w2, multiplied."""
+        import torch
+
+        if self.exact_rank(update) is None:
+            return None
+        shape = self._shape(update)
+        (a1, b1), (a2, b2) = (map(torch.from_numpy, pair_factors(update, *half)) for half in HALVES)
+        left = torch.einsum("mi,mj->mij", a1, a2).reshape(shape.out, -1)
+        right = torch.einsum("in,jn->ijn", b1, b2).reshape(-1, shape.columns)
+        return left, right
+
+    def matrix(self, update: Update) -> Rows:
+        return self._matrix(update)
+
     def _shape(self, update: Update) -> Shape:
         return pair_shape(update, *HALVES[0])
 

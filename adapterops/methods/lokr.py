@@ -153,6 +153,31 @@ class Lokr(Method):
             error = kronecker(w1, w2).error(kronecker(v1, v2))
         return worst([error, magnitude_error(update, other)])
 
+    def weight_shape(self, update: Update) -> tuple[int, ...]:
+        one, two = self._shapes(update)
+        return (one.out * two.out, one.inputs * two.inputs, *two.kernel)
+
+    def exact_rank(self, update: Update) -> int | None:
+        """i1 · r where w2 is decomposed and has no kernel, if that is still low."""
+        one, two = self._shapes(update)
+        rank = one.inputs * two.rank
+        low = 0 < 2 * rank <= min(one.out * two.out, one.inputs * two.inputs)
+        return rank if low and not two.kernel else None
+
+    def low_rank(self, update: Update) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """w1 ⊗ (a·b) = (w1 ⊗ a)·(I ⊗ b)."""
+        import torch
+
+        if self.exact_rank(update) is None:
+            return None
+        one = self._shapes(update)[0]
+        w1 = torch.from_numpy(self._factor(update, "1"))
+        a, b = map(torch.from_numpy, pair_factors(update, "w2_a", "w2_b", "t2"))
+        return torch.kron(w1, a), torch.kron(torch.eye(one.inputs, dtype=b.dtype), b)
+
+    def matrix(self, update: Update) -> Rows:
+        return kronecker(*self._factors(update))
+
     def _shapes(self, update: Update) -> tuple[Shape, Shape]:
         """Of w1 and w2; rank 0 where a factor is whole.  Raises `BrokenAdapter` where they are none."""
         shapes = []
@@ -172,17 +197,19 @@ class Lokr(Method):
 
     def _factors(self, update: Update) -> tuple[Array, Array]:
         """w1 (o1, i1) times the scale, and w2 (o2, i2 · kernel), in float64."""
+        return self._factor(update, "1") * known(update, self.scale(update)), self._factor(update, "2")
+
+    def _factor(self, update: Update, number: str) -> Array:
+        """w1 or w2 as a matrix, in float64."""
         import numpy as np
 
-        made = []
-        for number in "12":
-            whole = update.tensors.get(f"w{number}")
-            if whole is not None:
-                made.append(whole.numpy().astype(np.float64).reshape(whole.shape[0], -1))
-            else:
-                a, b = pair_factors(update, f"w{number}_a", f"w{number}_b", f"t{number}")
-                made.append(a @ b)
-        return made[0] * known(update, self.scale(update)), made[1]
+        whole = update.tensors.get(f"w{number}")
+        if whole is not None:
+            values: Array = whole.numpy().astype(np.float64).reshape(whole.shape[0], -1)
+            return values
+        a, b = pair_factors(update, f"w{number}_a", f"w{number}_b", f"t{number}")
+        product: Array = a @ b
+        return product
 
 
 def kronecker(w1: Array, w2: Array) -> Rows:

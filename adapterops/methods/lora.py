@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from adapterops.adapter import Update
 from adapterops.errors import BrokenAdapter, CannotRepresent
 from adapterops.methods.base import Method, array_error, need, tensor_error, worst
+from adapterops.methods.products import Rows
 from adapterops.storage.tensor import LazyTensor
 
 if TYPE_CHECKING:
@@ -132,6 +133,28 @@ class Lora(Method):
 
     def norm(self, update: Update) -> float:
         return factor_norm(*self.factors(update))
+
+    def weight_shape(self, update: Update) -> tuple[int, ...]:
+        a, b, mid = update.tensors["A"], update.tensors["B"], update.tensors.get("mid")
+        return (b.shape[0], a.shape[1], *(mid.shape[2:] if mid is not None else a.shape[2:]))
+
+    def exact_rank(self, update: Update) -> int:
+        return self.rank(update)
+
+    def low_rank(self, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        a, b = update.tensors["A"].torch(), update.tensors["B"].torch()
+        mid = update.tensors.get("mid")
+        if mid is not None:
+            rank, inner = b.shape[1], a.shape[0]
+            a = torch.einsum("rs...,si->ri...", mid.torch().double(), a.reshape(inner, -1).double())
+            return b.reshape(-1, rank).double(), a.reshape(rank, -1)
+        return b.reshape(b.shape[0], b.shape[1]), a.reshape(a.shape[0], -1)
+
+    def matrix(self, update: Update) -> Rows:
+        b, a = self.factors(update)
+        return Rows((len(b), a.shape[1]), lambda start, stop: b[start:stop] @ a)
 
     def delta(self, update: Update) -> torch.Tensor:
         """ΔW in float32 before any DoRA normalisation (which needs the base weight)."""

@@ -1,0 +1,276 @@
+"""`adapterops merge`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+import adapterops.merging.methods  # noqa: F401  (fills the table that the options are made from)
+from adapterops.cli.main import print_json
+from adapterops.cli.options import Command, reading, writing
+from adapterops.cli.progress import counting
+from adapterops.cli.text import bytes_text, plural, table
+from adapterops.merging.registry import ALIASES, METHODS, Parameter
+
+if TYPE_CHECKING:
+    from adapterops.merging.merge import MergeResult
+    from adapterops.merging.settings import ModuleReport
+
+_WORST = 5
+"""Modules that are named where much is lost."""
+_LOSSY = 0.05
+"""An error of more than this is worth naming modules for."""
+
+
+def _parameters() -> dict[str, tuple[Parameter, list[str]]]:
+    """Every parameter of any method, and the methods that have it."""
+    found: dict[str, tuple[Parameter, list[str]]] = {}
+    for method in METHODS.values():
+        for parameter in method.parameters:
+            found.setdefault(parameter.name, (parameter, []))[1].append(method.name)
+    return found
+
+
+def _option(parameter: Parameter, methods: Sequence[str]) -> Callable[[Command], Command]:
+    usual = "" if parameter.default is None else f" [default: {parameter.default}]"
+    text = f"{', '.join(methods)}: {parameter.help}.{usual}"
+    if parameter.choices:
+        return click.option(parameter.option, parameter.name, type=click.Choice(parameter.choices), help=text)
+    kind = "N" if parameter.type is int else "X"
+    return click.option(parameter.option, parameter.name, metavar=kind, type=parameter.type, help=text)
+
+
+def _of_methods(command: Command) -> Command:
+    for parameter, methods in reversed(_parameters().values()):
+        command = _option(parameter, methods)(command)
+    return command
+
+
+@click.command(short_help="Make one adapter of several.")
+@click.argument("sources", metavar="SRC...", nargs=-1)
+@click.option(
+    "--method",
+    metavar="METHOD",
+    help="How to merge: " + ", ".join(METHODS) + "; or PEFT's " + ", ".join(ALIASES) + ". `adapterops methods --merge` "
+    "explains each. svd and cat are the exact weighted sum; linear is PEFT's sum of the factors, which is not.",
+)
+@click.option("--recipe", metavar="FILE", help="Run a recipe: a YAML file, or the output of an earlier merge.")
+@click.option(
+    "--weights",
+    metavar="W,W…|FILE",
+    help="A number for each adapter (1 each where nothing is said), or a YAML file with weights per block and pattern.",
+)
+@click.option(
+    "--rank", metavar="R", type=int, help="The output's rank. [default: the largest of the inputs', by module]"
+)
+@click.option("--space", type=click.Choice(["factors", "delta"]), help="Act on the factors, or on the weight deltas.")
+@_of_methods
+@click.option("--seed", metavar="N", type=int, help="What random masks are drawn from. [default: 0]")
+@click.option(
+    "--svd",
+    type=click.Choice(["auto", "exact"]),
+    help="How dense deltas are factorised: iterated to --svd-tolerance, or in full. [default: auto]",
+)
+@click.option(
+    "--svd-tolerance",
+    metavar="X",
+    type=float,
+    help="By how much an iterated factorisation may miss the best one, relative to that one's error. [default: 1e-5]",
+)
+@click.option(
+    "--split",
+    type=click.Choice(["even", "b", "a"]),
+    help="Singular values go as roots into both factors, or into one (b, as PEFT does). [default: even]",
+)
+@click.option(
+    "--saved",
+    type=click.Choice(["refuse", "mean", "first"]),
+    help="Where adapters hold different saved modules, trained tokens or embeddings. [default: refuse]",
+)
+@click.option(
+    "--base-weights",
+    metavar="BASE",
+    type=click.Path(),
+    help="The base model's weights (a file, or a model's or pipeline's folder): DoRA magnitudes are folded against them.",
+)
+@click.option("--allow-disjoint", is_flag=True, help="Merge adapters that share no module.")
+@click.option("--device", metavar="NAME", default="auto", help="auto, cpu, cuda, cuda:N or mps. [default: auto]")
+@click.option(
+    "--workers", metavar="N", type=click.IntRange(0), default=0, help="Modules at a time; the result is the same."
+)
+@click.option("--to", metavar="FORMAT", help="Format or dialect to write. [default: the first source's]")
+@reading
+@click.option("--fold-alpha", is_flag=True, help="Bake the scale into the factors, for readers that ignore alpha.")
+@click.option("-v", "--verbose", is_flag=True, help="List every module.")
+@writing
+def merge(
+    sources: tuple[str, ...],
+    method: str | None,
+    recipe: str | None,
+    weights: str | None,
+    space: str | None,
+    device: str,
+    workers: int,
+    to: str | None,
+    source_format: str | None,
+    arch: str | None,
+    base: str | None,
+    layout: str | None,
+    alpha: float | str | None,
+    fields: dict[str, Any],
+    rename: tuple[str, ...],
+    allow_drop: bool,
+    fold_alpha: bool,
+    verbose: bool,
+    output: str | None,
+    dtype: str | None,
+    overwrite: bool,
+    no_verify: bool,
+    as_json: bool,
+    **parameters: Any,
+) -> None:
+    """Merge the adapters SRC… (files, folders, hf:// names; of any formats, methods, ranks and types) into one.
+
+    No base model is needed.  The output is read back and compared with what was computed before it appears; its header
+    holds the recipe, which `--recipe OUTPUT` runs again.  Without -o it is merged/ or merged.safetensors.
+
+    \b
+    Examples:
+      adapterops merge style.safetensors face.safetensors --method svd --weights 0.7,0.5 --rank 32
+      adapterops merge a.safetensors b.safetensors --method dare_ties --density 0.5 -o both.safetensors
+      adapterops merge a b c --method ties --space delta --density 0.2 --rank 16 --to peft -o abc
+      adapterops merge model skill --method subtract -o without
+      adapterops merge --recipe recipe.yaml --device cuda
+    """
+    from adapterops.merging.merge import merge as run_merge
+
+    options = {
+        "from": source_format, "arch": arch, "base": base, "layout": layout, "alpha": alpha, "set": fields or None,
+        "rename": list(rename) or None, "allow_drop": allow_drop or None,
+    }  # fmt: skip
+    with counting("merging", "modules", quiet=as_json) as progress:
+        result = run_merge(
+            sources,
+            output,
+            method,
+            recipe=recipe,
+            weights=weights,
+            to=to,
+            space=space,
+            reading={name: value for name, value in options.items() if value is not None},
+            dtype=dtype,
+            device=device,
+            workers=workers,
+            overwrite=overwrite,
+            verify=not no_verify,
+            fields=fields,
+            fold_alpha=fold_alpha,
+            progress=progress,
+            **parameters,
+        )
+    if as_json:
+        print_json(_as_dict(result))
+        return
+    for line in _lines(result, verbose):
+        click.echo(line)
+
+
+def _lines(result: MergeResult, verbose: bool) -> list[str]:
+    written = result.written
+    step = result.recipe.steps[-1]
+    names = ", ".join(ref.path or f"step {ref.step}" for ref in step.sources)
+    arch = f" ({written.architecture.value})" if written.architecture.value else ""
+    lines = [f"{names} → {written.path} ({step.method}, {written.dialect}{arch})"]
+    lines.append(
+        f"  {plural(written.modules, 'module')}, {plural(written.tensors, 'tensor')}, {bytes_text(written.bytes)}"
+    )
+    lines += [f"  {line}" for line in _losses(result.modules)]
+    if verbose:
+        lines += ["", *table(["module", "method", "rank", "kept", "error"], [_row(m) for m in result.modules]), ""]
+    if written.proof is not None:
+        lines.append(f"  {click.style('proved', fg='green')}: {written.proof}")
+    else:
+        lines.append(f"  {click.style('not proved', fg='yellow')} (--no-verify)")
+    lines += [f"  {click.style('dropped', fg='yellow')}: {line}" for line in written.dropped]
+    lines += [f"  note: {note}" for note in dict.fromkeys((*result.notes, *written.notes))]
+    return lines
+
+
+def _row(module: ModuleReport) -> list[str]:
+    return [
+        f"{module.component}: {module.module}",
+        module.method,
+        "–" if module.rank is None else str(module.rank),
+        "–" if module.kept is None else f"{module.kept:.1%}",
+        "–" if module.error is None else f"{module.error:.1e}",
+    ]
+
+
+def _losses(modules: Sequence[ModuleReport]) -> list[str]:
+    """How much of the merged deltas the output holds."""
+    cancelling = [m for m in modules if m.cancels]
+    measured = sorted((m for m in modules if m.error is not None and m.kept is not None), key=lambda m: -(m.error or 0))
+    lines = []
+    if measured:
+        middle = measured[len(measured) // 2]
+        worst = measured[0]
+        lines.append(
+            f"lost to the rank and the dtype, ‖ΔW − output‖ / ‖ΔW‖: {middle.error:.1e} in the middle, at most "
+            f"{worst.error:.1e} ({worst.component}: {worst.module}, rank {worst.rank}, {worst.kept:.1%} of its energy kept)"
+        )
+        if (worst.error or 0) > _LOSSY:
+            lines.append("a larger --rank keeps more; --method cat keeps all of a weighted sum")
+        loose = max(m.excess for m in measured)
+        if loose > 1e-4:
+            lines.append(
+                f"the factorisation may miss the best of its rank by {loose:.1e} of its error; --svd exact does not"
+            )
+    empty = [m for m in modules if m.empty]
+    if empty:
+        lines.append(
+            f"{click.style('nothing left', fg='yellow')}: {empty[0].method} makes nothing of {plural(len(empty), 'module')} "
+            f"(first: {empty[0].module}): the adapters do not agree there"
+        )
+    if cancelling:
+        lines.append(
+            f"{click.style('cancels', fg='yellow')}: in {plural(len(cancelling), 'module')} the adapters cancel each other "
+            f"nearly wholly (first: {cancelling[0].module}); what is left is mostly their rounding"
+        )
+    return lines
+
+
+def _as_dict(result: MergeResult) -> dict[str, Any]:
+    written = result.written
+    proof = written.proof
+    return {
+        "sources": [ref.path for ref in result.recipe.steps[-1].sources],
+        "output": written.path,
+        "files": list(written.files),
+        "to": written.dialect,
+        "architecture": written.architecture.value,
+        "modules": [
+            {
+                "component": m.component,
+                "module": m.module,
+                "method": m.method,
+                "rank": m.rank,
+                "kept": m.kept,
+                "error": m.error,
+                "excess": m.excess,
+                "cancels": m.cancels,
+                "empty": m.empty,
+            }
+            for m in result.modules
+        ],
+        "tensors": written.tensors,
+        "bytes": written.bytes,
+        "proof": None
+        if proof is None
+        else {"modules": proof.modules, "largest_error": proof.largest_error, "exact": proof.exact},
+        "recipe": result.recipe.dump(),
+        "dropped": list(written.dropped),
+        "notes": list(dict.fromkeys((*result.notes, *written.notes))),
+        "seconds": {**result.seconds, "copy": written.timings.copy, "proof": written.timings.proof},
+    }

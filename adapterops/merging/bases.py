@@ -1,0 +1,78 @@
+"""Whether adapters can be merged at all: one base model, something in common, nothing that would be lost."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from adapterops.adapter import Adapter, Certainty, Fact
+from adapterops.architectures import Architecture
+from adapterops.errors import BrokenAdapter, CannotRepresent, UsageError
+from adapterops.methods import METHODS
+
+_NAME = "base_model_name_or_path"
+
+
+def common_base(adapters: Sequence[Adapter]) -> tuple[Fact[str | None], Architecture | None]:
+    """The base model of all adapters, where one of them tells.
+
+    Raises `UsageError` where two of them tell of different ones.
+    """
+    known = [a for a in adapters if a.architecture.value is not None]
+    for other in known[1:]:
+        if other.architecture.value != known[0].architecture.value:
+            raise UsageError(
+                f"{other.provenance.path} is for {other.architecture.value} ({other.architecture.source}), and "
+                f"{known[0].provenance.path} for {known[0].architecture.value} ({known[0].architecture.source}): adapters of "
+                "different base models cannot be merged"
+            )
+    if not known:
+        return Fact(None, Certainty.UNKNOWN, "no source names a known base model"), None
+    first = known[0]
+    # One that was trained on other modules may fit two tables alike; the base that another one shows serves all.
+    return first.architecture, first.base
+
+
+def notes(adapters: Sequence[Adapter]) -> list[str]:
+    """What the user should know about the adapters' bases."""
+    names: dict[str, str] = {}
+    for adapter in adapters:
+        for config in adapter.config.values():
+            name = config.get(_NAME)
+            if isinstance(name, str) and name:
+                names.setdefault(name, adapter.provenance.path)
+    if len(names) < 2:
+        return []
+    listed = ", ".join(f"{name} ({path})" for name, path in names.items())
+    return [f"the adapters name different base models: {listed}; the shapes agree, the output names the first"]
+
+
+def insist(adapters: Sequence[Adapter]) -> None:
+    """Raise for an adapter that no merge can take: scale 0, no scale, a changed base."""
+    for adapter in adapters:
+        if adapter.mutated_init:
+            raise CannotRepresent(
+                f"{adapter.provenance.path}: was trained from {adapter.mutated_init}, which changed the base weights: its "
+                "deltas are not relative to the published base, and cannot be added to others. Make a plain LoRA of it "
+                "first (peft: save_pretrained with path_initial_model_for_weight_conversion)"
+            )
+        for update in adapter:
+            method = METHODS[update.method]
+            if method.scaled and update.alpha is not None and method.scale(update) == 0:
+                raise BrokenAdapter(
+                    f"{next(iter(update.tensors.values())).where}: the scale of {update.name} is 0 (alpha "
+                    f"{update.alpha}): it would change nothing; give the alpha that it was trained with (--alpha X), or "
+                    "leave it out"
+                )
+
+
+def insist_on_overlap(adapters: Sequence[Adapter], touched: Sequence[frozenset[int]], allowed: bool) -> None:
+    """Raise `UsageError` where an adapter shares no module with any other one; `touched` are each module's adapters."""
+    if allowed or len(adapters) < 2:
+        return
+    for number, adapter in enumerate(adapters):
+        own = [found for found in touched if number in found]
+        if own and all(found == {number} for found in own):
+            raise UsageError(
+                f"{adapter.provenance.path}: none of its {len(own)} modules is in any other adapter: they may be for "
+                "different base models; --allow-disjoint merges them all the same, each module as it is"
+            )

@@ -1,0 +1,400 @@
+"""The weight deltas of one module, merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import hypot, sqrt
+from typing import TYPE_CHECKING, Any
+
+from adapterops.errors import CannotRepresent, UsageError
+from adapterops.linalg.random import Draw
+from adapterops.merging.deltas import DeltaStack, to_device
+from adapterops.merging.modules import Module
+from adapterops.merging.registry import Kind, Space
+from adapterops.merging.settings import Choice, ModuleReport, Settings
+from adapterops.merging.stack import TensorStack
+from adapterops.merging.terms import Shape, Term, common_shape
+from adapterops.storage.tensor import LazyTensor, same_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+    from adapterops.linalg.lowrank import Pair, Svd
+
+_AHEAD = 8
+"""Singular vectors beyond the rank that an iteration is started with."""
+_RESIDUAL = 1 << 20
+"""Numbers of a dense delta that are compared at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class MatrixPlan:
+    """How the weight deltas of a module are merged, and what comes out: known before anything is computed.
+
+    `rank` None: a whole difference.  `alpha` is what the output's alpha is; None: its rank (scale 1).  `outputs` are roles
+    and shapes; `magnitude` a DoRA magnitude that all adapters share.
+    """
+
+    module: Module
+    choice: Choice
+    shape: Shape
+    rank: int | None
+    outputs: Mapping[str, tuple[int, ...]]
+    alpha: float | None = None
+    embedding: bool = False
+    magnitude: LazyTensor | None = None
+    axis: str | None = None
+
+    @property
+    def terms(self) -> Sequence[Term]:
+        """The adapters' deltas."""
+        return self.module.terms
+
+
+def plan(module: Module, choice: Choice) -> MatrixPlan:
+    """What merging the module's deltas will give.
+
+    Raises `UsageError` and `CannotRepresent` where the method cannot merge them.
+    """
+    terms = module.terms
+    shape = common_shape(terms)
+    embedding = terms[0].update.options.get("kind") == "embedding"
+    magnitude, axis = _magnitude(module)
+    if choice.space is Space.FACTORS and choice.method.kind is Kind.ELEMENTS:
+        rank: int | None = _factor_rank(module, choice)
+    elif all(term.whole for term in terms):
+        _insist_on_factors(module, choice)
+        rank = None
+    else:
+        rank = _rank(module, choice, shape)
+    if rank is None:
+        return MatrixPlan(module, choice, shape, None, {"weight": shape.sizes})
+    outputs = {
+        "A": (rank, *shape.sizes[1:]),
+        "B": (shape.rows, rank, *(1,) * (len(shape.sizes) - 2)),
+    }
+    alpha = _shared_scale(terms, rank) if choice.method.kind is Kind.STACKED else None
+    return MatrixPlan(module, choice, shape, rank, outputs, alpha, embedding, magnitude, axis)
+
+
+def _magnitude(module: Module) -> tuple[LazyTensor | None, str | None]:
+    """The DoRA magnitude that all terms share.  Raises `CannotRepresent` where they do not."""
+    own = [term.update.tensors.get("magnitude") if term.foreign is None else None for term in module.terms]
+    first = next((m for m in own if m is not None), None)
+    if first is None:
+        return None, None
+    axes = {term.update.options.get("dora_axis") for term in module.terms}
+    shared = all(m is not None and same_bytes(first.reshape((first.numel,)), m.reshape((m.numel,))) for m in own)
+    if not shared or len(axes) > 1 or any(term.pieces is not None for term in module.terms):
+        what = "not all adapters have one" if None in own else "the adapters' magnitudes differ"
+        raise CannotRepresent(
+            f"{first.where}: {module.title} has a DoRA magnitude, and {what}: what DoRA does depends on the base weight, so "
+            "such adapters cannot be merged without it; --base-weights BASE folds the magnitudes into the deltas"
+        )
+    return first, axes.pop()
+
+
+def _factor_rank(module: Module, choice: Choice) -> int:
+    name = choice.method.name
+    other = next((t for t in module.terms if not t.plain), None)
+    if other is not None:
+        raise UsageError(
+            f"{other.where}: --method {name} acts on the factors of LoRA, and {module.title} is {other.update.method} here"
+            f"{_instead(choice)}"
+        )
+    ranks = {term.rank for term in module.terms}
+    if len(ranks) > 1:
+        listed = ", ".join(f"{t.rank} ({t.update.tensors['A'].source.path})" for t in module.terms)
+        raise UsageError(
+            f"{module.title}: --method {name} on factors needs equal ranks, and they are {listed}{_instead(choice)}"
+        )
+    rank = ranks.pop()
+    assert rank is not None
+    if choice.rank not in (None, rank):
+        raise UsageError(
+            f"{module.title}: --method {name} on factors gives the rank of its inputs, {rank}, and not {choice.rank}"
+            f"{_instead(choice)}"
+        )
+    return rank
+
+
+def _instead(choice: Choice) -> str:
+    if Space.DELTA in choice.method.spaces:
+        return "; --space delta merges the weight deltas themselves"
+    return "; --method svd (the best of a rank) and cat (exact) merge the weight deltas themselves"
+
+
+def _insist_on_factors(module: Module, choice: Choice) -> None:
+    if choice.method.kind is Kind.FACTORS:
+        raise UsageError(
+            f"{module.terms[0].where}: --method {choice.method.name} needs low-rank factors, and {module.title} is a whole "
+            "difference; use svd or a method that acts on deltas entry by entry (ties_svd, dare_ties_svd …)"
+        )
+
+
+def _rank(module: Module, choice: Choice, shape: Shape) -> int:
+    terms, kind = module.terms, choice.method.kind
+    exact = [term.exact_rank for term in terms]
+    total = None if None in exact else sum(r for r in exact if r is not None)
+    if kind in (Kind.STACKED, Kind.FACTORS) and total is None:
+        other = terms[exact.index(None)]
+        raise UsageError(
+            f"{other.where}: --method {choice.method.name} needs low-rank factors, and {module.title} has none here "
+            f"({other.update.method}); --method svd --rank R gives the best of rank R"
+        )
+    if kind is Kind.STACKED:
+        assert total is not None
+        if choice.rank not in (None, total):
+            raise UsageError(
+                f"{module.title}: --method cat gives the sum of the ranks, {total}, and not {choice.rank}; --method svd "
+                f"--rank {choice.rank} gives the best of that rank"
+            )
+        return total
+    wanted = choice.rank
+    if wanted is None:
+        ranks = [term.rank for term in terms]
+        if None in ranks:
+            other = terms[ranks.index(None)]
+            raise UsageError(
+                f"{other.where}: {module.title} has no rank here ({other.update.method}), so the output's is not known; "
+                "say it with --rank R"
+            )
+        wanted = max(rank for rank in ranks if rank is not None)
+    most = min(shape.rows, shape.columns)
+    if total is not None and kind is not Kind.ELEMENTS:
+        most = min(most, total)
+    return min(wanted, most)
+
+
+def _shared_scale(terms: Sequence[Term], rank: int) -> float | None:
+    """The alpha under which stacked factors keep their bytes: where every one has the same positive strength."""
+    strengths = {term.weight * term.scale for term in terms}
+    strength = strengths.pop()
+    return strength * rank if not strengths and strength > 0 else None
+
+
+Tensors = dict[str, "torch.Tensor"]
+
+
+def compute(
+    p: MatrixPlan, settings: Settings, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensors, ModuleReport]:
+    """The tensors of the merged update by role, in `dtype` on the CPU, and what became of the module."""
+    kind = p.choice.method.kind
+    if kind is Kind.ELEMENTS and p.choice.space is Space.FACTORS:
+        return _factors(p, settings, device, dtype)
+    if kind is Kind.STACKED:
+        return _stacked(p, dtype)
+    pairs = _pairs(p.terms, device)
+    weights = [term.weight for term in p.terms]
+    low = pairs is not None and sum(b.shape[1] for b, _ in pairs) <= min(p.shape.rows, p.shape.columns)
+    if kind is Kind.FACTORS:
+        assert pairs is not None
+        return _from_factors(p, pairs, weights, settings, dtype)
+    if kind is Kind.SPAN and low and p.rank is not None:
+        assert pairs is not None
+        return _span(p, pairs, weights, settings, dtype)
+    stack = DeltaStack(p.terms, draws(p, settings, "delta"), device)
+    if kind is Kind.SPAN:
+        merged = _dense_span(p, stack, pairs)
+    if kind is Kind.ELEMENTS:
+        merged = p.choice.method.function(stack, **p.choice.arguments)
+    if p.rank is None:
+        return {"weight": merged.reshape(p.shape.sizes).to("cpu", dtype)}, _report(p)
+    return _refactor(p, merged, pairs if low else None, settings, dtype)
+
+
+def draws(p: MatrixPlan, settings: Settings, role: str) -> list[Draw]:
+    """A stream of random numbers for each adapter's tensor of that role."""
+    return [Draw(settings.seed, p.module.component, p.module.name, role, term.adapter) for term in p.terms]
+
+
+def _pairs(terms: Sequence[Term], device: torch.device) -> list[Pair] | None:
+    """Every term's factors in float64, the scale included; None where one has none."""
+    out = []
+    for term in terms:
+        pair = term.pair()
+        if pair is None:
+            return None
+        out.append((to_device(pair[0], device).double() * term.scale, to_device(pair[1], device).double()))
+    return out
+
+
+def _factors(
+    p: MatrixPlan, settings: Settings, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensors, ModuleReport]:
+    """The A's and the B's, each merged by itself, with the root of the strength on both sides and its sign on A."""
+    pairs = [pair for term in p.terms if (pair := term.pair()) is not None]
+    strengths = [term.weight * term.scale for term in p.terms]
+    roots = [sqrt(abs(strength)) for strength in strengths]
+    signed = [root if strength >= 0 else -root for root, strength in zip(roots, strengths, strict=True)]
+    out: Tensors = {}
+    for role, index, weights in (("A", 1, signed), ("B", 0, roots)):
+        stack = TensorStack([to_device(pair[index], device) for pair in pairs], weights, draws(p, settings, role))
+        merged = p.choice.method.function(stack, **p.choice.arguments)
+        out[role] = merged.reshape(p.outputs[role]).to("cpu", dtype)
+    return out, _report(p)
+
+
+def _stacked(p: MatrixPlan, dtype: torch.dtype) -> tuple[Tensors, ModuleReport]:
+    import torch
+
+    pairs = [pair for term in p.terms if (pair := term.pair()) is not None]
+    if p.alpha is None:
+        pairs = [(b, a.double() * (t.weight * t.scale)) for (b, a), t in zip(pairs, p.terms, strict=True)]
+    a = torch.cat([a.to(dtype) for _, a in pairs], dim=0)
+    b = torch.cat([b.to(dtype) for b, _ in pairs], dim=1)
+    return {"A": a.reshape(p.outputs["A"]), "B": b.reshape(p.outputs["B"])}, _report(p, 1.0)
+
+
+def _span(
+    p: MatrixPlan, pairs: Sequence[Pair], weights: Sequence[float], settings: Settings, dtype: torch.dtype
+) -> tuple[Tensors, ModuleReport]:
+    from adapterops.linalg.lowrank import Stacked
+
+    whole = Stacked(pairs)
+    coefficients = _coefficients(p, whole.inner, weights)
+    found, cancels = whole.decompose(coefficients, p.rank)
+    out = _split(p, found, settings, dtype)
+    device = whole.b.device
+    if not found.energy and float(whole.inner.diagonal().sum()):
+        return out, _report(p, 1.0, 0.0, empty=True)
+    error = whole.distance(coefficients, out["B"].to(device), out["A"].to(device), found.energy)
+    return out, _report(p, found.kept, error, cancels=cancels)
+
+
+def _coefficients(p: MatrixPlan, inner: torch.Tensor, weights: Sequence[float]) -> list[float]:
+    """What the method multiplies each delta by; adapters that leave the module alone have none."""
+    return [float(c) for c in p.choice.method.function(inner, weights, **p.choice.arguments)]
+
+
+def _dense_span(p: MatrixPlan, stack: DeltaStack, pairs: Sequence[Pair] | None) -> torch.Tensor:
+    import torch
+
+    count = len(stack)
+    if pairs is not None:
+        from adapterops.linalg.lowrank import Stacked
+
+        inner = Stacked(pairs).inner
+    else:
+        inner = torch.zeros(count, count, dtype=torch.float64)
+        for _, _, values in stack.blocks():
+            flat = torch.stack([v.reshape(-1) for v in values]).double()
+            inner += (flat @ flat.T).cpu()
+    coefficients = _coefficients(p, inner, stack.weights)
+    out = stack.empty()
+    for start, stop, values in stack.blocks():
+        part = out[start:stop].zero_()
+        for value, coefficient in zip(values, coefficients, strict=True):
+            part.add_(value, alpha=coefficient)
+    return out
+
+
+def _from_factors(
+    p: MatrixPlan, pairs: Sequence[Pair], weights: Sequence[float], settings: Settings, dtype: torch.dtype
+) -> tuple[Tensors, ModuleReport]:
+    import inspect
+
+    from adapterops.linalg.lowrank import decompose
+
+    function, extra = p.choice.method.function, {}
+    if "draws" in inspect.signature(function).parameters:
+        extra["draws"] = draws(p, settings, "delta")
+    b, a = function(pairs, weights, p.rank, **extra, **p.choice.arguments)
+    found = decompose(b, a, p.rank, exact=True)
+    out = _padded(p, _split(p, found, settings, dtype), dtype)
+    return out, _report(p, found.kept, _total_error(p, found, out))
+
+
+def _refactor(
+    p: MatrixPlan, merged: torch.Tensor, pairs: Sequence[Pair] | None, settings: Settings, dtype: torch.dtype
+) -> tuple[Tensors, ModuleReport]:
+    """A dense merged delta as factors of the rank asked for."""
+    from adapterops.linalg.dense import truncated
+    from adapterops.linalg.lowrank import Stacked
+
+    assert p.rank is not None
+    start = None
+    if pairs is not None and not settings.exact_svd:
+        # The merged delta leans the way the plain sum does: a start that saves passes over the matrix.
+        plain, _ = Stacked(pairs).decompose([term.weight for term in p.terms], p.rank + _AHEAD)
+        start = plain.vh.T.float()
+    draw = Draw(settings.seed, p.module.component, p.module.name, "start")
+    found, excess = truncated(
+        merged, p.rank, tolerance=settings.tolerance, start=start, draw=draw, exact=settings.exact_svd
+    )
+    out = _padded(p, _split(p, found, settings, dtype), dtype)
+    return out, _report(p, found.kept, _residual(merged, out, found.energy), excess)
+
+
+def _residual(merged: torch.Tensor, out: Tensors, energy: float) -> float:
+    """‖merged − B·A‖ / ‖merged‖, with the factors as they will stand in the output."""
+    import torch
+
+    b, a = (out[role].to(merged.device).float() for role in "BA")
+    step = max(1, _RESIDUAL // merged.shape[1])
+    square = 0.0
+    for start in range(0, merged.shape[0], step):
+        part = merged[start : start + step] - b[start : start + step] @ a
+        square += float(part.square().sum(dtype=torch.float64))
+    return sqrt(square / energy) if energy else sqrt(square)
+
+
+def _split(p: MatrixPlan, found: Svd, settings: Settings, dtype: torch.dtype) -> Tensors:
+    """B (m, k) and A (k, n) of a decomposition, in the shapes of the output where k is its rank."""
+    s = found.s.clamp_min(0)
+    left, right = {"even": (s.sqrt(), s.sqrt()), "b": (s, s.new_ones(s.shape)), "a": (s.new_ones(s.shape), s)}[
+        settings.split
+    ]
+    return {"A": (right[:, None] * found.vh).to("cpu", dtype), "B": (found.u * left).to("cpu", dtype)}
+
+
+def _matrices(p: MatrixPlan) -> dict[str, tuple[int, int]]:
+    assert p.rank is not None
+    return {"B": (p.shape.rows, p.rank), "A": (p.rank, p.shape.columns)}
+
+
+def _padded(p: MatrixPlan, out: Tensors, dtype: torch.dtype) -> Tensors:
+    """With zeros where the result has a lower rank than was planned."""
+    import torch
+
+    full = {}
+    for role, shape in _matrices(p).items():
+        tensor = out[role]
+        if tensor.shape != shape:
+            room = torch.zeros(shape, dtype=dtype)
+            room[: tensor.shape[0], : tensor.shape[1]] = tensor
+            tensor = room
+        full[role] = tensor
+    return full
+
+
+def _total_error(p: MatrixPlan, found: Svd, out: Tensors) -> float:
+    """The error of the truncation and of the rounding to the output's dtype together."""
+    b, a = out["B"].double(), out["A"].double()
+    u, s, vh = (part.double().cpu() for part in (found.u, found.s, found.vh))
+    mixed = float(((b.T @ u) * s * (a @ vh.T)).sum())
+    square = float((b.T @ b * (a @ a.T)).sum()) - 2 * mixed + float(s.square().sum())
+    return hypot(found.error, sqrt(max(0.0, square) / found.energy)) if found.energy else sqrt(max(0.0, square))
+
+
+def _report(
+    p: MatrixPlan,
+    kept: float | None = None,
+    error: float | None = None,
+    excess: float = 0.0,
+    cancels: bool = False,
+    empty: bool = False,
+) -> ModuleReport:
+    return ModuleReport(
+        p.module.component, p.module.name, p.choice.method.name, p.rank, kept, error, excess, cancels, empty
+    )
+
+
+def update_options(p: MatrixPlan) -> dict[str, Any]:
+    """The options of the merged update."""
+    out: dict[str, Any] = {"kind": "embedding"} if p.embedding else {}
+    if p.magnitude is not None:
+        out["dora_axis"] = p.axis
+    return out

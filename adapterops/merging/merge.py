@@ -1,0 +1,400 @@
+"""Several adapters made into one: the front door of `adapterops.merging`.
+
+    import adapterops as ao
+
+    ao.merge(["style.safetensors", "face-peft"], "both.safetensors", method="ties_svd", density=0.3, rank=32)
+    merged = ao.combine([one, two], method="svd", weights=[0.7, 0.3]).adapter
+    ao.merge(recipe="recipe.yaml")
+
+Every merge is a recipe of one or more steps; what is given as arguments is a recipe of one.  The recipe, with the hash of
+what each input holds, is written into the output's header, and `recipe=` runs it again from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any
+
+from adapterops import api, registry
+from adapterops.adapter import Adapter
+from adapterops.api import PathLike, Result
+from adapterops.architectures import Architecture
+from adapterops.errors import UsageError
+from adapterops.merging import bases
+from adapterops.merging import weights as weighing
+from adapterops.merging.modules import WeightOf
+from adapterops.merging.recipe import HEADER_ENTRY, Recipe, SourceRef, Step, build
+from adapterops.merging.recipe import load as load_recipe
+from adapterops.merging.registry import METHODS, find
+from adapterops.merging.run import Merged, nothing
+from adapterops.merging.run import Progress as ModuleProgress
+from adapterops.merging.run import combine as run_step
+from adapterops.merging.settings import Choice, Choose, ModuleReport, Settings
+from adapterops.merging.steps import FLAGS, OPTIONS, TEXTS
+from adapterops.methods import METHODS as ADAPTER_METHODS
+from adapterops.storage.output import Progress
+from adapterops.storage.output import nothing as no_bytes
+from adapterops.storage.tensor import CHUNK
+
+_KEPT = ("ss_base_model_version", "ss_sd_model_name", "ss_sd_model_hash", "ss_new_sd_model_hash", "ss_v2",
+         "modelspec.architecture", "modelspec.implementation", "modelspec.sai_model_spec", "modelspec.prediction_type",
+         "modelspec.resolution")  # fmt: skip
+"""Header entries about the base model: kept where no adapter says otherwise.  What is about one training is not."""
+
+
+@dataclass(frozen=True, slots=True)
+class MergeResult:
+    """What a merge did: what was written (as of a conversion), what became of every module, and the recipe."""
+
+    written: Result
+    modules: tuple[ModuleReport, ...]
+    notes: tuple[str, ...]
+    recipe: Recipe
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    """Of reading the sources' headers, of computing, and of writing with its proof."""
+
+    @property
+    def path(self) -> str:
+        """Where the output is."""
+        return self.written.path
+
+
+def merge(
+    sources: Sequence[PathLike] = (),
+    output: PathLike | None = None,
+    method: str | None = None,
+    *,
+    recipe: PathLike | Recipe | None = None,
+    weights: Sequence[float] | str | None = None,
+    to: str | None = None,
+    space: str | None = None,
+    reading: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+    workers: int = 0,
+    overwrite: bool = False,
+    verify: bool = True,
+    fields: Mapping[str, Any] | None = None,
+    fold_alpha: bool = False,
+    progress: ModuleProgress = nothing,
+    writing: Progress = no_bytes,
+    **parameters: Any,
+) -> MergeResult:
+    """Merge the adapters in `sources`, or run `recipe`, and write the result.
+
+    - `method` is one of `adapterops.merging.registry.METHODS` or PEFT's names for them (`ties_svd` …); `space` "factors" or
+      "delta" where it can act in both;
+    - `weights` are one number an adapter, or the path of a weights file; 1 each where nothing is said;
+    - `parameters` are the method's (density …) and rank, seed, svd, svd_tolerance, split, saved, allow_disjoint;
+    - `reading` are options of `load`, for all sources; `to`, `dtype`, `fields`, `fold_alpha`, `overwrite`, `verify` those of
+      `save`;
+    - `device` and `workers` say where the work is done; they change no byte on CPUs.
+
+    Raises the errors of `adapterops.errors`; nothing is left behind then.
+    """
+    asked = recipe_of(sources, method, recipe, weights, space, reading, parameters)
+    form_name = to or asked.output.get("to")
+    started = time.perf_counter()
+    made = run(
+        asked,
+        dtype=dtype or asked.output.get("dtype"),
+        device=device,
+        workers=workers,
+        folder=_room(output or asked.output.get("path")),
+        progress=progress,
+    )
+    computed = time.perf_counter()
+    adapter = made.merged.adapter
+    form, dialect = registry.find(form_name or adapter.provenance.dialect)
+    place = output or asked.output.get("path") or ("merged" if form.is_folder else "merged.safetensors")
+    written = api.save(
+        adapter,
+        place,
+        format=dialect.name,
+        fold_alpha=fold_alpha,
+        fields=fields,
+        overwrite=overwrite,
+        verify=verify,
+        progress=writing,
+    )
+    seconds = {
+        "read": made.reading,
+        "compute": computed - started - made.reading,
+        "write": time.perf_counter() - computed,
+    }
+    return MergeResult(written, made.merged.modules, made.merged.notes, made.recipe, seconds)
+
+
+def combine(
+    adapters: Sequence[Adapter],
+    method: str,
+    *,
+    weights: Sequence[float] | str | None = None,
+    space: str | None = None,
+    dtype: str | None = None,
+    device: str = "auto",
+    workers: int = 0,
+    progress: ModuleProgress = nothing,
+    **parameters: Any,
+) -> Merged:
+    """Merge adapters that are loaded already, with the options of `merge`; the result can be saved or loaded into a model.
+
+    Its tensors stand in a nameless temporary file that goes with the adapter.
+    """
+    paths = [adapter.provenance.path or f"adapter {n + 1}" for n, adapter in enumerate(adapters)]
+    step = recipe_of(paths, method, None, weights, space, None, parameters).steps[-1]
+    return _run_step(step, adapters, dtype, device, workers, "", progress, step.options.get("base_weights", ""))
+
+
+def recipe_of(
+    sources: Sequence[PathLike],
+    method: str | None,
+    recipe: PathLike | Recipe | None,
+    weights: Sequence[float] | str | None,
+    space: str | None,
+    reading: Mapping[str, Any] | None,
+    parameters: Mapping[str, Any],
+) -> Recipe:
+    """The recipe that the arguments of `merge` mean.  Raises `UsageError` where they contradict each other."""
+    given = {name: value for name, value in parameters.items() if value is not None and value is not False}
+    if recipe is not None:
+        stated = [
+            *(["sources"] if sources else []),
+            *(n for n, v in (("method", method), ("weights", weights)) if v),
+            *given,
+        ]
+        stated += ["space"] if space else []
+        if stated:
+            raise UsageError(
+                f"--recipe says it all; {', '.join(stated)} would contradict it: change the recipe instead"
+            )
+        return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    if method is None:
+        find("svd")  # fills the table
+        raise UsageError(f"--method says how to merge: {', '.join(METHODS)} (adapterops methods --merge explains them)")
+    if not sources:
+        raise UsageError("nothing to merge: name the adapters, or a --recipe")
+    found, _ = find(method, space)
+    unknown = {name: value for name, value in given.items() if name not in (*OPTIONS, *FLAGS, *TEXTS)}
+    found.settle(unknown)
+    rules = _rules(weights, len(sources))
+    described = [
+        {"path": os.fspath(path), "weight": rule.data(), **(reading or {})}
+        for path, rule in zip(sources, rules, strict=True)
+    ]
+    whole = {"method": method, "sources": described, **({"space": space} if space else {}), **given}
+    made = build(whole, "merge")
+    step = made.steps[0]
+    # A weights file is named where one of its entries is wrong.
+    refs = tuple(replace(ref, where=rule.where) for ref, rule in zip(step.sources, rules, strict=True))
+    return replace(made, steps=(replace(step, sources=refs, where=f"--method {method}"),))
+
+
+def _rules(weights: Sequence[float] | str | None, count: int) -> Sequence[weighing.WeightRule]:
+    if weights is None:
+        return [weighing.WeightRule() for _ in range(count)]
+    text = weights if isinstance(weights, str) else ",".join(str(float(w)) for w in weights)
+    return weighing.parse(text, count)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What a recipe made, the recipe with the hash of each input, and the seconds that reading took."""
+
+    merged: Merged
+    recipe: Recipe
+    reading: float = 0.0
+
+
+def run(
+    recipe: Recipe,
+    *,
+    dtype: str | None = None,
+    device: str = "auto",
+    workers: int = 0,
+    folder: str = "",
+    progress: ModuleProgress = nothing,
+) -> Run:
+    """Run every step of a recipe.
+
+    Raises `UsageError` where a source is not what the recipe was written with, and what `merge` raises.
+    """
+    made: dict[str, Merged] = {}
+    steps: list[Step] = []
+    last: Merged | None = None
+    seconds = 0.0
+    notes: list[str] = []
+    for number, step in enumerate(recipe.steps):
+        started = time.perf_counter()
+        adapters = [made[ref.step].adapter if ref.step else _load(ref, recipe) for ref in step.sources]
+        seconds += time.perf_counter() - started
+        with ThreadPoolExecutor(1) as hasher:
+            # Hashing reads what merging reads, and needs another core.
+            hashes = [
+                hasher.submit(content_hash, a) if not ref.step else None
+                for a, ref in zip(adapters, step.sources, strict=True)
+            ]
+            if any(ref.hash for ref in step.sources):
+                _insist_unchanged(step, hashes)
+            final = number == len(recipe.steps) - 1
+            weights = step.options.get("base_weights", "")
+            weights = recipe.located(weights) if weights else ""
+            last = _run_step(step, adapters, dtype if final else None, device, workers, folder, progress, weights)
+            refs = [
+                replace(ref, hash=h.result()) if h is not None else ref
+                for ref, h in zip(step.sources, hashes, strict=True)
+            ]
+        notes += last.notes
+        steps.append(replace(step, sources=tuple(refs)))
+        if step.name:
+            made[step.name] = last
+    assert last is not None
+    output = {
+        k: v for k, v in {**recipe.output, "dtype": dtype or recipe.output.get("dtype")}.items() if v and k != "path"
+    }
+    full = Recipe(tuple(steps), output)
+    adapter = replace(last.adapter, metadata={**last.adapter.metadata, HEADER_ENTRY: full.to_header()})
+    return Run(replace(last, adapter=adapter, notes=tuple(dict.fromkeys(notes))), full, seconds)
+
+
+def _load(ref: SourceRef, recipe: Recipe) -> Adapter:
+    arguments = dict(ref.arguments)
+    if arguments.get("base"):
+        arguments["base"] = recipe.located(arguments["base"])
+    return api.load(recipe.located(ref.path), **arguments)
+
+
+def _insist_unchanged(step: Step, hashes: Sequence[Future[str] | None]) -> None:
+    for ref, future in zip(step.sources, hashes, strict=True):
+        if ref.hash and future is not None and future.result() != ref.hash:
+            raise UsageError(
+                f"{step.where}: {ref.path} is not what the recipe was run with (its content is {future.result()[:16]}…, and "
+                f"was {ref.hash[:16]}…); take the hash out of the recipe to use it as it is now"
+            )
+
+
+def content_hash(adapter: Adapter) -> str:
+    """SHA-256 of what an adapter does: every update's name, method, scale, options and tensors, in the order of names.
+
+    Neither the order of the keys in a file nor the header's words change it.
+    """
+    digest = hashlib.sha256()
+    buffer = bytearray(CHUNK)
+    for key in sorted(adapter.updates):
+        update = adapter.updates[key]
+        scale = ADAPTER_METHODS[update.method].scale(update)
+        digest.update(repr((key, scale, sorted(update.options.items(), key=lambda item: item[0]))).encode())
+        for role in sorted(update.tensors):
+            tensor = update.tensors[role]
+            digest.update(repr((role, tensor.dtype, tensor.shape)).encode())
+            for length in tensor.chunks(buffer):
+                digest.update(memoryview(buffer)[:length])
+    return digest.hexdigest()
+
+
+def _run_step(
+    step: Step,
+    adapters: Sequence[Adapter],
+    dtype: str | None,
+    device: str,
+    workers: int,
+    folder: str,
+    progress: ModuleProgress,
+    base_weights: str = "",
+) -> Merged:
+    method, _ = find(step.method, step.space)
+    if method.adapters is not None and len(adapters) != method.adapters:
+        raise UsageError(f"--method {step.method} merges {method.adapters} adapters, and {len(adapters)} are given")
+    for adapter in adapters:
+        api.insist_on_alphas(adapter)
+    _, base = bases.common_base(adapters)
+    rules = [ref.rule for ref in step.sources]
+    modules = [{(u.component, u.module) for u in adapter} for adapter in adapters]
+    for rule, own in zip(rules, modules, strict=True):
+        rule.check(sorted(own), base)
+    choose = _choose(step)
+    weights = [_weight_of(rule, base, choose, n) for n, rule in enumerate(rules)]
+    merged = run_step(
+        adapters,
+        weights,
+        choose,
+        _settings(step, dtype, device, workers),
+        folder=folder,
+        base_weights=base_weights,
+        metadata=_metadata(adapters),
+        check=step.check,
+        progress=progress,
+    )
+    return replace(merged, notes=(*_notes(step, rules, adapters), *merged.notes))
+
+
+def _weight_of(rule: weighing.WeightRule, base: Architecture | None, choose: Choose, number: int) -> WeightOf:
+    def weight(component: str, module: str) -> float:
+        signs = choose(component, module).method.signs or (1.0, 1.0)
+        return signs[min(number, 1)] * rule.weight(component, module, base)
+
+    return weight
+
+
+def _choose(step: Step) -> Choose:
+    @cache
+    def choose(component: str, module: str) -> Choice:
+        setting = step.for_module(component, module)
+        return Choice(METHODS[setting.method], setting.space, setting.parameters, setting.rank)
+
+    return choose
+
+
+def _settings(step: Step, dtype: str | None, device: str, workers: int) -> Settings:
+    options = step.options
+    return Settings(
+        seed=options.get("seed", 0),
+        exact_svd=options.get("svd") == "exact",
+        tolerance=options.get("svd_tolerance", 1e-5),
+        split=options.get("split", "even"),
+        saved=options.get("saved", "refuse"),
+        allow_disjoint=bool(options.get("allow_disjoint")),
+        dtype=api.dtype_named(dtype),
+        device=device,
+        workers=workers,
+    )
+
+
+def _notes(step: Step, rules: Sequence[weighing.WeightRule], adapters: Sequence[Adapter]) -> list[str]:
+    method, _ = find(step.method, step.space)
+    out = []
+    plain = all(ref.weight == 1.0 for ref in step.sources)
+    if method.sums and plain and len(adapters) > 1 and method.signs is None:
+        share = ",".join(f"{1 / len(adapters):.2g}" for _ in adapters)
+        out.append(f"weights are 1 each: the adapters' effects add up; --weights {share} takes their mean")
+    if method.name == "linear" and len(adapters) > 1:
+        out.append(
+            "linear adds A's and B's, so the result is not the sum of the adapters' effects; svd and cat give that"
+        )
+    return out
+
+
+def _metadata(adapters: Sequence[Adapter]) -> dict[str, str]:
+    out = {}
+    for name in _KEPT:
+        values = {a.metadata[name] for a in adapters if name in a.metadata}
+        if len(values) == 1:
+            out[name] = values.pop()
+    return out
+
+
+def _room(output: PathLike | None) -> str:
+    """The folder where the output will stand, or the nearest one above it that is there: its disk has the room."""
+    place = os.path.dirname(os.path.abspath(os.fspath(output))) if output is not None else os.getcwd()
+    while not os.path.isdir(place):
+        place = os.path.dirname(place)
+    return place
+
+
+__all__ = ["MergeResult", "Merged", "Run", "combine", "content_hash", "merge", "recipe_of", "run"]

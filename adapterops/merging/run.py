@@ -1,0 +1,341 @@
+"""Adapters in, one adapter out: the plan, the work on several modules at a time, the result on disk.
+
+Every module is a piece of work of its own, with torch on one thread in it, so that the bytes that come out do not depend on
+how many are at work.  Results go to a nameless file whose layout is known beforehand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from adapterops.adapter import Adapter, Certainty, Fact, Provenance, Update
+from adapterops.errors import AdapterOpsError, CannotRepresent, UsageError
+from adapterops.merging import bases, carried, dora, matrices, vectors
+from adapterops.merging.matrices import MatrixPlan
+from adapterops.merging.modules import Module, WeightOf, gather
+from adapterops.merging.settings import Choose, ModuleReport, Settings
+from adapterops.merging.vectors import VectorPlan
+from adapterops.storage import dtypes
+from adapterops.storage.base_weights import open_base
+from adapterops.storage.spool import Spool
+from adapterops.storage.tensor import TORCH_NAMES, LazyTensor
+
+if TYPE_CHECKING:
+    import torch
+
+Progress = Callable[[int, int], None]
+"""Called with the modules done and all of them."""
+
+_MOST_WORKERS = 8
+_BYTES = 16
+"""Bytes that a worker needs for each number of the largest delta: it, the result, and what decomposing takes."""
+
+
+def nothing(done: int, total: int) -> None:
+    """The progress of a caller who does not ask for any."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """One adapter made of several, what became of each module, and what the user should know."""
+
+    adapter: Adapter
+    modules: tuple[ModuleReport, ...]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(slots=True)
+class _Work:
+    """One module: what is planned, where its results go."""
+
+    module: Module
+    matrix: MatrixPlan | None = None
+    vectors: list[VectorPlan] = field(default_factory=list)
+    places: dict[tuple[str, str], LazyTensor] = field(default_factory=dict)
+    """(method, role) to the room for the result."""
+    report: ModuleReport | None = None
+
+    @property
+    def size(self) -> int:
+        """The numbers of its weight."""
+        return self.matrix.shape.rows * self.matrix.shape.columns if self.matrix is not None else 0
+
+
+def combine(
+    adapters: Sequence[Adapter],
+    weights: Sequence[WeightOf],
+    choose: Choose,
+    settings: Settings,
+    *,
+    folder: str = "",
+    base_weights: str = "",
+    metadata: Mapping[str, str] | None = None,
+    check: Callable[[list[tuple[str, str]]], None] | None = None,
+    progress: Progress = nothing,
+) -> Merged:
+    """Merge the adapters, each with its weights, module by module as `choose` says.
+
+    `check` is shown the modules before the work begins.  The result's tensors stand in a nameless file in `folder`.  DoRA
+    magnitudes are folded against `base_weights`, if given.
+
+    Raises `UsageError` for adapters that cannot be merged so, `CannotRepresent` for what could only be lost,
+    `BrokenAdapter` for numbers that are none.
+    """
+    bases.insist(adapters)
+    fact, base = bases.common_base(adapters)
+    modules = gather(adapters, weights, base)
+    if not modules:
+        raise UsageError("nothing is left to merge: every weight is 0")
+    if check is not None:
+        check([(m.component, m.name) for m in modules])
+    bases.insist_on_overlap(adapters, [m.adapters for m in modules], settings.allow_disjoint)
+    notes = bases.notes(adapters)
+    if base_weights:
+        folded = dora.fold(modules, open_base(base_weights, {m.component for m in modules}), base)
+        notes += [f"DoRA was folded against {base_weights} in {folded} modules: the output is plain LoRA there"]
+    dtype = settings.dtype or widest(adapters)
+    spool = Spool("the merged adapter", folder)
+    work = [_planned(module, choose, spool, dtype) for module in modules]
+    _perform(work, spool, settings, dtype, progress)
+    updates: list[Update] = []
+    for piece in work:
+        updates += _updates(piece)
+        for method in piece.module.carried:
+            update, told = carried.merge(piece.module, method, settings, _keeper(spool))
+            updates.append(update)
+            notes += told
+    merged = Adapter({}, fact, _provenance(adapters), dict(metadata or {}), _config(adapters), base).with_updates(
+        updates
+    )
+    reports = tuple(piece.report for piece in work if piece.report is not None)
+    return Merged(merged, reports, tuple(dict.fromkeys(notes)))
+
+
+def widest(adapters: Sequence[Adapter]) -> str:
+    """The narrowest float type that holds every number of every input."""
+    found = {t.dtype for a in adapters for u in a for t in u.tensors.values() if t.dtype in dtypes.NUMBERS}
+    wide = [name for name in dtypes.FLOATS if name in found]
+    if not wide:
+        return "F16"
+    # Neither of the two 16-bit types holds the other's numbers.
+    return "F32" if {"F16", "BF16"} == set(wide) else wide[0]
+
+
+def _planned(module: Module, choose: Choose, spool: Spool, dtype: str) -> _Work:
+    choice = choose(module.component, module.name)
+    work = _Work(module)
+    key = f"{module.component}.{module.name}"
+    if module.terms:
+        work.matrix = matrices.plan(module, choice)
+        method = "lora" if work.matrix.rank is not None else "diff"
+        for role, shape in work.matrix.outputs.items():
+            work.places[method, role] = spool.reserve(f"{key}.{role}", dtype, shape)
+    for method, role in module.vectors:
+        plan = vectors.plan(module, method, role, choice)
+        work.vectors.append(plan)
+        work.places[method, role] = spool.reserve(f"{key}.{role}", dtype, plan.shape)
+    if ("lora", "bias") in work.places and ("lora", "B") not in work.places:
+        raise CannotRepresent(f"{module.title}: a LoRA bias without its factors")
+    return work
+
+
+def _perform(work: Sequence[_Work], spool: Spool, settings: Settings, dtype: str, progress: Progress) -> None:
+    """Compute every piece of work, several at a time."""
+    import torch
+
+    devices = devices_of(settings.device)
+    kind = getattr(torch, TORCH_NAMES[dtype])
+    largest = max((piece.size for piece in work), default=0)
+    count = min(len(work), settings.workers or _workers(devices, largest))
+    # The large ones first, so that none is left alone at the end.
+    order = sorted(range(len(work)), key=lambda n: -work[n].size)
+    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
+    for number in order:
+        waiting.put(number)
+    stop = threading.Event()
+    done, lock = 0, threading.Lock()
+
+    def labour(device: torch.device) -> None:
+        nonlocal done
+        with _on(device):
+            while not stop.is_set():
+                try:
+                    piece = work[waiting.get_nowait()]
+                except queue.Empty:
+                    return
+                try:
+                    _compute(piece, spool, settings, device, kind)
+                except AdapterOpsError as error:
+                    told = piece.module.name in str(error)
+                    raise (error if told else type(error)(f"{piece.module.title}: {error}")) from error
+                with lock:
+                    done += 1
+                    progress(done, len(work))
+
+    with _one_thread(), ThreadPoolExecutor(count, thread_name_prefix="adapterops-merge") as pool:
+        futures = [pool.submit(labour, devices[n % len(devices)]) for n in range(count)]
+        try:
+            wait(futures, return_when=FIRST_EXCEPTION)
+        finally:
+            stop.set()
+        for future in futures:
+            future.result()
+
+
+def devices_of(name: str) -> list[torch.device]:
+    """The devices that a `--device` means.  Raises `UsageError` for one that is not there."""
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name!r} is none of auto, cpu, cuda, cuda:N, mps") from error
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if device.index is None and count:
+            return [torch.device("cuda", n) for n in range(count)]
+        if device.index is None or device.index >= count:
+            raise UsageError(
+                f"--device {name}: this machine has {count} CUDA devices that torch can use; --device cpu works"
+            )
+    elif device.type == "mps":
+        if not torch.backends.mps.is_available():
+            raise UsageError("--device mps: torch finds none on this machine; --device cpu works")
+    elif device.type != "cpu":
+        raise UsageError(f"--device {name!r} is none of auto, cpu, cuda, cuda:N, mps")
+    return [device]
+
+
+def _workers(devices: Sequence[torch.device], largest: int) -> int:
+    """How many modules to work on at a time."""
+    if devices[0].type != "cpu":
+        return 2 * len(devices)  # one computes while the other's tensors are on their way
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    return max(1, min(cores, _MOST_WORKERS, room // max(1, largest * _BYTES)))
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Torch on one thread a worker: sums over several would depend on how many there are."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _on(device: torch.device) -> Iterator[None]:
+    """A stream of its own on a CUDA device, so that workers' copies and computations overlap."""
+    import torch
+
+    torch.set_num_threads(1)
+    if device.type != "cuda":
+        with torch.inference_mode():
+            yield
+        return
+    with torch.inference_mode(), torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):  # type: ignore[no-untyped-call]
+        yield
+
+
+def _compute(piece: _Work, spool: Spool, settings: Settings, device: torch.device, dtype: torch.dtype) -> None:
+    out: dict[tuple[str, str], torch.Tensor] = {}
+    if piece.matrix is not None:
+        method = "lora" if piece.matrix.rank is not None else "diff"
+        tensors, piece.report = matrices.compute(piece.matrix, settings, device, dtype)
+        out |= {(method, role): tensor for role, tensor in tensors.items()}
+    for plan in piece.vectors:
+        out[plan.method, plan.role] = vectors.compute(plan, settings, dtype)
+    for key, tensor in out.items():
+        place = piece.places[key]
+        _insist_held(tensor, place, piece.module)
+        spool.write(place, data_of(tensor))
+
+
+def _insist_held(tensor: torch.Tensor, place: LazyTensor, module: Module) -> None:
+    import torch
+
+    if not torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):
+        if torch.isfinite(tensor).all():
+            return
+        raise CannotRepresent(
+            f"{module.title}: the merged {place.key.rpartition('.')[2]} holds numbers that {place.dtype} cannot; choose "
+            "--dtype float32"
+        )
+
+
+def data_of(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a CPU tensor."""
+    import torch
+
+    flat = tensor.contiguous().reshape(-1)
+    data: Any = flat.view(torch.uint8).numpy()
+    return memoryview(data) if flat.numel() else memoryview(b"")
+
+
+def _keeper(spool: Spool) -> carried.Keep:
+    import torch
+
+    def keep(name: str, values: torch.Tensor, dtype: str) -> LazyTensor:
+        place = spool.reserve(name, dtype, tuple(values.shape))
+        spool.write(place, data_of(values.to(getattr(torch, TORCH_NAMES[dtype]))))
+        return place
+
+    return keep
+
+
+def _updates(piece: _Work) -> list[Update]:
+    """The updates that the computed tensors are."""
+    module, tensors = piece.module, piece.places
+    out: list[Update] = []
+    for method in dict.fromkeys(method for method, _ in tensors):
+        own = {role: tensor for (owner, role), tensor in tensors.items() if owner == method}
+        options: dict[str, Any] = {}
+        alpha: Fact[float | None] | None = None
+        if method == "lora":
+            assert piece.matrix is not None
+            rank = piece.matrix.rank or 1
+            alpha = Fact(piece.matrix.alpha or float(rank), Certainty.DERIVED, "merged")
+            options = matrices.update_options(piece.matrix)
+            if piece.matrix.magnitude is not None:
+                own["magnitude"] = piece.matrix.magnitude
+        else:
+            source = next((v.update for p in piece.vectors if p.method == method for v in p.vectors), None)
+            options = dict((source or module.terms[0].update).options)
+        out.append(Update(module.component, module.name, method, own, alpha, False, options))
+    return out
+
+
+def _provenance(adapters: Sequence[Adapter]) -> Provenance:
+    first = adapters[0].provenance
+    paths = ", ".join(a.provenance.path for a in adapters)
+    return Provenance(
+        path=f"merge of {paths}",
+        format=first.format,
+        dialect=first.dialect,
+        notes=tuple(dict.fromkeys(n for a in adapters for n in a.provenance.notes)),
+        dropped=tuple(f"{a.provenance.path}: {k}" for a in adapters for k in a.provenance.dropped),
+        size=sum(a.provenance.size for a in adapters),
+    )
+
+
+def _config(adapters: Sequence[Adapter]) -> dict[str, dict[str, Any]]:
+    """What the first adapter's config says that no tensor decides, with what only others say."""
+    out: dict[str, dict[str, Any]] = {}
+    for adapter in adapters:
+        for component, config in adapter.config.items():
+            out[component] = {**config, **out.get(component, {})}
+    return out
