@@ -214,13 +214,20 @@ def component_by_names(groups: Sequence[Group], given: Architecture | None = Non
     """The component whose modules the dotted names are, for files that do not say: the first that has them all."""
     candidates = [given] if given is not None else [architectures.load(name) for name in architectures.names()]
     lookup = [g for g in groups if g.method != "saved"] or list(groups)
+    if not lookup:
+        return None
+    some = [g.name for g in lookup[:: max(1, len(lookup) // _SAMPLE)]]
     for architecture in candidates:
         for component in architecture.components:
-            placed = [replace(g, place=replace(g.place, component=component)) for g in lookup[:1]]
-            place = placed[0].place if placed else None
-            tried = [replace(g, place=place) for g in lookup] if place is not None else []
-            change = align(tried, architecture) if tried and given is not None else ("", "")
-            if change is None or not tried:
+            place = replace(lookup[0].place, component=component)
+            if given is None:
+                # A look at some of the names tells of most components that they do not have them all.
+                table = _table(architecture, place, some)
+                if any(name not in table for name in some):
+                    continue
+            tried = [replace(g, place=place) for g in lookup]
+            change = align(tried, architecture) if given is not None else ("", "")
+            if change is None:
                 continue
             strip, add = change
             aligned = [replace(g, name=add + g.name[len(strip) :]) for g in tried]

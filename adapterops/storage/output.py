@@ -151,7 +151,7 @@ class Staged:
         with open(self._path(name), "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
-            os.fsync(file.fileno())
+            self._flushes.append(_Flush(os.dup(file.fileno())))
 
     def write_tensors(
         self, name: str, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], progress: Progress = nothing
