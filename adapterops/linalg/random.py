@@ -20,12 +20,16 @@ _PER_STEP = 8
 class Draw:
     """A stream of random 32-bit numbers, addressed by position."""
 
-    __slots__ = ("_key",)
+    __slots__ = ("_purpose",)
 
     def __init__(self, *purpose: int | str) -> None:
-        text = "\0".join(f"{type(part).__name__}:{part}" for part in purpose)
+        self._purpose = purpose
+
+    @property
+    def _key(self) -> int:
+        text = "\0".join(f"{type(part).__name__}:{part}" for part in self._purpose)
         digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        self._key = int.from_bytes(digest, "little")
+        return int.from_bytes(digest, "little")
 
     def words(self, start: int, stop: int) -> numpy.typing.NDArray[Any]:
         """Numbers [start, stop) of the stream, uint32."""

@@ -175,11 +175,12 @@ class LazyTensor:
 
         if self.dtype not in TORCH_NAMES:
             raise CannotRepresent(f"{self.where}: torch has no dtype {self.dtype}")
-        data = self.read()
-        kind = getattr(torch, TORCH_NAMES[self.dtype])
-        if not data:
-            return torch.empty(self.shape, dtype=kind)
-        return torch.frombuffer(data, dtype=kind).reshape(self.shape)
+        # Not through `read`: room that is about to be filled need not be zeroed first.
+        data = torch.empty(self.nbytes, dtype=torch.uint8)
+        if self.nbytes:
+            room: Any = data.numpy()
+            self.source.readinto(self.start, memoryview(room))
+        return data.view(getattr(torch, TORCH_NAMES[self.dtype])).reshape(self.shape)
 
     def mapped(self, dtype: str | None = None, factor: float = 1.0) -> LazyTensor:
         """The values times `factor`, rounded once to the float type `dtype`; computed when they are read.

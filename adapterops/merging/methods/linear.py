@@ -32,8 +32,10 @@ def linear(stack: Stack) -> torch.Tensor:
 
 def weighted_sum(values: list[torch.Tensor], weights: tuple[float, ...], out: torch.Tensor) -> None:
     """Σ wₖ·xₖ into `out`."""
-    out.zero_()
-    for value, weight in zip(values, weights, strict=True):
+    import torch
+
+    torch.mul(values[0], weights[0], out=out)
+    for value, weight in zip(values[1:], weights[1:], strict=True):
         out.add_(value, alpha=weight)
 
 
