@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 BLOCK = 1 << 17
 """Numbers of one adapter's block: half a MiB of float32, so that the blocks of a few adapters stay in the cache."""
 
+_WIDE = 64
+"""Factors of a higher rank cost more to multiply than a Kronecker or Hadamard product's rows cost to make."""
+
 Fill = Callable[[int, int, "torch.Tensor"], None]
 """Writes rows [start, stop) of a delta into a tensor of that many rows."""
 
@@ -78,7 +81,7 @@ def filler(term: Term, device: torch.device) -> Fill:
     """What writes the rows of a term's delta, the scale included and the weight aside."""
     import torch
 
-    pair = term.pair()
+    pair = term.pair() if term.plain or (term.exact_rank or _WIDE + 1) <= _WIDE else None
     if pair is not None:
         b = (to_device(pair[0], device).double() * term.scale).float()
         a = to_device(pair[1], device).float()

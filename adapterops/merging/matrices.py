@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
     from adapterops.linalg.lowrank import Pair, Svd
 
+_NARROW = 256
+"""Up to this sum of ranks the plain sum's singular vectors are worth having as the start of an iteration."""
 _AHEAD = 8
 """Singular vectors beyond the rank that an iteration is started with."""
 _RESIDUAL = 1 << 20
@@ -186,9 +188,12 @@ def compute(
         return _factors(p, settings, device, dtype)
     if kind is Kind.STACKED:
         return _stacked(p, dtype)
-    pairs = _pairs(p.terms, device)
     weights = [term.weight for term in p.terms]
-    low = pairs is not None and sum(b.shape[1] for b, _ in pairs) <= min(p.shape.rows, p.shape.columns)
+    ranks = [term.exact_rank for term in p.terms]
+    total = min(p.shape.rows, p.shape.columns) + 1 if None in ranks else sum(rank for rank in ranks if rank is not None)
+    low = total <= min(p.shape.rows, p.shape.columns)
+    # Element-wise methods need them for a start only, and not at any price.
+    pairs = _pairs(p.terms, device) if kind is not Kind.ELEMENTS or (low and total <= _NARROW) else None
     if kind is Kind.FACTORS:
         assert pairs is not None
         return _from_factors(p, pairs, weights, settings, dtype)
@@ -202,7 +207,7 @@ def compute(
         merged = p.choice.method.function(stack, **p.choice.arguments)
     if p.rank is None:
         return {"weight": merged.reshape(p.shape.sizes).to("cpu", dtype)}, _report(p)
-    return _refactor(p, merged, pairs if low else None, settings, dtype)
+    return _refactor(p, merged, pairs if low and total <= _NARROW else None, settings, dtype)
 
 
 def draws(p: MatrixPlan, settings: Settings, role: str) -> list[Draw]:
