@@ -19,6 +19,7 @@ from adapterops.errors import (
     AmbiguousFormat,
     CannotRepresent,
     NotAnAdapter,
+    OutputExists,
     ProofFailed,
     UnknownArchitectureOfFile,
     UnknownFact,
@@ -33,7 +34,7 @@ from adapterops.renaming import parse
 from adapterops.renaming import rename as rename_keys
 from adapterops.storage import Source, dtypes, open_source
 from adapterops.storage.output import Progress, Staged, Timings, check_target, nothing
-from adapterops.storage.source import stem
+from adapterops.storage.source import FOLDER_WEIGHTS, stem
 
 PathLike = str | os.PathLike[str]
 
@@ -295,6 +296,27 @@ def _place(path: str, form: Format) -> str:
     if suffix not in _SAFETENSORS or os.path.isdir(path):
         return os.path.join(path, form.file_name)
     return os.path.normpath(path)
+
+
+def insist_on_place(path: PathLike, form: Format, adapters: Iterable[Adapter], overwrite: bool) -> None:
+    """Look before long work whether its output can be put where it should go; `save` looks again.
+
+    Raises `OutputExists` and `UsageError` as `save` does.
+    """
+    place = _place(os.fspath(path), form)
+    sources = {os.path.realpath(t.source.path) for a in adapters for u in a for t in u.tensors.values()}
+    if not form.is_folder:
+        check_target(place, False, [""], overwrite)
+        if os.path.realpath(place) in sources:
+            raise UsageError(f"{place}: is one of the sources, which are never changed; name another output")
+        return
+    if any(source.startswith(os.path.realpath(place) + os.sep) for source in sources):
+        raise UsageError(f"{place}: holds one of the sources, which are never changed; name another output")
+    names = [os.path.join(folder, name) for folder in ("", *COMPONENTS) for name in FOLDER_WEIGHTS]
+    check_target(place, True, names, True)
+    for standing in (os.path.join(place, name) for name in names):
+        if not overwrite and os.path.lexists(standing):
+            raise OutputExists(f"{standing}: exists already; --overwrite replaces it")
 
 
 def _spare_sources(adapter: Adapter, place: str, form: Format, names: list[str]) -> None:

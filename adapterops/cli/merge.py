@@ -221,7 +221,8 @@ def _losses(modules: Sequence[ModuleReport]) -> list[str]:
             f"{worst.error:.1e} ({worst.component}: {worst.module}, rank {worst.rank}, {worst.kept:.1%} of its energy kept)"
         )
         if (worst.error or 0) > _LOSSY:
-            lines.append("a larger --rank keeps more; --method cat keeps all of a weighted sum")
+            whole = "; --method cat keeps all" if worst.method == "svd" else ""
+            lines.append(f"a larger --rank keeps more{whole}")
         loose = max(m.excess for m in measured)
         if loose > 1e-4:
             lines.append(

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -25,6 +25,7 @@ from adapterops import api, registry
 from adapterops.adapter import Adapter
 from adapterops.api import PathLike, Result
 from adapterops.architectures import Architecture
+from adapterops.dialects.table import Dialect
 from adapterops.errors import UsageError
 from adapterops.merging import bases
 from adapterops.merging import weights as weighing
@@ -38,6 +39,7 @@ from adapterops.merging.run import combine as run_step
 from adapterops.merging.settings import Choice, Choose, ModuleReport, Settings
 from adapterops.merging.steps import FLAGS, OPTIONS, TEXTS
 from adapterops.methods import METHODS as ADAPTER_METHODS
+from adapterops.plugin import Format
 from adapterops.storage.output import Progress
 from adapterops.storage.output import nothing as no_bytes
 from adapterops.storage.tensor import CHUNK
@@ -99,10 +101,20 @@ def merge(
     Raises the errors of `adapterops.errors`; nothing is left behind then.
     """
     asked = recipe_of(sources, method, recipe, weights, space, reading, parameters)
-    form_name = to or asked.output.get("to")
     started = time.perf_counter()
+
+    def target(adapters: Sequence[Adapter]) -> tuple[Format, Dialect, PathLike]:
+        form, dialect = registry.find(to or asked.output.get("to") or adapters[0].provenance.dialect)
+        place = output or asked.output.get("path") or ("merged" if form.is_folder else "merged.safetensors")
+        return form, dialect, place
+
+    def look(adapters: Sequence[Adapter]) -> None:
+        form, _, place = target(adapters)
+        api.insist_on_place(place, form, adapters, overwrite)
+
     made = run(
         asked,
+        look=look,
         dtype=dtype or asked.output.get("dtype"),
         device=device,
         workers=workers,
@@ -111,8 +123,7 @@ def merge(
     )
     computed = time.perf_counter()
     adapter = made.merged.adapter
-    form, dialect = registry.find(form_name or adapter.provenance.dialect)
-    place = output or asked.output.get("path") or ("merged" if form.is_folder else "merged.safetensors")
+    _, dialect, place = target([adapter])
     written = api.save(
         adapter,
         place,
@@ -219,9 +230,10 @@ def run(
     device: str = "auto",
     workers: int = 0,
     folder: str = "",
+    look: Callable[[Sequence[Adapter]], None] | None = None,
     progress: ModuleProgress = nothing,
 ) -> Run:
-    """Run every step of a recipe.
+    """Run every step of a recipe.  `look` is shown the adapters of a step before it begins.
 
     Raises `UsageError` where a source is not what the recipe was written with, and what `merge` raises.
     """
@@ -234,6 +246,8 @@ def run(
         started = time.perf_counter()
         adapters = [made[ref.step].adapter if ref.step else _load(ref, recipe) for ref in step.sources]
         seconds += time.perf_counter() - started
+        if look is not None:
+            look(adapters)
         with ThreadPoolExecutor(1) as hasher:
             # Hashing reads what merging reads, and needs another core.
             hashes = [

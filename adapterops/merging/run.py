@@ -12,7 +12,7 @@ import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterops.adapter import Adapter, Certainty, Fact, Provenance, Update
@@ -106,10 +106,10 @@ def combine(
     _perform(work, spool, settings, dtype, progress)
     updates: list[Update] = []
     for piece in work:
-        updates += _updates(piece)
+        updates += _updates(piece, settings.dtype)
         for method in piece.module.carried:
             update, told = carried.merge(piece.module, method, settings, _keeper(spool))
-            updates.append(update)
+            updates.append(_rounded(update, settings.dtype))
             notes += told
     merged = Adapter({}, fact, _provenance(adapters), dict(metadata or {}), _config(adapters), base).with_updates(
         updates
@@ -297,8 +297,12 @@ def _keeper(spool: Spool) -> carried.Keep:
     return keep
 
 
-def _updates(piece: _Work) -> list[Update]:
-    """The updates that the computed tensors are."""
+def _rounded(update: Update, dtype: str | None) -> Update:
+    return replace(update, tensors={role: t.mapped(dtype) for role, t in update.tensors.items()})
+
+
+def _updates(piece: _Work, dtype: str | None) -> list[Update]:
+    """The updates that the computed tensors are; what is carried along is rounded to `dtype`, if that was asked for."""
     module, tensors = piece.module, piece.places
     out: list[Update] = []
     for method in dict.fromkeys(method for method, _ in tensors):
@@ -311,7 +315,7 @@ def _updates(piece: _Work) -> list[Update]:
             alpha = Fact(piece.matrix.alpha or float(rank), Certainty.DERIVED, "merged")
             options = matrices.update_options(piece.matrix)
             if piece.matrix.magnitude is not None:
-                own["magnitude"] = piece.matrix.magnitude
+                own["magnitude"] = piece.matrix.magnitude.mapped(dtype)
         else:
             source = next((v.update for p in piece.vectors if p.method == method for v in p.vectors), None)
             options = dict((source or module.terms[0].update).options)
