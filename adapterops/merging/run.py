@@ -19,7 +19,7 @@ from adapterops.adapter import Adapter, Certainty, Fact, Provenance, Update
 from adapterops.errors import AdapterOpsError, CannotRepresent, UsageError
 from adapterops.merging import bases, carried, dora, matrices, vectors
 from adapterops.merging.matrices import MatrixPlan
-from adapterops.merging.modules import Module, WeightOf, gather
+from adapterops.merging.modules import CARRIED, Module, WeightOf, gather
 from adapterops.merging.settings import Choose, ModuleReport, Settings
 from adapterops.merging.vectors import VectorPlan
 from adapterops.storage import dtypes
@@ -103,14 +103,15 @@ def combine(
     dtype = settings.dtype or widest(adapters)
     spool = Spool("the merged adapter", folder)
     work = [_planned(module, choose, spool, dtype) for module in modules]
-    _perform(work, spool, settings, dtype, progress)
     updates: list[Update] = []
+    # What may be refused goes before what takes long.
     for piece in work:
         updates += _updates(piece, settings.dtype)
         for method in piece.module.carried:
             update, told = carried.merge(piece.module, method, settings, _keeper(spool))
             updates.append(_rounded(update, settings.dtype))
             notes += told
+    _perform(work, spool, settings, dtype, progress)
     merged = Adapter({}, fact, _provenance(adapters), dict(metadata or {}), _config(adapters), base).with_updates(
         updates
     )
@@ -119,8 +120,9 @@ def combine(
 
 
 def widest(adapters: Sequence[Adapter]) -> str:
-    """The narrowest float type that holds every number of every input."""
-    found = {t.dtype for a in adapters for u in a for t in u.tensors.values() if t.dtype in dtypes.NUMBERS}
+    """The narrowest float type that holds every number of every input (what is carried whole keeps its own)."""
+    changed = [u for a in adapters for u in a if u.method not in CARRIED] or [u for a in adapters for u in a]
+    found = {t.dtype for u in changed for t in u.tensors.values() if t.dtype in dtypes.NUMBERS}
     wide = [name for name in dtypes.FLOATS if name in found]
     if not wide:
         return "F16"
