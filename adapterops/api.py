@@ -187,7 +187,7 @@ def save(
         raise (error if path in str(error) else CannotRepresent(f"{path}: {error}")) from error
     if not any(u.method != "saved" for u in out.kept):
         raise CannotRepresent(f"{adapter.provenance.path}: nothing of it is left to write as {dialect.title}")
-    place = _place(os.fspath(path), form)
+    place = place_of(os.fspath(path), form)
     timings = Timings()
     if wanted or fold_alpha:
         import numpy as np  # noqa: F401  (what computes values while they are copied is not to be loaded meanwhile)
@@ -284,7 +284,7 @@ def _map(update: Update, dtype: str | None, fold: bool) -> Update:
     return replace(update, tensors=tensors, alpha=Fact(rank, Certainty.DERIVED, "--fold-alpha"), rslora=False)
 
 
-def _place(path: str, form: Format) -> str:
+def place_of(path: str, form: Format) -> str:
     """The file or folder that `-o` means for this format."""
     suffix = os.path.splitext(path)[1].lower()
     if suffix in _PICKLE_SUFFIXES:
@@ -303,7 +303,7 @@ def insist_on_place(path: PathLike, form: Format, adapters: Iterable[Adapter], o
 
     Raises `OutputExists` and `UsageError` as `save` does.
     """
-    place = _place(os.fspath(path), form)
+    place = place_of(os.fspath(path), form)
     sources = {os.path.realpath(t.source.path) for a in adapters for u in a for t in u.tensors.values()}
     if not form.is_folder:
         check_target(place, False, [""], overwrite)

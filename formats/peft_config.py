@@ -283,6 +283,12 @@ def method_of(updates: Sequence[Update]) -> PeftMethod:
     return BY_METHOD[next(iter(first))] if first else LORA
 
 
+_MAGNITUDES = (
+    "; --to kohya holds magnitudes module by module, and adapterops merge --method svd --base-weights BASE folds them into "
+    "plain LoRA"
+)
+
+
 def from_updates(
     updates: Sequence[Update], base: set[str] | Base | None, optional_prefix: str = "", method: PeftMethod = LORA
 ) -> dict[str, Any]:
@@ -308,6 +314,7 @@ def from_updates(
             lacking = next(u for u in own if role not in u.tensors)
             raise errors.CannotRepresent(
                 f"{having[0].name} has a {role} and {lacking.name} has none; a PEFT config says {name} for all or none"
+                + (_MAGNITUDES if role == "magnitude" else "")
             )
         if having:
             fields[name] = True

@@ -20,6 +20,11 @@ from adapterops_formats.peft_patterns import Base, shuts_out, with_parents
 from adapterops.plugin import Adapter, Target, Update, errors
 
 
+_CLASSIFIERS = ("classifier", "score")
+_HEADS = {"SEQ_CLS": _CLASSIFIERS, "TOKEN_CLS": _CLASSIFIERS, "QUESTION_ANS": ("qa_outputs",)}
+"""What peft's classes for a task add to `modules_to_save` by themselves (`peft_model.py`)."""
+
+
 def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict[str, Any], list[str]]:
     """The `adapter_config.json` for the updates of one component, and notes.
 
@@ -35,8 +40,9 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
     base = Base.of(part)
     check_given(target.fields, method)
     derived = from_updates(updates, base, method=method)
-    saved, notes = _saved_fields(updates, part, method)
     own = dict(adapter.config.get(component, {}))
+    heads = _HEADS.get(str(target.fields.get("task_type", own.get("task_type"))), ())
+    saved, notes = _saved_fields(updates, part, method, heads)
     if adapter.mutated_init is None and str(own.get("init_lora_weights", "")).lower().startswith(MUTATING):
         # Said by the header of a file that cannot have been trained so: it would have peft change the base.
         del own["init_lora_weights"]
@@ -170,7 +176,9 @@ def _insist_on_place(updates: Sequence[Update], biases: Sequence[Update], method
         )
 
 
-def _saved_fields(updates: list[Update], base: Any, method: PeftMethod) -> tuple[dict[str, Any], list[str]]:
+def _saved_fields(
+    updates: list[Update], base: Any, method: PeftMethod, heads: Sequence[str] = ()
+) -> tuple[dict[str, Any], list[str]]:
     """`modules_to_save`, `bias` and `trainable_token_indices`, and notes."""
     own = {u.module for u in adapted(updates, method)}
     biases = [u for u in updates if u.method == "saved" and set(u.tensors) == {"bias"}]
@@ -182,7 +190,8 @@ def _saved_fields(updates: list[Update], base: Any, method: PeftMethod) -> tuple
         fields["bias"] = "lora_only" if all(u.module in own for u in biases) else "all"
     if saved:
         # peft would look for a wrapper inside a wrapper, so only the outermost are named.
-        fields["modules_to_save"] = sorted(m for m in saved if with_parents([m]).isdisjoint(saved - {m}))
+        outermost = [m for m in saved if with_parents([m]).isdisjoint(saved - {m})]
+        fields["modules_to_save"] = sorted({_wrapped(module, heads) for module in outermost})
     tokens = {u.module: _indices(u) for u in updates if u.method == "trainable_tokens"}
     if tokens:
         fields["trainable_token_indices"] = tokens
@@ -207,6 +216,12 @@ def _saved_fields(updates: list[Update], base: Any, method: PeftMethod) -> tuple
         if spec is not None and spec.tied_to:
             notes.append(f"{name} is saved, and the base ties it to {spec.tied_to}: peft unties them")
     return fields, notes
+
+
+def _wrapped(module: str, heads: Sequence[str]) -> str:
+    """The module, or the head around it, which peft wraps in any case."""
+    around = sorted(with_parents([module]), key=len)
+    return next((name for name in around if name.endswith(tuple(heads))), module)
 
 
 def _indices(update: Update) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import click
-from benchmarks import convert
+from benchmarks import convert, merge
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -12,6 +12,7 @@ def main() -> None:
 
 
 main.add_command(convert.command)
+main.add_command(merge.command)
 
 if __name__ == "__main__":
     main()

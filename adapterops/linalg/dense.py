@@ -73,7 +73,9 @@ def truncated(
     rank = min(rank, m, n)
     energy = _energy(matrix)
     if not math.isfinite(energy):
-        raise BrokenAdapter("a matrix to decompose has values that are infinite or not a number")
+        raise BrokenAdapter(
+            "the merged delta is infinite or no number somewhere: smaller --weights keep it within float32"
+        )
     if energy == 0:
         eye = torch.eye(max(m, n), rank, dtype=matrix.dtype, device=matrix.device)
         return Svd(eye[:m].clone(), matrix.new_zeros(rank), eye[:n].T.contiguous(), 0.0), 0.0

@@ -1,8 +1,8 @@
 """What replaces something of the base whole: saved modules, rows of trained tokens, bundled embeddings.
 
 Such a thing has no delta without the base.  The rule: one adapter's, or the same in all of them, is kept; rows of different
-tokens stand side by side; where adapters disagree the merge is refused, or does what `--saved` says: their weighted mean, or
-the first adapter's.
+tokens stand side by side, those of one token by the same rule; where adapters disagree the merge is refused, or does what
+`--saved` says: their weighted mean, or the first adapter's.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from adapterops.merging.settings import Settings
 from adapterops.methods import METHODS
 from adapterops.proof import check_finite
 from adapterops.storage import dtypes
-from adapterops.storage.tensor import LazyTensor, same_bytes, stack
+from adapterops.storage.tensor import LazyTensor, same_values
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
 
 Entry = tuple[int, float, Update]
@@ -47,9 +48,9 @@ def merge(module: Module, method: str, settings: Settings, keep: Keep) -> tuple[
         )
         return replace(first, module=module.name), notes
     if method == "trainable_tokens":
-        joined = _side_by_side(entries)
+        joined = _rows_joined(module, entries, settings, keep)
         if joined is not None:
-            return replace(joined, module=module.name), []
+            return joined, []
     if settings.saved == "first":
         return replace(first, module=module.name), [f"{module.title}: kept as in the first adapter (--saved first)"]
     if settings.saved == "mean":
@@ -66,20 +67,53 @@ def merge(module: Module, method: str, settings: Settings, keep: Keep) -> tuple[
 def _same(one: Update, two: Update) -> bool:
     if one.tensors.keys() != two.tensors.keys() or one.options != two.options:
         return False
-    return all(same_bytes(tensor, two.tensors[role]) for role, tensor in one.tensors.items())
+    return all(
+        tensor.shape == two.tensors[role].shape and same_values(tensor, two.tensors[role])
+        for role, tensor in one.tensors.items()
+    )
 
 
-def _side_by_side(entries: Sequence[Entry]) -> Update | None:
-    """Rows of different tokens in one; None where a token is in two adapters, or their types differ."""
-    indices = [update.options.get("indices") for _, _, update in entries]
-    if any(found is None for found in indices):
-        return None
-    every = [index for found in indices for index in found or ()]
-    rows = [update.tensors["delta"] for _, _, update in entries]
-    if len(set(every)) != len(every) or len({(t.dtype, t.shape[1:]) for t in rows}) > 1:
-        return None
+def _rows_joined(module: Module, entries: Sequence[Entry], settings: Settings, keep: Keep) -> Update | None:
+    """The rows of all tokens, each once; None where adapters disagree on one and nothing says what to do."""
+    import numpy as np
+
+    found: dict[int, list[tuple[float, np.typing.NDArray[np.float64]]]] = {}
+    for _, weight, update in entries:
+        indices = update.options.get("indices")
+        if indices is None:
+            return None
+        rows = update.tensors["delta"].numpy().astype(np.float64)
+        for index, row in zip(indices, rows, strict=True):
+            found.setdefault(index, []).append((weight, row))
+    made = []
+    for index, own in found.items():
+        alike = all(np.array_equal(own[0][1], row) for _, row in own[1:])
+        if len(own) > 1 and not alike and settings.saved == "refuse":
+            return None
+        total = sum(weight for weight, _ in own)
+        if alike or settings.saved == "first":
+            made.append(own[0][1])
+        elif not total:
+            raise UsageError(f"{module.title}: the weights of token {index} add up to 0 and have no mean")
+        else:
+            made.append(np.sum([row * (weight / total) for weight, row in own], axis=0))
+    import torch
+
     first = entries[0][2]
-    return replace(first, tensors={"delta": stack(rows)}, options={**first.options, "indices": every})
+    dtype = wide([update.tensors["delta"].dtype for _, _, update in entries])
+    delta = keep(f"{module.name}.delta", torch.from_numpy(np.stack(made)), dtype)
+    return replace(
+        first, module=module.name, tensors={"delta": delta}, options={**first.options, "indices": list(found)}
+    )
+
+
+def wide(names: Sequence[str]) -> str:
+    """The narrowest float type that holds every number of all these."""
+    found = [name for name in dtypes.FLOATS if name in names]
+    if not found:
+        return "F16"
+    # Neither of the two 16-bit types holds the other's numbers.
+    return "F32" if found == ["F16", "BF16"] else found[0]
 
 
 def _mean(module: Module, entries: Sequence[Entry], keep: Keep) -> Update:
@@ -102,7 +136,7 @@ def _mean(module: Module, entries: Sequence[Entry], keep: Keep) -> Update:
     for role in roles:
         own = [update.tensors[role] for _, _, update in entries]
         if own[0].dtype not in dtypes.FLOATS:
-            if not all(same_bytes(own[0], other) for other in own[1:]):
+            if not all(same_values(own[0], other) for other in own[1:]):
                 raise UsageError(
                     f"{own[0].where}: numbers of {own[0].dtype} have no mean; --saved first keeps the first's"
                 )
@@ -111,5 +145,5 @@ def _mean(module: Module, entries: Sequence[Entry], keep: Keep) -> Update:
         mean = torch.zeros(own[0].shape, dtype=torch.float64)
         for (_, weight, _), tensor in zip(entries, own, strict=True):
             mean += tensor.torch().double() * (weight / total)
-        out[role] = keep(f"{module.name}.{role}", mean, own[0].dtype)
+        out[role] = keep(f"{module.name}.{role}", mean, wide([tensor.dtype for tensor in own]))
     return replace(first, module=module.name, tensors=out)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import hypot, sqrt
 from typing import TYPE_CHECKING, Any
 
+from adapterops.architectures import Architecture
 from adapterops.errors import CannotRepresent, UsageError
 from adapterops.linalg.random import Draw
 from adapterops.merging.deltas import DeltaStack, to_device
@@ -15,7 +16,7 @@ from adapterops.merging.registry import Kind, Space
 from adapterops.merging.settings import Choice, ModuleReport, Settings
 from adapterops.merging.stack import TensorStack
 from adapterops.merging.terms import Shape, Term, common_shape
-from adapterops.storage.tensor import LazyTensor, same_bytes
+from adapterops.storage.tensor import LazyTensor, same_values
 
 if TYPE_CHECKING:
     import torch
@@ -54,13 +55,13 @@ class MatrixPlan:
         return self.module.terms
 
 
-def plan(module: Module, choice: Choice) -> MatrixPlan:
+def plan(module: Module, choice: Choice, base: Architecture | None = None) -> MatrixPlan:
     """What merging the module's deltas will give.
 
     Raises `UsageError` and `CannotRepresent` where the method cannot merge them.
     """
     terms = module.terms
-    shape = common_shape(terms)
+    shape = _kernel_of(base, module, common_shape(terms))
     embedding = terms[0].update.options.get("kind") == "embedding"
     magnitude, axis = _magnitude(module)
     if choice.space is Space.FACTORS and choice.method.kind is Kind.ELEMENTS:
@@ -76,8 +77,20 @@ def plan(module: Module, choice: Choice) -> MatrixPlan:
         "A": (rank, *shape.sizes[1:]),
         "B": (shape.rows, rank, *(1,) * (len(shape.sizes) - 2)),
     }
-    alpha = _shared_scale(terms, rank) if choice.method.kind is Kind.STACKED else None
+    # A part of a fused projection is to have the same scale as its other parts.
+    whole = choice.method.kind is Kind.STACKED and not any(term.pieces is not None for term in terms)
+    alpha = _shared_scale(terms, rank) if whole else None
     return MatrixPlan(module, choice, shape, rank, outputs, alpha, embedding, magnitude, axis)
+
+
+def _kernel_of(base: Architecture | None, module: Module, shape: Shape) -> Shape:
+    """The shape with the kernel that the base has there: LyCORIS flattens it, and readers insist on it."""
+    component = base.components.get(module.component) if base is not None else None
+    spec = component.spec(module.name) if component is not None else None
+    if spec is None or spec.kind != "conv":
+        return shape
+    own = Shape(spec.shape)
+    return own if len(spec.shape) > 2 and (own.rows, own.columns) == (shape.rows, shape.columns) else shape
 
 
 def _magnitude(module: Module) -> tuple[LazyTensor | None, str | None]:
@@ -87,7 +100,7 @@ def _magnitude(module: Module) -> tuple[LazyTensor | None, str | None]:
     if first is None:
         return None, None
     axes = {term.update.options.get("dora_axis") for term in module.terms}
-    shared = all(m is not None and same_bytes(first.reshape((first.numel,)), m.reshape((m.numel,))) for m in own)
+    shared = all(m is not None and same_values(first, m) for m in own)
     if not shared or len(axes) > 1 or any(term.pieces is not None for term in module.terms):
         what = "not all adapters have one" if None in own else "the adapters' magnitudes differ"
         raise CannotRepresent(
@@ -102,7 +115,7 @@ def _factor_rank(module: Module, choice: Choice) -> int:
     other = next((t for t in module.terms if not t.plain), None)
     if other is not None:
         raise UsageError(
-            f"{other.where}: --method {name} acts on the factors of LoRA, and {module.title} is {other.update.method} here"
+            f"{other.where}: --method {name} acts on the factors of LoRA, and {module.title} is {other.kind} here"
             f"{_instead(choice)}"
         )
     ranks = {term.rank for term in module.terms}
@@ -143,7 +156,7 @@ def _rank(module: Module, choice: Choice, shape: Shape) -> int:
         other = terms[exact.index(None)]
         raise UsageError(
             f"{other.where}: --method {choice.method.name} needs low-rank factors, and {module.title} has none here "
-            f"({other.update.method}); --method svd --rank R gives the best of rank R"
+            f"({other.kind}); --method svd --rank R gives the best of rank R"
         )
     if kind is Kind.STACKED:
         assert total is not None
@@ -159,7 +172,7 @@ def _rank(module: Module, choice: Choice, shape: Shape) -> int:
         if None in ranks:
             other = terms[ranks.index(None)]
             raise UsageError(
-                f"{other.where}: {module.title} has no rank here ({other.update.method}), so the output's is not known; "
+                f"{other.where}: {module.title} has no rank here ({other.kind}), so the output's is not known; "
                 "say it with --rank R"
             )
         wanted = max(rank for rank in ranks if rank is not None)

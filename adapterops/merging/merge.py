@@ -33,7 +33,7 @@ from adapterops.merging.modules import WeightOf
 from adapterops.merging.recipe import HEADER_ENTRY, Recipe, SourceRef, Step, build
 from adapterops.merging.recipe import load as load_recipe
 from adapterops.merging.registry import METHODS, find
-from adapterops.merging.run import Merged, nothing
+from adapterops.merging.run import Merged, nothing, widest
 from adapterops.merging.run import Progress as ModuleProgress
 from adapterops.merging.run import combine as run_step
 from adapterops.merging.settings import Choice, Choose, ModuleReport, Settings
@@ -101,12 +101,13 @@ def merge(
     Raises the errors of `adapterops.errors`; nothing is left behind then.
     """
     asked = recipe_of(sources, method, recipe, weights, space, reading, parameters)
+    stated = {"to": to, "dtype": dtype, "fold_alpha": fold_alpha or None, "path": output and os.fspath(output)}
+    asked = replace(asked, output={**asked.output, **{k: v for k, v in stated.items() if v is not None}})
     started = time.perf_counter()
 
     def target(adapters: Sequence[Adapter]) -> tuple[Format, Dialect, PathLike]:
-        form, dialect = registry.find(to or asked.output.get("to") or adapters[0].provenance.dialect)
-        place = output or asked.output.get("path") or ("merged" if form.is_folder else "merged.safetensors")
-        return form, dialect, place
+        form, dialect = registry.find(asked.output.get("to") or adapters[0].provenance.dialect)
+        return form, dialect, asked.output.get("path") or ("merged" if form.is_folder else "merged.safetensors")
 
     def look(adapters: Sequence[Adapter]) -> None:
         form, _, place = target(adapters)
@@ -115,20 +116,23 @@ def merge(
     made = run(
         asked,
         look=look,
-        dtype=dtype or asked.output.get("dtype"),
+        dtype=asked.output.get("dtype"),
         device=device,
         workers=workers,
-        folder=_room(output or asked.output.get("path")),
+        folder=_room(asked.output.get("path")),
         progress=progress,
     )
     computed = time.perf_counter()
     adapter = made.merged.adapter
-    _, dialect, place = target([adapter])
+    form, dialect, place = target([adapter])
+    home = os.path.abspath(api.place_of(os.fspath(place), form))
+    kept = _findable(made.recipe, asked, home if form.is_folder else os.path.dirname(home))
+    adapter = replace(adapter, metadata={**adapter.metadata, HEADER_ENTRY: kept.to_header()})
     written = api.save(
         adapter,
         place,
         format=dialect.name,
-        fold_alpha=fold_alpha,
+        fold_alpha=asked.output.get("fold_alpha", False),
         fields=fields,
         overwrite=overwrite,
         verify=verify,
@@ -139,7 +143,7 @@ def merge(
         "compute": computed - started - made.reading,
         "write": time.perf_counter() - computed,
     }
-    return MergeResult(written, made.merged.modules, made.merged.notes, made.recipe, seconds)
+    return MergeResult(written, made.merged.modules, made.merged.notes, kept, seconds)
 
 
 def combine(
@@ -173,7 +177,8 @@ def recipe_of(
     parameters: Mapping[str, Any],
 ) -> Recipe:
     """The recipe that the arguments of `merge` mean.  Raises `UsageError` where they contradict each other."""
-    given = {name: value for name, value in parameters.items() if value is not None and value is not False}
+    # The command line says False of every flag that is not there.
+    given = {n: v for n, v in parameters.items() if v is not None and not (v is False and n in FLAGS)}
     if recipe is not None:
         stated = [
             *(["sources"] if sources else []),
@@ -240,12 +245,14 @@ def run(
     made: dict[str, Merged] = {}
     steps: list[Step] = []
     last: Merged | None = None
+    sources: list[Adapter] = []
     seconds = 0.0
     notes: list[str] = []
     for number, step in enumerate(recipe.steps):
         started = time.perf_counter()
         adapters = [made[ref.step].adapter if ref.step else _load(ref, recipe) for ref in step.sources]
         seconds += time.perf_counter() - started
+        sources += [a for a, ref in zip(adapters, step.sources, strict=True) if not ref.step]
         if look is not None:
             look(adapters)
         with ThreadPoolExecutor(1) as hasher:
@@ -259,22 +266,46 @@ def run(
             final = number == len(recipe.steps) - 1
             weights = step.options.get("base_weights", "")
             weights = recipe.located(weights) if weights else ""
-            last = _run_step(step, adapters, dtype if final else None, device, workers, folder, progress, weights)
+            # What is merged again is not rounded before that.
+            kind = dtype or (widest(sources) if len(recipe.steps) > 1 else None)
+            kind = kind if final else ("F64" if widest(sources) == "F64" else "F32")
+            last = _run_step(step, adapters, kind, device, workers, folder, progress, weights)
             refs = [
                 replace(ref, hash=h.result()) if h is not None else ref
                 for ref, h in zip(step.sources, hashes, strict=True)
             ]
+        options = dict(step.options)
+        if weights:
+            _insist_same_base(step, last.base_hash)
+            options["base_hash"] = last.base_hash
         notes += last.notes
-        steps.append(replace(step, sources=tuple(refs)))
+        steps.append(replace(step, sources=tuple(refs), options=options))
         if step.name:
             made[step.name] = last
     assert last is not None
-    output = {
-        k: v for k, v in {**recipe.output, "dtype": dtype or recipe.output.get("dtype")}.items() if v and k != "path"
-    }
-    full = Recipe(tuple(steps), output)
-    adapter = replace(last.adapter, metadata={**last.adapter.metadata, HEADER_ENTRY: full.to_header()})
-    return Run(replace(last, adapter=adapter, notes=tuple(dict.fromkeys(notes))), full, seconds)
+    full = Recipe(tuple(steps), {k: v for k, v in {**recipe.output, "dtype": dtype}.items() if v and k != "path"})
+    return Run(replace(last, notes=tuple(dict.fromkeys(notes))), full, seconds)
+
+
+def _findable(recipe: Recipe, asked: Recipe, home: str) -> Recipe:
+    """The recipe with paths that lead to its sources from the current folder, or from `home`, where it will stand."""
+
+    def path(written: str) -> str:
+        located = asked.located(written)
+        # What leads there from the current folder stays as the user wrote it: the same command gives the same bytes.
+        if not written or written.startswith("hf://") or os.path.isabs(written) or located == written:
+            return written
+        for folder in (home, os.path.dirname(home)):
+            if os.path.realpath(os.path.join(folder, written)) == os.path.realpath(located):
+                return written  # `Recipe.located` looks there
+        return os.path.relpath(located, home)
+
+    steps = []
+    for step in recipe.steps:
+        refs = tuple(replace(ref, path=path(ref.path)) for ref in step.sources)
+        weights = {"base_weights": path(step.options["base_weights"])} if "base_weights" in step.options else {}
+        steps.append(replace(step, sources=refs, options={**step.options, **weights}))
+    return replace(recipe, steps=tuple(steps))
 
 
 def _load(ref: SourceRef, recipe: Recipe) -> Adapter:
@@ -291,6 +322,15 @@ def _insist_unchanged(step: Step, hashes: Sequence[Future[str] | None]) -> None:
                 f"{step.where}: {ref.path} is not what the recipe was run with (its content is {future.result()[:16]}…, and "
                 f"was {ref.hash[:16]}…); take the hash out of the recipe to use it as it is now"
             )
+
+
+def _insist_same_base(step: Step, found: str) -> None:
+    stated = step.options.get("base_hash")
+    if stated and stated != found:
+        raise UsageError(
+            f"{step.where}: {step.options['base_weights']} is not the base that the recipe was run with; take base_hash out "
+            "of the recipe to use it all the same"
+        )
 
 
 def content_hash(adapter: Adapter) -> str:

@@ -82,6 +82,11 @@ def gather(adapters: Sequence[Adapter], weights: Sequence[WeightOf], base: Archi
                 if weight:
                     module = found.setdefault((update.component, name), Module(update.component, name))
                     _enter(module, number, weight, update, rows)
+    for module in found.values():
+        if ("lora", "bias") in module.vectors and ("diff", "bias") in module.vectors:
+            # Both are added to the module's output; no format has a place for both.
+            both = [*module.vectors.pop(("lora", "bias")), *module.vectors["diff", "bias"]]
+            module.vectors["diff", "bias"] = sorted(both, key=lambda vector: vector.adapter)
     return [found[key] for key in sorted(found, key=_by_number)]
 
 

@@ -42,7 +42,7 @@ __all__ = ["HEADER_ENTRY", "VERSION", "Pattern", "Recipe", "Setting", "SourceRef
 HEADER_ENTRY = "adapterops_recipe"
 VERSION = 1
 _TOP = ("adapterops", "steps", "output")
-_OUTPUT = ("to", "path", "dtype")
+_OUTPUT = ("to", "path", "dtype", "fold_alpha")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,17 +50,21 @@ class Recipe:
     """Merges, in the order in which they run; the last one's result is the recipe's."""
 
     steps: tuple[Step, ...]
-    output: Mapping[str, str] = field(default_factory=dict)
-    """`to`, `path` and `dtype`, where they are given."""
+    output: Mapping[str, Any] = field(default_factory=dict)
+    """`to`, `path` and `dtype`, where they are given, and whether to `fold_alpha`."""
     folder: str = field(default="", compare=False)
     """Of the file that it was read from."""
 
     def located(self, path: str) -> str:
-        """Where a path of the recipe leads: as it is written, where that exists, else from the recipe's own folder."""
+        """Where a path of the recipe leads: as it is written, where that exists, else from the recipe's own folder, or from
+        the one around it (a recipe may stand in a folder that was written beside its sources)."""
         if path.startswith("hf://") or os.path.lexists(path):
             return path
-        beside = os.path.join(self.folder, path)
-        return beside if os.path.lexists(beside) else path
+        for folder in (self.folder, os.path.dirname(os.path.abspath(self.folder))):
+            beside = os.path.join(folder, path)
+            if os.path.lexists(beside):
+                return beside
+        return path
 
     def dump(self) -> dict[str, Any]:
         """The recipe as canonical JSON data: the same for the same recipe, its keys sorted.  `build` reads it."""
@@ -153,11 +157,15 @@ def _insist_on_use(steps: list[Step]) -> None:
             )
 
 
-def _output(data: Any, where: str) -> dict[str, str]:
+def _output(data: Any, where: str) -> dict[str, Any]:
     if not isinstance(data, Mapping):
         raise UsageError(f"{where}: must be a mapping of {', '.join(_OUTPUT)}")
     document.insist_on_keys(data, _OUTPUT, where)
-    return {key: document.text(data[key], f"{where}: {key}") for key in _OUTPUT if key in data}
+    out: dict[str, Any] = {}
+    for key in (key for key in _OUTPUT if key in data):
+        read = written.flag if key == "fold_alpha" else document.text
+        out[key] = read(data[key], f"{where}: {key}")
+    return out
 
 
 def _sorted(value: Any) -> Any:

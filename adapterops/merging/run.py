@@ -16,6 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from adapterops.adapter import Adapter, Certainty, Fact, Provenance, Update
+from adapterops.architectures import Architecture
 from adapterops.errors import AdapterOpsError, CannotRepresent, UsageError
 from adapterops.merging import bases, carried, dora, matrices, vectors
 from adapterops.merging.matrices import MatrixPlan
@@ -25,7 +26,7 @@ from adapterops.merging.vectors import VectorPlan
 from adapterops.storage import dtypes
 from adapterops.storage.base_weights import open_base
 from adapterops.storage.spool import Spool
-from adapterops.storage.tensor import TORCH_NAMES, LazyTensor
+from adapterops.storage.tensor import CHUNK, TORCH_NAMES, LazyTensor
 
 if TYPE_CHECKING:
     import torch
@@ -49,6 +50,8 @@ class Merged:
     adapter: Adapter
     modules: tuple[ModuleReport, ...]
     notes: tuple[str, ...] = ()
+    base_hash: str = ""
+    """Of the base weights that DoRA was folded against."""
 
 
 @dataclass(slots=True)
@@ -95,14 +98,19 @@ def combine(
         raise UsageError("nothing is left to merge: every weight is 0")
     if check is not None:
         check([(m.component, m.name) for m in modules])
-    bases.insist_on_overlap(adapters, [m.adapters for m in modules], settings.allow_disjoint)
-    notes = bases.notes(adapters)
+    # What they have in common is asked of the adapters, not of what their weights leave.
+    every = gather(adapters, [lambda component, module: 1.0] * len(adapters), base)
+    bases.insist_on_overlap(adapters, [m.adapters for m in every], settings.allow_disjoint)
+    notes, base_hash = bases.notes(adapters), ""
     if base_weights:
-        folded = dora.fold(modules, open_base(base_weights, {m.component for m in modules}), base)
-        notes += [f"DoRA was folded against {base_weights} in {folded} modules: the output is plain LoRA there"]
+        opened = open_base(base_weights, {m.component for m in modules})
+        folded, base_hash = dora.fold(modules, adapters, opened, base)
+        what = f"in {folded} modules: the output is plain LoRA there" if folded else "nowhere: no adapter has any"
+        notes += [f"DoRA was folded against {base_weights} {what}"]
     dtype = settings.dtype or widest(adapters)
     spool = Spool("the merged adapter", folder)
-    work = [_planned(module, choose, spool, dtype) for module in modules]
+    work = [_planned(module, choose, spool, dtype, base) for module in modules]
+    _complete_biases(work, spool, dtype)
     updates: list[Update] = []
     # What may be refused goes before what takes long.
     for piece in work:
@@ -116,26 +124,22 @@ def combine(
         updates
     )
     reports = tuple(piece.report for piece in work if piece.report is not None)
-    return Merged(merged, reports, tuple(dict.fromkeys(notes)))
+    return Merged(merged, reports, tuple(dict.fromkeys(notes)), base_hash)
 
 
 def widest(adapters: Sequence[Adapter]) -> str:
     """The narrowest float type that holds every number of every input (what is carried whole keeps its own)."""
     changed = [u for a in adapters for u in a if u.method not in CARRIED] or [u for a in adapters for u in a]
     found = {t.dtype for u in changed for t in u.tensors.values() if t.dtype in dtypes.NUMBERS}
-    wide = [name for name in dtypes.FLOATS if name in found]
-    if not wide:
-        return "F16"
-    # Neither of the two 16-bit types holds the other's numbers.
-    return "F32" if {"F16", "BF16"} == set(wide) else wide[0]
+    return carried.wide(sorted(found))
 
 
-def _planned(module: Module, choose: Choose, spool: Spool, dtype: str) -> _Work:
+def _planned(module: Module, choose: Choose, spool: Spool, dtype: str, base: Architecture | None) -> _Work:
     choice = choose(module.component, module.name)
     work = _Work(module)
     key = f"{module.component}.{module.name}"
     if module.terms:
-        work.matrix = matrices.plan(module, choice)
+        work.matrix = matrices.plan(module, choice, base)
         method = "lora" if work.matrix.rank is not None else "diff"
         for role, shape in work.matrix.outputs.items():
             work.places[method, role] = spool.reserve(f"{key}.{role}", dtype, shape)
@@ -148,10 +152,23 @@ def _planned(module: Module, choose: Choose, spool: Spool, dtype: str) -> _Work:
     return work
 
 
+def _complete_biases(work: Sequence[_Work], spool: Spool, dtype: str) -> None:
+    """Give every LoRA of a component a bias, zero where there was none, if any has one: peft knows all or none."""
+    for component in {piece.module.component for piece in work if ("lora", "bias") in piece.places}:
+        for piece in work:
+            if piece.module.component == component and ("lora", "B") in piece.places:
+                rows = piece.places["lora", "B"].shape[0]
+                key = f"{component}.{piece.module.name}.bias"
+                if ("lora", "bias") not in piece.places:
+                    piece.places["lora", "bias"] = spool.reserve(key, dtype, (rows,))
+
+
 def _perform(work: Sequence[_Work], spool: Spool, settings: Settings, dtype: str, progress: Progress) -> None:
     """Compute every piece of work, several at a time."""
     import torch
 
+    if settings.workers < 0:
+        raise UsageError(f"--workers {settings.workers}: give a number of modules at a time, or 0 for as many as fit")
     devices = devices_of(settings.device)
     kind = getattr(torch, TORCH_NAMES[dtype])
     largest = max((piece.size for piece in work), default=0)
@@ -254,6 +271,8 @@ def _on(device: torch.device) -> Iterator[None]:
 
 
 def _compute(piece: _Work, spool: Spool, settings: Settings, device: torch.device, dtype: torch.dtype) -> None:
+    import torch
+
     out: dict[tuple[str, str], torch.Tensor] = {}
     if piece.matrix is not None:
         method = "lora" if piece.matrix.rank is not None else "diff"
@@ -261,22 +280,28 @@ def _compute(piece: _Work, spool: Spool, settings: Settings, device: torch.devic
         out |= {(method, role): tensor for role, tensor in tensors.items()}
     for plan in piece.vectors:
         out[plan.method, plan.role] = vectors.compute(plan, settings, dtype)
+    for key in piece.places.keys() - out.keys():
+        out[key] = torch.zeros(piece.places[key].shape, dtype=dtype)
     for key, tensor in out.items():
         place = piece.places[key]
-        _insist_held(tensor, place, piece.module)
+        _insist_held(tensor, place)
         spool.write(place, data_of(tensor))
 
 
-def _insist_held(tensor: torch.Tensor, place: LazyTensor, module: Module) -> None:
+def _insist_held(tensor: torch.Tensor, place: LazyTensor) -> None:
     import torch
 
-    if not torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):
-        if torch.isfinite(tensor).all():
-            return
-        raise CannotRepresent(
-            f"{module.title}: the merged {place.key.rpartition('.')[2]} holds numbers that {place.dtype} cannot; choose "
-            "--dtype float32"
-        )
+    if torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):
+        return
+    if not torch.isfinite(tensor).all():
+        raise _too_large(place)
+
+
+def _too_large(tensor: LazyTensor) -> CannotRepresent:
+    other = "--dtype float64, or smaller --weights" if tensor.dtype in ("F32", "F64") else "--dtype float32"
+    return CannotRepresent(
+        f"{tensor.key}: the merged adapter has numbers here that {tensor.dtype} cannot hold; choose {other}"
+    )
 
 
 def data_of(tensor: torch.Tensor) -> memoryview:
@@ -293,14 +318,23 @@ def _keeper(spool: Spool) -> carried.Keep:
 
     def keep(name: str, values: torch.Tensor, dtype: str) -> LazyTensor:
         place = spool.reserve(name, dtype, tuple(values.shape))
-        spool.write(place, data_of(values.to(getattr(torch, TORCH_NAMES[dtype]))))
+        rounded = values.to(getattr(torch, TORCH_NAMES[dtype]))
+        _insist_held(rounded, place)
+        spool.write(place, data_of(rounded))
         return place
 
     return keep
 
 
 def _rounded(update: Update, dtype: str | None) -> Update:
-    return replace(update, tensors={role: t.mapped(dtype) for role, t in update.tensors.items()})
+    """The update in another dtype.  Raises `CannotRepresent` where that cannot hold its numbers."""
+    tensors = {role: t.mapped(dtype) for role, t in update.tensors.items()}
+    buffer = bytearray(CHUNK)
+    for role, tensor in tensors.items():
+        for length in tensor.chunks(buffer) if tensor is not update.tensors[role] else ():
+            if dtypes.has_non_finite(tensor.dtype, buffer, length):
+                raise _too_large(tensor)
+    return replace(update, tensors=tensors)
 
 
 def _updates(piece: _Work, dtype: str | None) -> list[Update]:

@@ -25,8 +25,8 @@ OPTIONS = {
 """Options of a step's run, beside `space` and `allow_disjoint`."""
 FLAGS = ("allow_disjoint",)
 """Such options that are true or false."""
-TEXTS = ("base_weights",)
-"""Such options that are paths."""
+TEXTS = ("base_weights", "base_hash")
+"""Such options that are texts: the path of the base weights, and a hash of those that were used."""
 READING = ("from", "arch", "base", "layout", "alpha", "set", "rename", "allow_drop")
 """Options of reading a source, by the names that they have on the command line."""
 _ARGUMENTS = {"from": "format", "set": "fields"}

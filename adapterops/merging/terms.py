@@ -72,6 +72,13 @@ class Term:
         return next(iter(self.update.tensors.values())).where
 
     @property
+    def kind(self) -> str:
+        """What it is, for messages."""
+        if self.foreign is not None:
+            return "DoRA folded against the base"
+        return " and ".join([self.update.method, *(term.kind for term in self.beside)])
+
+    @property
     def whole(self) -> bool:
         """Whether it is nothing but whole differences, which merge as such."""
         return self.update.method == "diff" and all(term.whole for term in self.beside)

@@ -50,7 +50,9 @@ def plan(module: Module, method: str, role: str, choice: Choice) -> VectorPlan:
     if method == "ia3":
         _insist_alike(module, vectors)
     tensor = first.tensors[role]
-    shape = tensor.shape if vectors[0].pieces is None else (_length(vectors[0]),)
+    # Which of the axes has the numbers stays as it was.
+    length = _length(vectors[0])
+    shape = tuple(length if n == tensor.numel else n for n in tensor.shape) if vectors[0].pieces else tensor.shape
     return VectorPlan(module, method, role, vectors, choice, shape)
 
 

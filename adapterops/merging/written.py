@@ -37,7 +37,7 @@ def step(data: Any, where: str, earlier: list[str]) -> Step:
     if not isinstance(sources, list) or not sources:
         raise UsageError(f"{where}: sources: must be a list of at least one file or step")
     options = {key: _checked(option, data[key], where) for key, option in OPTIONS.items() if key in data}
-    options |= {key: _flag(data[key], f"{where}: {key}") for key in FLAGS if key in data}
+    options |= {key: flag(data[key], f"{where}: {key}") for key in FLAGS if key in data}
     options |= {key: document.text(data[key], f"{where}: {key}") for key in TEXTS if key in data}
     patterns = _patterns(data["patterns"], f"{where}: patterns") if "patterns" in data else ()
     given = {key: value for key, value in data.items() if key not in _STEP}
@@ -89,7 +89,7 @@ def _reading(key: str, value: Any, where: str) -> Any:
             raise UsageError(f"{where}: must be a list of texts, each a PATTERN=REPLACEMENT")
         return [document.text(item, where) for item in value]
     if key == "allow_drop":
-        return _flag(value, where)
+        return flag(value, where)
     if key == "alpha" and not isinstance(value, str):
         return document.number(value, where)
     if key == "alpha" and value not in _alpha_words():
@@ -207,7 +207,8 @@ def _checked(parameter: Parameter, value: Any, where: str) -> Any:
         raise UsageError(f"{where}: {parameter.name}: {error}") from error
 
 
-def _flag(value: Any, where: str) -> bool:
+def flag(value: Any, where: str) -> bool:
+    """A value that is true or false.  Raises `UsageError`."""
     if not isinstance(value, bool):
         raise UsageError(f"{where}: {value!r} is neither true nor false")
     return value

@@ -22,6 +22,12 @@ class BaseWeights:
     path: str
     parts: Mapping[str, Source]
 
+    def has(self, component: str, names: Iterable[str]) -> bool:
+        """Whether there is a weight of one of these names, or more than one."""
+        part = self.parts.get(component) or self.parts.get("")
+        ends = [f"{name}.weight" for name in names if name]
+        return part is not None and any(key == end or key.endswith(f".{end}") for key in part.tensors for end in ends)
+
     def weight(self, component: str, names: Iterable[str]) -> LazyTensor:
         """The weight of a module that is called one of `names` (its own name, its authors'); no byte of it is read.
 

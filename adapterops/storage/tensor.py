@@ -303,6 +303,17 @@ def same_bytes(one: LazyTensor, two: LazyTensor) -> bool:
     return True
 
 
+def same_values(one: LazyTensor, two: LazyTensor) -> bool:
+    """Whether two tensors hold the same numbers in the same order, whatever their types and shapes."""
+    if one.numel != two.numel:
+        return False
+    if same_bytes(one.reshape((one.numel,)), two.reshape((two.numel,))):
+        return True
+    if one.dtype == two.dtype or not {one.dtype, two.dtype} <= set(dtypes.NUMBERS):
+        return False
+    return bool((one.numpy().astype("f8").reshape(-1) == two.numpy().astype("f8").reshape(-1)).all())
+
+
 def is_zero(tensor: LazyTensor) -> bool:
     """Whether every byte is zero."""
     buffer = bytearray(CHUNK)

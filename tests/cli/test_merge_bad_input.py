@@ -311,12 +311,10 @@ def test_numbers_that_the_output_cannot_hold(command: Command, here: Path) -> No
         )
 
 
-@pytest.mark.xfail(strict=True, reason="says --dtype float32 of float32")
 def test_numbers_that_float32_cannot_hold(command: Command, here: Path) -> None:
     refused(command, here, "a.safetensors --method svd --weights 1e300", "attn1.to_q", "--dtype float64")
 
 
-@pytest.mark.xfail(strict=True, reason="says that the source is broken, which it is not")
 def test_a_saved_head_that_the_output_cannot_hold(command: Command, here: Path) -> None:
     for seed, name in enumerate("pq"):
         peft(here / name, {**pair(seed), "head.weight": torch.full((3, 12), 1e6)}, modules_to_save=["head"])
@@ -364,7 +362,6 @@ def test_what_the_target_cannot_hold(command: Command, here: Path) -> None:
     refused(command, here, "p.safetensors q.safetensors --method svd --to peft -o out", "norm1", "--to kohya")
 
 
-@pytest.mark.xfail(strict=True, reason="the refusal names no way out")
 def test_magnitudes_that_a_config_cannot_say(command: Command, here: Path) -> None:
     """peft's use_dora is for all modules: --to kohya holds them by module, --base-weights folds them."""
     peft(here / "p", {**pair(1), "l.0.q.lora_magnitude_vector": torch.ones(12)}, use_dora=True)

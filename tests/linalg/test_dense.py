@@ -234,7 +234,7 @@ def test_the_same_bytes_each_time() -> None:
 def test_values_that_are_not_finite_are_refused(value: float) -> None:
     matrix = torch.ones(300, 300)
     matrix[7, 9] = value
-    with pytest.raises(BrokenAdapter, match="infinite or not a number"):
+    with pytest.raises(BrokenAdapter, match="infinite or no number"):
         truncated(matrix, 4, draw=DRAW)
 
 

@@ -72,7 +72,6 @@ def test_the_first_one(tmp_path: Path) -> None:
     assert any("head" in note and "first" in note for note in done.notes)
 
 
-@pytest.mark.xfail(strict=True, reason="the mean has the first adapter's dtype")
 def test_the_mean_of_two_types_holds_the_wider_ones_numbers(tmp_path: Path) -> None:
     """float16 has no 1e6: the mean of a float16 and a float32 head must not be stored as float16."""
     one, two = headed(tmp_path / "a", 1, 7, torch.float16), headed(tmp_path / "b", 2, 8)
@@ -140,7 +139,6 @@ def by_index(folder: Path) -> dict[int, Any]:
     return dict(zip(indices, read(folder)["l.emb"]["tokens"], strict=True))
 
 
-@pytest.mark.xfail(strict=True, reason="--saved mean takes no mean token by token")
 def test_a_token_in_both_is_refused_unless_told(tmp_path: Path) -> None:
     one, two = tokens(tmp_path / "a", 1, [7, 5]), tokens(tmp_path / "b", 2, [5, 9])
     with pytest.raises(CannotRepresent, match=r"l\.emb.*--saved"):
@@ -153,7 +151,6 @@ def test_a_token_in_both_is_refused_unless_told(tmp_path: Path) -> None:
     assert np.array_equal(found[9], second[9])
 
 
-@pytest.mark.xfail(strict=True, reason="--saved first drops the other adapters' own tokens")
 def test_the_first_ones_tokens_lose_none_of_the_others(tmp_path: Path) -> None:
     """Tokens that only the second adapter has are nobody's to drop, whatever is done about the shared one."""
     one, two = tokens(tmp_path / "a", 1, [7, 5]), tokens(tmp_path / "b", 2, [5, 9])

@@ -119,11 +119,8 @@ def merge(base: str, out: Path, *sources: Path, **more: Any) -> ao.MergeResult:
     ("method", "to"), [("cat", "diffusers"), ("svd", "diffusers"), ("svd", "kohya"), ("cat", "kohya")]
 )
 def test_a_fused_file_and_one_of_parts(
-    only: str, reverse: bool, method: str, to: str, base: str, tmp_path: Path, request: pytest.FixtureRequest
+    only: str, reverse: bool, method: str, to: str, base: str, tmp_path: Path
 ) -> None:
-    if only and not reverse and (method, to) == ("cat", "kohya"):
-        reason = "cat gives the parts that only one adapter has another alpha than the rest, and a fused one has one"
-        request.applymarker(pytest.mark.xfail(strict=True, raises=CannotRepresent, reason=reason))
     sources = [kohya(tmp_path / "k.safetensors", 1), diffusers(tmp_path / "d.safetensors", 2, only)]
     if reverse:
         sources.reverse()
@@ -216,12 +213,7 @@ def test_a_whole_difference_on_a_fused_projection(base: str, tmp_path: Path) -> 
         assert close(found[part]["diff_b"], WEIGHTS[0] * bias[at], 1e-6), part
 
 
-_COLUMN = pytest.mark.xfail(
-    strict=True, reason="a part's vector comes out flat, which LyCORIS cannot copy into its column"
-)
-
-
-@pytest.mark.parametrize("shape", [pytest.param((48, 1), marks=_COLUMN), (48,)])
+@pytest.mark.parametrize("shape", [(48, 1), (48,)])
 def test_ia3_of_a_fused_projection(shape: tuple[int, ...], base: str, tmp_path: Path) -> None:
     """Rows of the vector, in the form that the file has: LyCORIS keeps a column (`lycoris/modules/ia3.py`)."""
     fused, part = f"lora_unet_{ATTENTION}", "lycoris_transformer_blocks_0_attn_to_q"
@@ -276,10 +268,7 @@ def test_magnitudes_of_a_fused_projection(base: str, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-_PARTS = pytest.mark.xfail(strict=True, reason="the base's parts of a fused projection are not put together")
-
-
-@pytest.mark.parametrize("names", ["authors", pytest.param("diffusers", marks=_PARTS)])
+@pytest.mark.parametrize("names", ["authors", "diffusers"])
 def test_folded_magnitudes_of_a_fused_projection(names: str, base: str, tmp_path: Path) -> None:
     """Norms go along each output's row, so the base may be whole or in parts."""
     sources = [

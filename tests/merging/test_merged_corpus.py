@@ -140,9 +140,6 @@ def test_two_classifiers(corpus: Path, merge: Callable[..., Printed], tmp_path: 
     assert_close(found, factors_by_hand(one, two, 4 / 2) | heads, 1e-6)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the written config wraps classifier.dense inside the classifier that peft wraps"
-)
 def test_classifiers_load_in_peft(corpus: Path, tmp_path: Path) -> None:
     sources = [corpus / "files" / f"agnews-subro-{steps}" for steps in (500, 2400)]
     ao.merge(sources, tmp_path / "out", "dare_ties", density=0.5, saved="mean")
@@ -287,7 +284,7 @@ def test_a_lokr_pair_needs_a_rank_and_deltas(corpus: Path, merge: Callable[..., 
 @pytest.mark.parametrize(
     "target",
     [
-        pytest.param("kohya", marks=pytest.mark.xfail(strict=True, reason="kernels of convolutions stay flattened")),
+        "kohya",
         "diffusers",
     ],
 )

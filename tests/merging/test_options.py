@@ -45,10 +45,6 @@ def test_a_weight_of_zero_leaves_an_adapter_out(method: str, sources: list[Path]
         assert close(deltas(one)[module], change, 1e-6)
 
 
-_OVERLAP = pytest.mark.xfail(strict=True, reason="an adapter of weight 0 counts as one that shares nothing")
-
-
-@_OVERLAP
 def test_one_of_two_may_be_left_out(sources: list[Path], tmp_path: Path) -> None:
     """The end of any search over weights: the adapters fit together, whatever their weights are."""
     out = tmp_path / "out.safetensors"
@@ -57,7 +53,6 @@ def test_one_of_two_may_be_left_out(sources: list[Path], tmp_path: Path) -> None
         assert close(deltas(out)[module], 0.5 * change)
 
 
-@_OVERLAP
 def test_the_unet_of_one_and_the_encoder_of_another(sources: list[Path], tmp_path: Path) -> None:
     rules = tmp_path / "weights.yaml"
     rules.write_text('- {default: 0, patterns: {"unet*": 1}}\n- {default: 0, patterns: {"text_encoder*": 1}}\n')
@@ -116,7 +111,6 @@ def test_two_steps(sources: list[Path], tmp_path: Path) -> None:
         assert close(deltas(out)[module], -(0.5 * one[module] + two[module]) + 2 * three[module]), module
 
 
-@pytest.mark.xfail(strict=True, reason="what a step makes is rounded to its inputs' float16")
 def test_what_one_step_hands_to_the_next_is_not_rounded(tmp_path: Path) -> None:
     one, two = (file(tmp_path / f"{n}.safetensors", lora(n), dtype=torch.float16) for n in (1, 2))
     recipe = tmp_path / "recipe.yaml"
@@ -129,7 +123,6 @@ def test_what_one_step_hands_to_the_next_is_not_rounded(tmp_path: Path) -> None:
     assert close(deltas(out)[Q], 2 * (deltas(one)[Q] + deltas(two)[Q]))
 
 
-@pytest.mark.xfail(strict=True, reason="paths stay as the recipe's file has them, whose folder is forgotten")
 @pytest.mark.parametrize("output", ["sub/out.safetensors", "made"])
 def test_the_recipe_of_an_output_finds_what_the_first_one_found(
     output: str, sources: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -157,8 +150,8 @@ def test_the_recipe_of_an_output_makes_it_again(sources: list[Path], tmp_path: P
     "more",
     [
         {"dtype": "bfloat16", "split": "b", "rank": 6},
-        pytest.param({"to": "peft"}, marks=pytest.mark.xfail(strict=True, reason="the recipe does not hold --to")),
-        pytest.param({"fold_alpha": True}, marks=pytest.mark.xfail(strict=True, reason="nor --fold-alpha")),
+        {"to": "peft"},
+        {"fold_alpha": True},
     ],
 )
 def test_the_recipe_of_an_output_makes_it_as_it_was_asked_for(more: Any, sources: list[Path], tmp_path: Path) -> None:
@@ -269,7 +262,6 @@ def test_an_existing_output_is_said_before_the_work(sources: list[Path], tmp_pat
     assert done == []
 
 
-@pytest.mark.xfail(strict=True, raises=ValueError, reason="comes from the thread pool as it is")
 def test_a_number_of_workers_that_is_none(sources: list[Path], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="workers"):
         ao.merge(sources, tmp_path / "out.safetensors", "svd", workers=-1)

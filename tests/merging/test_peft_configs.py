@@ -162,7 +162,6 @@ def test_a_head_that_only_one_adapter_saves(order: tuple[int, int], tmp_path: Pa
         assert torch.equal(tensor, saved[f"{pm.PREFIX}head.{key}"])
 
 
-@pytest.mark.xfail(strict=True, reason="the written config wraps classifier.0 inside the classifier that peft wraps")
 def test_heads_that_a_task_brings_along(tmp_path: Path) -> None:
     """peft adds `classifier` to `modules_to_save` where the task is SEQ_CLS, and cannot wrap inside a wrapper."""
     configs = [pm.config(2, 3.0, LINE, task_type="SEQ_CLS"), pm.config(3, 4.0, LINE, task_type="SEQ_CLS")]

@@ -100,7 +100,6 @@ def test_a_weight_of_zero_leaves_an_adapter_out(kind: str, tmp_path: Path) -> No
     torch.testing.assert_close(pm.deltas(pm.loaded(tmp_path / "out", make))["line"].item(), 1.0)
 
 
-@pytest.mark.xfail(strict=True, reason="the check for common modules counts those only where the weight is not 0")
 def test_adapters_of_weight_zero_still_have_modules_in_common(tmp_path: Path) -> None:
     model = pm.adapted([pm.config(2, 2.0), pm.config(2, 1.0)])
     ao.merge(pm.saved(model, tmp_path / "in"), tmp_path / "out", "svd", weights=[0.5, 0.0])
