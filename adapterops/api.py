@@ -304,7 +304,8 @@ def insist_on_place(path: PathLike, form: Format, adapters: Iterable[Adapter], o
     Raises `OutputExists` and `UsageError` as `save` does.
     """
     place = place_of(os.fspath(path), form)
-    sources = {os.path.realpath(t.source.path) for a in adapters for u in a for t in u.tensors.values()}
+    paths = {t.source.path for a in adapters for u in a for t in u.tensors.values()}
+    sources = {os.path.realpath(path) for path in paths}
     if not form.is_folder:
         check_target(place, False, [""], overwrite)
         if os.path.realpath(place) in sources:

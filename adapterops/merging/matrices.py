@@ -219,8 +219,15 @@ def compute(
     if kind is Kind.ELEMENTS:
         merged = p.choice.method.function(stack, **p.choice.arguments)
     if p.rank is None:
-        return {"weight": merged.reshape(p.shape.sizes).to("cpu", dtype)}, _report(p)
+        return {"weight": merged.reshape(p.shape.sizes).to("cpu", dtype)}, report(p)
     return _refactor(p, merged, pairs if low and total <= _NARROW else None, settings, dtype)
+
+
+def strengths(p: MatrixPlan) -> tuple[list[float], list[float]]:
+    """What PEFT multiplies the A's and the B's by: the root of weight times scale, with its sign on the A's."""
+    own = [term.weight * term.scale for term in p.terms]
+    roots = [sqrt(abs(strength)) for strength in own]
+    return [root if strength >= 0 else -root for root, strength in zip(roots, own, strict=True)], roots
 
 
 def draws(p: MatrixPlan, settings: Settings, role: str) -> list[Draw]:
@@ -244,15 +251,12 @@ def _factors(
 ) -> tuple[Tensors, ModuleReport]:
     """The A's and the B's, each merged by itself, with the root of the strength on both sides and its sign on A."""
     pairs = [pair for term in p.terms if (pair := term.pair()) is not None]
-    strengths = [term.weight * term.scale for term in p.terms]
-    roots = [sqrt(abs(strength)) for strength in strengths]
-    signed = [root if strength >= 0 else -root for root, strength in zip(roots, strengths, strict=True)]
     out: Tensors = {}
-    for role, index, weights in (("A", 1, signed), ("B", 0, roots)):
+    for role, index, weights in zip("AB", (1, 0), strengths(p), strict=True):
         stack = TensorStack([to_device(pair[index], device) for pair in pairs], weights, draws(p, settings, role))
         merged = p.choice.method.function(stack, **p.choice.arguments)
         out[role] = merged.reshape(p.outputs[role]).to("cpu", dtype)
-    return out, _report(p)
+    return out, report(p)
 
 
 def _stacked(p: MatrixPlan, dtype: torch.dtype) -> tuple[Tensors, ModuleReport]:
@@ -263,7 +267,7 @@ def _stacked(p: MatrixPlan, dtype: torch.dtype) -> tuple[Tensors, ModuleReport]:
         pairs = [(b, a.double() * (t.weight * t.scale)) for (b, a), t in zip(pairs, p.terms, strict=True)]
     a = torch.cat([a.to(dtype) for _, a in pairs], dim=0)
     b = torch.cat([b.to(dtype) for b, _ in pairs], dim=1)
-    return {"A": a.reshape(p.outputs["A"]), "B": b.reshape(p.outputs["B"])}, _report(p, 1.0)
+    return {"A": a.reshape(p.outputs["A"]), "B": b.reshape(p.outputs["B"])}, report(p, 1.0)
 
 
 def _span(
@@ -277,9 +281,9 @@ def _span(
     out = _split(p, found, settings, dtype)
     device = whole.b.device
     if not found.energy and float(whole.inner.diagonal().sum()):
-        return out, _report(p, 1.0, 0.0, empty=True)
+        return out, report(p, 1.0, 0.0, empty=True)
     error = whole.distance(coefficients, out["B"].to(device), out["A"].to(device), found.energy)
-    return out, _report(p, found.kept, error, cancels=cancels)
+    return out, report(p, found.kept, error, cancels=cancels)
 
 
 def _coefficients(p: MatrixPlan, inner: torch.Tensor, weights: Sequence[float]) -> list[float]:
@@ -322,7 +326,7 @@ def _from_factors(
     b, a = function(pairs, weights, p.rank, **extra, **p.choice.arguments)
     found = decompose(b, a, p.rank, exact=True)
     out = _padded(p, _split(p, found, settings, dtype), dtype)
-    return out, _report(p, found.kept, _total_error(p, found, out))
+    return out, report(p, found.kept, _total_error(p, found, out))
 
 
 def _refactor(
@@ -343,7 +347,7 @@ def _refactor(
         merged, p.rank, tolerance=settings.tolerance, start=start, draw=draw, exact=settings.exact_svd
     )
     out = _padded(p, _split(p, found, settings, dtype), dtype)
-    return out, _report(p, found.kept, _residual(merged, out, found.energy), excess)
+    return out, report(p, found.kept, _residual(merged, out, found.energy), excess)
 
 
 def _residual(merged: torch.Tensor, out: Tensors, energy: float) -> float:
@@ -397,7 +401,7 @@ def _total_error(p: MatrixPlan, found: Svd, out: Tensors) -> float:
     return hypot(found.error, sqrt(max(0.0, square) / found.energy)) if found.energy else sqrt(max(0.0, square))
 
 
-def _report(
+def report(
     p: MatrixPlan,
     kept: float | None = None,
     error: float | None = None,

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from adapterops.adapter import Adapter, Certainty, Fact, Provenance, Update
 from adapterops.architectures import Architecture
 from adapterops.errors import AdapterOpsError, CannotRepresent, UsageError
-from adapterops.merging import bases, carried, dora, matrices, vectors
+from adapterops.merging import bases, carried, dora, light, matrices, vectors
 from adapterops.merging.matrices import MatrixPlan
 from adapterops.merging.modules import CARRIED, Module, WeightOf, gather
 from adapterops.merging.settings import Choose, ModuleReport, Settings
@@ -164,11 +164,39 @@ def _complete_biases(work: Sequence[_Work], spool: Spool, dtype: str) -> None:
 
 
 def _perform(work: Sequence[_Work], spool: Spool, settings: Settings, dtype: str, progress: Progress) -> None:
-    """Compute every piece of work, several at a time."""
-    import torch
-
+    """Compute every piece of work: what numpy can do at once, the rest several at a time."""
     if settings.workers < 0:
         raise UsageError(f"--workers {settings.workers}: give a number of modules at a time, or 0 for as many as fit")
+    heavy = list(work)
+    if settings.device in ("auto", "cpu"):
+        heavy = [piece for piece in work if not _is_light(piece, dtype)]
+        few = [piece for piece in work if _is_light(piece, dtype)]
+        with ThreadPoolExecutor(min(settings.workers or _cores(), _MOST_WORKERS)) as pool:
+            for done, _ in enumerate(pool.map(lambda piece: _compute_light(piece, spool, dtype), few), 1):
+                progress(done, len(work))
+    if heavy:
+        _share_out(
+            heavy, spool, settings, dtype, lambda done, total: progress(done + len(work) - len(heavy), len(work))
+        )
+
+
+def _is_light(piece: _Work, dtype: str) -> bool:
+    return piece.matrix is not None and not piece.vectors and light.serves(piece.matrix, dtype)
+
+
+def _compute_light(piece: _Work, spool: Spool, dtype: str) -> None:
+    assert piece.matrix is not None
+    try:
+        made, piece.report = light.compute(piece.matrix, dtype)
+    except OverflowError as error:
+        raise _too_large(piece.places["lora", str(error)]) from error
+    for (_, role), place in piece.places.items():
+        spool.write(place, memoryview(made[role] if role in made else bytes(place.nbytes)))
+
+
+def _share_out(work: Sequence[_Work], spool: Spool, settings: Settings, dtype: str, progress: Progress) -> None:
+    import torch
+
     devices = devices_of(settings.device)
     kind = getattr(torch, TORCH_NAMES[dtype])
     largest = max((piece.size for piece in work), default=0)
@@ -238,9 +266,12 @@ def _workers(devices: Sequence[torch.device], largest: int) -> int:
     """How many modules to work on at a time."""
     if devices[0].type != "cpu":
         return 2 * len(devices)  # one computes while the other's tensors are on their way
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return max(1, min(cores, _MOST_WORKERS, room // max(1, largest * _BYTES)))
+    return max(1, min(_cores(), _MOST_WORKERS, room // max(1, largest * _BYTES)))
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager
