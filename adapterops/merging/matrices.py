@@ -27,8 +27,8 @@ _NARROW = 256
 """Up to this sum of ranks the plain sum's singular vectors are worth having as the start of an iteration."""
 _AHEAD = 8
 """Singular vectors beyond the rank that an iteration is started with."""
-_RESIDUAL = 1 << 20
-"""Numbers of a dense delta that are compared at a time."""
+_RESIDUAL = 1 << 17
+"""Numbers of a dense delta that are compared at a time; their squares are added up in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,8 +358,9 @@ def _residual(merged: torch.Tensor, out: Tensors, energy: float) -> float:
     step = max(1, _RESIDUAL // merged.shape[1])
     square = 0.0
     for start in range(0, merged.shape[0], step):
-        part = merged[start : start + step] - b[start : start + step] @ a
-        square += float(part.square().sum(dtype=torch.float64))
+        rows = merged[start : start + step]
+        part = torch.addmm(rows, b[start : start + step], a, alpha=-1).reshape(-1)
+        square += float(torch.dot(part, part))
     return sqrt(square / energy) if energy else sqrt(square)
 
 

@@ -34,7 +34,7 @@ class Job:
     """Whether it tells how long its parts took, as `adapterops convert --json` does."""
 
 
-def _adapterops() -> list[str]:
+def adapterops() -> list[str]:
     script = Path(sys.executable).with_name("adapterops")
     return [str(script)] if script.exists() else [sys.executable, "-m", "adapterops.cli.main"]
 
@@ -50,7 +50,7 @@ def converting(to: str, *options: str, what: str = "") -> Job:
 
     def command(source: Path, out: Path) -> list[str]:
         return [
-            *_adapterops(), "convert", str(source), "--to", to, "-o", str(out), "--overwrite", "--json", *options
+            *adapterops(), "convert", str(source), "--to", to, "-o", str(out), "--overwrite", "--json", *options
         ]  # fmt: skip
 
     return Job(
@@ -77,7 +77,7 @@ def through_diffusers(workload: str, what: str = "", folded: bool = False) -> Jo
 
 def inspecting() -> Job:
     """`adapterops inspect`, which must tell the number of modules."""
-    return Job("inspect", lambda source, out: [*_adapterops(), "inspect", str(source)])
+    return Job("inspect", lambda source, out: [*adapterops(), "inspect", str(source)])
 
 
 def run(job: Job, source: Path, folder: Path, wanted: Sequence[Module]) -> Sample:

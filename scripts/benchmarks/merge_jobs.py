@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import measure, merge_check, merge_workloads
-from benchmarks.jobs import _adapterops as adapterops
+from benchmarks.jobs import adapterops
 from benchmarks.measure import Usage
 from benchmarks.merge_modules import Case
 from benchmarks.samples import Sample

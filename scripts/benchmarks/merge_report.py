@@ -12,7 +12,7 @@ from benchmarks.merge_jobs import INSIDE, PEER, PEER_INSIDE, Merge, Peaks, Taken
 from benchmarks.merge_modules import Accuracy, Case
 from benchmarks.merge_workloads import LLAMA
 from benchmarks.promises import Promise, Target
-from benchmarks.report import _table as table
+from benchmarks.report import table
 from benchmarks.samples import spread
 from benchmarks.sdxl import SDXL
 

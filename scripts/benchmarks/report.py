@@ -22,7 +22,7 @@ def report(measured: Sequence[Measured], markdown: bool = True) -> str:
             ("### " if markdown else "") + one.workload.title,
             f"{len(one.modules)} modules, rank {lora.rank}, alpha {lora.alpha:g}, {str(lora.dtype).split('.')[-1]}, "
             f"{one.size / 1e6:.0f} MB; {rounds} rounds; median (least-most); warm page cache.",
-            *(_table(rows, markdown) for rows in (_processes(one), _inside(one), _promises(one))),
+            *(table(rows, markdown) for rows in (_processes(one), _inside(one), _promises(one))),
         ]
     return "\n\n".join(parts)
 
@@ -60,7 +60,7 @@ def _promises(one: Measured) -> Rows:
     return rows
 
 
-def _table(rows: Rows, markdown: bool) -> str:
+def table(rows: Rows, markdown: bool) -> str:
     if not markdown:
         rows = [[cell.replace("`", "").replace("**", "") for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
