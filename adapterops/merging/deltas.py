@@ -55,8 +55,7 @@ class DeltaStack:
 
     def _steps(self) -> Iterator[tuple[int, int]]:
         rows, columns = self.shape
-        # A GPU has no such cache, and a launch costs more than a block of this size.
-        step = max(1, (BLOCK if self._device.type == "cpu" else BLOCK << 6) // columns)
+        step = block_rows(columns, self._device)
         for start in range(0, rows, step):
             yield start, min(start + step, rows)
 
@@ -75,6 +74,12 @@ class DeltaStack:
         import torch
 
         return torch.empty((rows, self.shape[1]), dtype=torch.float32, device=self._device)
+
+
+def block_rows(columns: int, device: torch.device) -> int:
+    """The rows of a block on a device."""
+    # A GPU has no such cache, and a launch costs more than a block of this size.
+    return max(1, (BLOCK if device.type == "cpu" else BLOCK << 6) // columns)
 
 
 def filler(term: Term, device: torch.device) -> Fill:

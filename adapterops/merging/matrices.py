@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import hypot, sqrt
+from math import hypot, isfinite, sqrt
 from typing import TYPE_CHECKING, Any
 
 from adapterops.architectures import Architecture
 from adapterops.errors import CannotRepresent, UsageError
 from adapterops.linalg.random import Draw
-from adapterops.merging.deltas import DeltaStack, to_device
+from adapterops.merging.deltas import DeltaStack, block_rows, to_device
 from adapterops.merging.modules import Module
 from adapterops.merging.registry import Kind, Space
 from adapterops.merging.settings import Choice, ModuleReport, Settings
@@ -27,8 +27,6 @@ _NARROW = 256
 """Up to this sum of ranks the plain sum's singular vectors are worth having as the start of an iteration."""
 _AHEAD = 8
 """Singular vectors beyond the rank that an iteration is started with."""
-_RESIDUAL = 1 << 17
-"""Numbers of a dense delta that are compared at a time; their squares are added up in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,12 +353,13 @@ def _residual(merged: torch.Tensor, out: Tensors, energy: float) -> float:
     import torch
 
     b, a = (out[role].to(merged.device).float() for role in "BA")
-    step = max(1, _RESIDUAL // merged.shape[1])
+    step = block_rows(merged.shape[1], merged.device)
     square = 0.0
     for start in range(0, merged.shape[0], step):
         rows = merged[start : start + step]
         part = torch.addmm(rows, b[start : start + step], a, alpha=-1).reshape(-1)
-        square += float(torch.dot(part, part))
+        own = float(torch.dot(part, part))
+        square += own if isfinite(own) else float(part.double().square().sum())
     return sqrt(square / energy) if energy else sqrt(square)
 
 
