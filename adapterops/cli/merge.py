@@ -211,7 +211,8 @@ def _row(module: ModuleReport) -> list[str]:
 def _losses(modules: Sequence[ModuleReport]) -> list[str]:
     """How much of the merged deltas the output holds."""
     cancelling = [m for m in modules if m.cancels]
-    measured = sorted((m for m in modules if m.error is not None and m.kept is not None), key=lambda m: -(m.error or 0))
+    told = [m for m in modules if m.error is not None and m.kept is not None and not m.cancels and not m.empty]
+    measured = sorted(told, key=lambda m: -(m.error or 0))
     lines = []
     if measured:
         middle = measured[len(measured) // 2]

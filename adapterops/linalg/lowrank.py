@@ -19,7 +19,7 @@ Pair = tuple["torch.Tensor", "torch.Tensor"]
 """B (m, r) and A (r, n)."""
 
 CANCELLING = 1e-3
-"""‖Σ terms‖ / √Σ‖term‖²: below this the terms cancel."""
+"""‖Σ terms‖ / √Σ‖term‖², over the rank-one terms: below this they cancel."""
 _DEPENDENT = 1e-15
 """Eigenvalues of a Gram matrix below this share of the largest are rounding."""
 
@@ -91,12 +91,21 @@ class Stacked:
 
         Where they do, QR is used.
         """
+        import torch
+
+        # Each rank-one term is split evenly between its column and its row: a Gram matrix keeps half the digits of a factor
+        # whose columns differ much in size.
         w = self.columns(weights)
-        found = _by_gram(self.b, self.a, self._left, self._right, w, rank)
-        terms = sum(float(self.inner[k, k]) * weight * weight for k, weight in enumerate(weights))
-        if found.energy >= CANCELLING**2 * terms:
+        left, right = (gram.diagonal().clamp_min(0).sqrt() for gram in (self._left, self._right))
+        strength = w.abs() * left * right
+        nothing = torch.zeros_like(left)
+        d = torch.where(left > 0, strength.sqrt() / left, nothing)
+        e = torch.where(right > 0, strength.sqrt() / right, nothing)
+        b, a = self.b * d, self.a * e[:, None]
+        found = _by_gram(b, a, self._left * d[:, None] * d, self._right * e[:, None] * e, w.sign(), rank)
+        if found.energy >= CANCELLING**2 * float(strength.square().sum()):
             return found, False
-        return _by_qr(self.b * w, self.a, rank), True
+        return _by_qr(b * w.sign(), a, rank), True
 
     def distance(self, weights: Sequence[float], b: torch.Tensor, a: torch.Tensor, energy: float) -> float:
         """‖Σ wₖ·Bₖ·Aₖ − b·a‖ / ‖Σ wₖ·Bₖ·Aₖ‖, `energy` being the square of that norm; digits end at about 1e-8."""

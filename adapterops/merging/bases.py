@@ -8,6 +8,7 @@ from adapterops.adapter import Adapter, Certainty, Fact
 from adapterops.architectures import Architecture
 from adapterops.errors import BrokenAdapter, CannotRepresent, UsageError
 from adapterops.methods import METHODS
+from adapterops.storage import dtypes
 
 _NAME = "base_model_name_or_path"
 
@@ -57,6 +58,12 @@ def insist(adapters: Sequence[Adapter]) -> None:
             )
         for update in adapter:
             method = METHODS[update.method]
+            odd = next((t for t in update.tensors.values() if method.scaled and t.dtype not in dtypes.NUMBERS), None)
+            if odd is not None:
+                raise CannotRepresent(
+                    f"{odd.where}: has dtype {odd.dtype}: quantised factors without their scales are not what was trained; "
+                    "merge the adapter as it was before it was quantised"
+                )
             if method.scaled and update.alpha is not None and method.scale(update) == 0:
                 raise BrokenAdapter(
                     f"{next(iter(update.tensors.values())).where}: the scale of {update.name} is 0 (alpha "

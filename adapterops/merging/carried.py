@@ -37,6 +37,13 @@ def merge(module: Module, method: str, settings: Settings, keep: Keep) -> tuple[
     """
     entries = module.carried[method]
     first = entries[0][2]
+    minus = next((entry for entry in entries if entry[1] < 0), None)
+    if minus is not None and settings.saved == "refuse":
+        raise CannotRepresent(
+            f"{next(iter(minus[2].tensors.values())).where}: {module.title} ({METHODS[method].title}) replaces the base's, and "
+            f"cannot be taken away (weight {minus[1]:g}); --saved first keeps the first adapter's, a weights file with 0 there "
+            "leaves it out"
+        )
     check_finite(update for _, _, update in entries)
     if len(entries) == 1 or all(_same(first, update) for _, _, update in entries[1:]):
         scaled = [weight for _, weight, _ in entries if weight != 1]
@@ -85,6 +92,12 @@ def _rows_joined(module: Module, entries: Sequence[Entry], settings: Settings, k
         rows = update.tensors["delta"].numpy().astype(np.float64)
         for index, row in zip(indices, rows, strict=True):
             found.setdefault(index, []).append((weight, row))
+    widths = {update.tensors["delta"].shape[1] for _, _, update in entries}
+    if len(widths) > 1:
+        raise UsageError(
+            f"{entries[1][2].tensors['delta'].where}: the tokens of {module.title} have {' and '.join(map(str, widths))} "
+            "numbers each: the adapters are for different base models"
+        )
     made = []
     for index, own in found.items():
         alike = all(np.array_equal(own[0][1], row) for _, row in own[1:])

@@ -88,7 +88,7 @@ def filler(term: Term, device: torch.device) -> Fill:
 
     pair = term.pair() if term.plain or (term.exact_rank or _WIDE + 1) <= _WIDE else None
     if pair is not None:
-        b = (to_device(pair[0], device).double() * term.scale).float()
+        b = to_device((pair[0].double() * term.scale).float(), device)
         a = to_device(pair[1], device).float()
 
         def multiply(start: int, stop: int, out: torch.Tensor) -> None:
@@ -104,6 +104,11 @@ def filler(term: Term, device: torch.device) -> Fill:
             out[low - start : high - start].copy_(torch.from_numpy(matrix.at(low, high)))
 
     return copy
+
+
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In float64; on the CPU where the device (MPS) has none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -47,6 +47,12 @@ def read(path: str) -> Any:
 
 def parse_json(text: str, where: str) -> Any:
     """The data of a JSON text.  Raises `UsageError` for what is none, and for a key that stands twice."""
+    depth = deepest = 0
+    for character in re.sub(r'"(?:[^"\\\\]|\\\\.)*"', "", text):
+        depth += (character in "[{") - (character in "]}")
+        deepest = max(deepest, depth)
+    if deepest > _DEEPEST:
+        raise UsageError(f"{where}: is no JSON: nested too deeply")
     try:
         return json.loads(text, object_pairs_hook=lambda pairs: _unique(pairs, where))
     except (ValueError, RecursionError) as error:

@@ -1,13 +1,14 @@
 """Merges of factors that need no more than numpy: PEFT's linear, and cat.
 
-Importing torch takes longer than these do.  The numbers are those that the other path gives: float32 sums, rounded once.
+Importing torch takes longer than these do.  Sums are in float32 and rounded once, as on the other path, from which they may
+differ by that rounding.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from adapterops.merging.matrices import MatrixPlan, report, strengths
+from adapterops.merging.matrices import MatrixPlan, report, stacked_factors, strengths
 from adapterops.merging.registry import Kind, Space
 from adapterops.merging.settings import ModuleReport
 from adapterops.proof import check_finite
@@ -48,7 +49,7 @@ def compute(p: MatrixPlan, dtype: str) -> tuple[dict[str, bytes], ModuleReport]:
         if dtypes.has_non_finite(dtype, out[role]):
             check_finite(term.update for term in p.terms)
             raise OverflowError(role)
-    return out, report(p, 1.0 if stacked else None)
+    return out, report(p)
 
 
 def _sum(tensors: list[LazyTensor], weights: list[float]) -> Array:
@@ -102,12 +103,9 @@ def _encoded(values: Array, dtype: str) -> bytes:
 
 def _stacked_rows(p: MatrixPlan, dtype: str) -> bytes:
     """The A's one under the other; the strengths in them where they differ."""
-    parts = []
-    for term in p.terms:
-        tensor = term.update.tensors["A"]
-        factor = 1.0 if p.alpha is not None else term.weight * term.scale
-        parts.append(bytes(tensor.mapped(dtype, factor).read()))
-    return b"".join(parts)
+    factors = stacked_factors(p)
+    tensors = [term.update.tensors["A"] for term in p.terms]
+    return b"".join(bytes(t.mapped(dtype, f).read()) for t, f in zip(tensors, factors, strict=True))
 
 
 def _stacked_columns(p: MatrixPlan, dtype: str) -> bytes:

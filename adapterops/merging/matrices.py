@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from math import hypot, isfinite, sqrt
+from math import hypot, isclose, isfinite, sqrt
 from typing import TYPE_CHECKING, Any
 
 from adapterops.architectures import Architecture
 from adapterops.errors import CannotRepresent, UsageError
 from adapterops.linalg.random import Draw
-from adapterops.merging.deltas import DeltaStack, block_rows, to_device
+from adapterops.merging.deltas import DeltaStack, block_rows, to_device, wide
 from adapterops.merging.modules import Module
 from adapterops.merging.registry import Kind, Space
 from adapterops.merging.settings import Choice, ModuleReport, Settings
@@ -75,9 +75,9 @@ def plan(module: Module, choice: Choice, base: Architecture | None = None) -> Ma
         "A": (rank, *shape.sizes[1:]),
         "B": (shape.rows, rank, *(1,) * (len(shape.sizes) - 2)),
     }
-    # A part of a fused projection is to have the same scale as its other parts.
-    whole = choice.method.kind is Kind.STACKED and not any(term.pieces is not None for term in terms)
-    alpha = _shared_scale(terms, rank) if whole else None
+    # A part of a fused projection is to have the same scale as its other parts; a bias has its scale in it already.
+    whole = not any(term.pieces is not None for term in terms) and ("lora", "bias") not in module.vectors
+    alpha = _strongest(terms) * rank if choice.method.kind is Kind.STACKED and whole else None
     return MatrixPlan(module, choice, shape, rank, outputs, alpha, embedding, magnitude, axis)
 
 
@@ -94,6 +94,7 @@ def _kernel_of(base: Architecture | None, module: Module, shape: Shape) -> Shape
 def _magnitude(module: Module) -> tuple[LazyTensor | None, str | None]:
     """The DoRA magnitude that all terms share.  Raises `CannotRepresent` where they do not."""
     own = [term.update.tensors.get("magnitude") if term.foreign is None else None for term in module.terms]
+    _insist_on_one_update(module)
     first = next((m for m in own if m is not None), None)
     if first is None:
         return None, None
@@ -106,6 +107,18 @@ def _magnitude(module: Module) -> tuple[LazyTensor | None, str | None]:
             "such adapters cannot be merged without it; --base-weights BASE folds the magnitudes into the deltas"
         )
     return first, axes.pop()
+
+
+def _insist_on_one_update(module: Module) -> None:
+    """Raise `CannotRepresent` where a magnitude stands beside another change of the same adapter."""
+    for term in module.terms:
+        every = [term.update, *(other.update for other in term.beside)]
+        with_magnitude = next((u.tensors["magnitude"] for u in every if "magnitude" in u.tensors), None)
+        if with_magnitude is not None and term.beside:
+            raise CannotRepresent(
+                f"{with_magnitude.where}: {module.title} has a DoRA magnitude and another change beside it in the same file "
+                f"({term.kind}); what they do together is not defined, and they are not merged"
+            )
 
 
 def _factor_rank(module: Module, choice: Choice) -> int:
@@ -180,11 +193,16 @@ def _rank(module: Module, choice: Choice, shape: Shape) -> int:
     return min(wanted, most)
 
 
-def _shared_scale(terms: Sequence[Term], rank: int) -> float | None:
-    """The alpha under which stacked factors keep their bytes: where every one has the same positive strength."""
-    strengths = {term.weight * term.scale for term in terms}
-    strength = strengths.pop()
-    return strength * rank if not strengths and strength > 0 else None
+def _strongest(terms: Sequence[Term]) -> float:
+    """The scale under which stacked factors keep the most digits: the strongest term's are its own bytes."""
+    return max(abs(term.weight * term.scale) for term in terms)
+
+
+def stacked_factors(p: MatrixPlan) -> list[float]:
+    """What `cat` multiplies each A by: 1 where the term is as strong as the output's scale says."""
+    scale = 1.0 if p.alpha is None or p.rank is None else p.alpha / p.rank
+    factors = [term.weight * term.scale / scale for term in p.terms]
+    return [1.0 if isclose(factor, 1.0, rel_tol=1e-12) else factor for factor in factors]
 
 
 Tensors = dict[str, "torch.Tensor"]
@@ -240,7 +258,7 @@ def _pairs(terms: Sequence[Term], device: torch.device) -> list[Pair] | None:
         pair = term.pair()
         if pair is None:
             return None
-        out.append((to_device(pair[0], device).double() * term.scale, to_device(pair[1], device).double()))
+        out.append((wide(to_device(pair[0], device)) * term.scale, wide(to_device(pair[1], device))))
     return out
 
 
@@ -261,11 +279,11 @@ def _stacked(p: MatrixPlan, dtype: torch.dtype) -> tuple[Tensors, ModuleReport]:
     import torch
 
     pairs = [pair for term in p.terms if (pair := term.pair()) is not None]
-    if p.alpha is None:
-        pairs = [(b, a.double() * (t.weight * t.scale)) for (b, a), t in zip(pairs, p.terms, strict=True)]
+    factors = stacked_factors(p)
+    pairs = [(b, a if f == 1 else a.double() * f) for (b, a), f in zip(pairs, factors, strict=True)]
     a = torch.cat([a.to(dtype) for _, a in pairs], dim=0)
     b = torch.cat([b.to(dtype) for b, _ in pairs], dim=1)
-    return {"A": a.reshape(p.outputs["A"]), "B": b.reshape(p.outputs["B"])}, report(p, 1.0)
+    return {"A": a.reshape(p.outputs["A"]), "B": b.reshape(p.outputs["B"])}, report(p)
 
 
 def _span(
@@ -300,7 +318,7 @@ def _dense_span(p: MatrixPlan, stack: DeltaStack, pairs: Sequence[Pair] | None) 
     else:
         inner = torch.zeros(count, count, dtype=torch.float64)
         for _, _, values in stack.blocks():
-            flat = torch.stack([v.reshape(-1) for v in values]).double()
+            flat = wide(torch.stack([v.reshape(-1) for v in values]))
             inner += (flat @ flat.T).cpu()
     coefficients = _coefficients(p, inner, stack.weights)
     out = stack.empty()
@@ -359,7 +377,7 @@ def _residual(merged: torch.Tensor, out: Tensors, energy: float) -> float:
         rows = merged[start : start + step]
         part = torch.addmm(rows, b[start : start + step], a, alpha=-1).reshape(-1)
         own = float(torch.dot(part, part))
-        square += own if isfinite(own) else float(part.double().square().sum())
+        square += own if isfinite(own) else float(wide(part).square().sum())
     return sqrt(square / energy) if energy else sqrt(square)
 
 

@@ -12,10 +12,12 @@ what each input holds, is written into the output's header, and `recipe=` runs i
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -73,7 +75,7 @@ def merge(
     method: str | None = None,
     *,
     recipe: PathLike | Recipe | None = None,
-    weights: Sequence[float] | str | None = None,
+    weights: Sequence[float] | PathLike | None = None,
     to: str | None = None,
     space: str | None = None,
     reading: Mapping[str, Any] | None = None,
@@ -150,7 +152,7 @@ def combine(
     adapters: Sequence[Adapter],
     method: str,
     *,
-    weights: Sequence[float] | str | None = None,
+    weights: Sequence[float] | PathLike | None = None,
     space: str | None = None,
     dtype: str | None = None,
     device: str = "auto",
@@ -171,7 +173,7 @@ def recipe_of(
     sources: Sequence[PathLike],
     method: str | None,
     recipe: PathLike | Recipe | None,
-    weights: Sequence[float] | str | None,
+    weights: Sequence[float] | PathLike | None,
     space: str | None,
     reading: Mapping[str, Any] | None,
     parameters: Mapping[str, Any],
@@ -212,10 +214,13 @@ def recipe_of(
     return replace(made, steps=(replace(step, sources=refs, where=f"--method {method}"),))
 
 
-def _rules(weights: Sequence[float] | str | None, count: int) -> Sequence[weighing.WeightRule]:
+def _rules(weights: Sequence[float] | PathLike | None, count: int) -> Sequence[weighing.WeightRule]:
     if weights is None:
         return [weighing.WeightRule() for _ in range(count)]
-    text = weights if isinstance(weights, str) else ",".join(str(float(w)) for w in weights)
+    if isinstance(weights, str | os.PathLike):
+        text = os.fspath(weights)
+    else:
+        text = ",".join(str(float(w)) for w in weights)
     return weighing.parse(text, count)
 
 
@@ -255,12 +260,8 @@ def run(
         sources += [a for a, ref in zip(adapters, step.sources, strict=True) if not ref.step]
         if look is not None:
             look(adapters)
-        with ThreadPoolExecutor(1) as hasher:
-            # Hashing reads what merging reads, and needs another core.
-            hashes = [
-                hasher.submit(content_hash, a) if not ref.step else None
-                for a, ref in zip(adapters, step.sources, strict=True)
-            ]
+        with _hashing() as submit:
+            hashes = [submit(a) if not ref.step else None for a, ref in zip(adapters, step.sources, strict=True)]
             if any(ref.hash for ref in step.sources):
                 _insist_unchanged(step, hashes)
             final = number == len(recipe.steps) - 1
@@ -333,10 +334,23 @@ def _insist_same_base(step: Step, found: str) -> None:
         )
 
 
-def content_hash(adapter: Adapter) -> str:
+@contextlib.contextmanager
+def _hashing() -> Iterator[Callable[[Adapter], Future[str]]]:
+    """Hashes in a thread beside the work, which reads the same; given up at once where that fails."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(1, thread_name_prefix="adapterops-hash") as pool:
+        try:
+            yield lambda adapter: pool.submit(content_hash, adapter, stop)
+        except BaseException:
+            stop.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def content_hash(adapter: Adapter, stop: threading.Event | None = None) -> str:
     """SHA-256 of what an adapter does: every update's name, method, scale, options and tensors, in the order of names.
 
-    Neither the order of the keys in a file nor the header's words change it.
+    Neither the order of the keys in a file nor the header's words change it.  `stop` ends it early, with no sense in it.
     """
     digest = hashlib.sha256()
     buffer = bytearray(CHUNK)
@@ -348,6 +362,8 @@ def content_hash(adapter: Adapter) -> str:
             tensor = update.tensors[role]
             digest.update(repr((role, tensor.dtype, tensor.shape)).encode())
             for length in tensor.chunks(buffer):
+                if stop is not None and stop.is_set():
+                    return ""
                 digest.update(memoryview(buffer)[:length])
     return digest.hexdigest()
 

@@ -110,11 +110,14 @@ def _to_cut(
 
 def _enter(module: Module, number: int, weight: float, update: Update, rows: list[tuple[int, int]] | None) -> None:
     if update.method in CARRIED:
+        if rows is not None:
+            update = replace(update, tensors=METHODS[update.method].take_rows(update, rows))
         module.carried.setdefault(update.method, []).append((number, weight, update))
         return
     method = METHODS[update.method]
     shape = method.weight_shape(update)
-    norm = shape is not None and "weight" in update.tensors and sum(n != 1 for n in shape) < 2
+    norm = shape is not None and "weight" in update.tensors
+    norm = norm and (len(shape or ()) < 2 or update.options.get("kind") == "norm")
     if norm:
         _enter_vector(module, Vector(number, weight, update, "weight", 1.0, rows))
     elif shape is not None:
@@ -132,7 +135,12 @@ def _enter_term(module: Module, term: Term) -> None:
     if last is None or last.adapter != term.adapter:
         module.terms.append(term)
     else:
-        module.terms[-1] = replace(last, beside=(*last.beside, term))
+        # In an order of their own, not that of the file's keys: what has a rank and a magnitude goes first.
+        every = (replace(last, beside=()), *last.beside, term)
+        first, *others = sorted(
+            every, key=lambda t: (t.update.method == "diff", t.update.method != "lora", t.update.method)
+        )
+        module.terms[-1] = replace(first, beside=tuple(others))
 
 
 def _enter_vector(module: Module, vector: Vector) -> None:

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from fnmatch import fnmatchcase
+import re
+from collections.abc import Callable, Iterable
+from fnmatch import translate
+from functools import cache
 
 from adapterops.errors import UsageError
 
 
 def matches(glob: str, component: str, module: str) -> bool:
     """Whether `glob` (`*`, `?`, `[…]`; upper and lower case differ) fits `component.module`, or the module's name."""
-    return fnmatchcase(f"{component}.{module}", glob) or fnmatchcase(module, glob)
+    fits = _compiled(glob)
+    return fits(f"{component}.{module}") is not None or fits(module) is not None
+
+
+@cache
+def _compiled(glob: str) -> Callable[[str], re.Match[str] | None]:
+    return re.compile(translate(glob)).match
 
 
 def insist_on_matches(globs: Iterable[str], modules: Iterable[tuple[str, str]], where: str) -> None:

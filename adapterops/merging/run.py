@@ -111,6 +111,7 @@ def combine(
     spool = Spool("the merged adapter", folder)
     work = [_planned(module, choose, spool, dtype, base) for module in modules]
     _complete_biases(work, spool, dtype)
+    notes += _magnitude_note(work)
     updates: list[Update] = []
     # What may be refused goes before what takes long.
     for piece in work:
@@ -125,6 +126,16 @@ def combine(
     )
     reports = tuple(piece.report for piece in work if piece.report is not None)
     return Merged(merged, reports, tuple(dict.fromkeys(notes)), base_hash)
+
+
+def _magnitude_note(work: Sequence[_Work]) -> list[str]:
+    kept = [piece for piece in work if piece.matrix is not None and piece.matrix.magnitude is not None]
+    if all(term.weight == 1 for piece in kept for term in piece.module.terms):
+        return []
+    return [
+        f"DoRA magnitudes are kept in {len(kept)} modules, where the adapters have the same: weights scale the deltas under "
+        "them, as peft's do, and not the magnitudes; --base-weights BASE folds them into the deltas"
+    ]
 
 
 def widest(adapters: Sequence[Adapter]) -> str:
@@ -266,6 +277,8 @@ def _workers(devices: Sequence[torch.device], largest: int) -> int:
     """How many modules to work on at a time."""
     if devices[0].type != "cpu":
         return 2 * len(devices)  # one computes while the other's tensors are on their way
+    if "SC_AVPHYS_PAGES" not in getattr(os, "sysconf_names", ()):  # macOS does not say
+        return min(_cores(), _MOST_WORKERS)
     room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     return max(1, min(_cores(), _MOST_WORKERS, room // max(1, largest * _BYTES)))
 
@@ -317,6 +330,9 @@ def _compute(piece: _Work, spool: Spool, settings: Settings, device: torch.devic
         place = piece.places[key]
         _insist_held(tensor, place)
         spool.write(place, data_of(tensor))
+    # What was folded against the base is as large as the base.
+    piece.module.terms.clear()
+    piece.matrix, piece.vectors = None, []
 
 
 def _insist_held(tensor: torch.Tensor, place: LazyTensor) -> None:

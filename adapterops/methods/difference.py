@@ -115,9 +115,15 @@ class Difference(Method):
         return None if size is None else tuple(int(n) for n in size.numpy().reshape(-1))
 
     def matrix(self, update: Update) -> Rows:
+        weight = update.tensors.get("weight")
+        if weight is not None and "bias_indices" not in update.tensors and len(weight.shape) > 1:
+            rows = weight.reshape((weight.shape[0], weight.numel // weight.shape[0]))
+            return Rows(
+                (rows.shape[0], rows.shape[1]), lambda start, stop: rows.rows([(start, stop)]).numpy().astype("f8")
+            )
         made = self.delta(update)
-        values = made.reshape(made.shape[0] if made.dim() > 1 else 1, -1).numpy().astype("f8")
-        return Rows(values.shape, lambda start, stop: values[start:stop])
+        values = made.reshape(made.shape[0] if made.dim() > 1 else 1, -1).numpy()
+        return Rows(values.shape, lambda start, stop: values[start:stop].astype("f8"))
 
     def bias_delta(self, update: Update) -> torch.Tensor | None:
         """Δb (out,) in float32; None where the bias stays."""

@@ -144,7 +144,8 @@ class Lora(Method):
     def low_rank(self, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
 
-        a, b = update.tensors["A"].torch(), update.tensors["B"].torch()
+        # torch computes with no 8-bit floats.
+        a, b = (t.float() if t.element_size() == 1 else t for t in (update.tensors[role].torch() for role in "AB"))
         mid = update.tensors.get("mid")
         if mid is not None:
             rank, inner = b.shape[1], a.shape[0]

@@ -35,14 +35,16 @@ class TensorSource:
     _bytes: memoryview | None = field(default=None, repr=False)
 
     def readinto(self, start: int, buffer: memoryview) -> None:
-        if self._bytes is None:
+        # Held by this call, too: another thread may be at the end of the tensor.
+        held = self._bytes
+        if held is None:
             import torch
 
             flat = self.tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
-            self._bytes = flat.numpy().data
-        part = self._bytes[start : start + len(buffer)]
+            held = self._bytes = flat.numpy().data
+        part = held[start : start + len(buffer)]
         buffer[:] = part
-        if start + len(part) == len(self._bytes):
+        if start + len(part) == len(held):
             # A strided view was copied; its bytes are not kept, so that memory follows the largest tensor.
             self._bytes = None
 

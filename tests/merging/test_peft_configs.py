@@ -153,7 +153,10 @@ def test_a_head_that_only_one_adapter_saves(order: tuple[int, int], tmp_path: Pa
     configs = [pm.config(2, 3.0, LINE, modules_to_save=["head"]), pm.config(3, 4.0, LINE)]
     model = pm.adapted([configs[n] for n in order], pm.Line)
     sources = pm.saved(model, tmp_path / "in")
-    ao.merge(sources, tmp_path / "out", "svd", weights=[0.7, -0.4], rank=5)
+    if order.index(0) == 1:
+        with pytest.raises(ao.AdapterOpsError, match="cannot be taken away"):
+            ao.merge(sources, tmp_path / "out", "svd", weights=[0.7, -0.4], rank=5)
+    ao.merge(sources, tmp_path / "out", "svd", weights=[0.7, -0.4], rank=5, saved="first")
     merged = pm.loaded(tmp_path / "out", pm.Line)
     pm.assert_close(pm.deltas(merged), pm.exact(model, [0.7, -0.4]))
     saved = pm.weights_of(sources[order.index(0)])

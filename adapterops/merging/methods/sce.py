@@ -40,7 +40,7 @@ def sce(stack: Stack, *, density: float) -> torch.Tensor:
         _weigh_and_select(values, stack.weights, out[start:stop] if selects else None)
         for k, value in enumerate(values):
             # Row by row, so that the sum does not depend on the blocks.
-            squares[k][start:stop] = value.double().square_().sum(dim=1).cpu()
+            squares[k][start:stop] = value.cpu().double().square_().sum(dim=1)
     energies = [float(rows.sum()) for rows in squares]
     total = sum(energies)
     if not total:
