@@ -98,7 +98,10 @@ def _merge_methods(as_json: bool) -> None:
         names = [m.name, *(alias for alias, (name, _) in ALIASES.items() if name == m.name)]
         click.echo(click.style(", ".join(names), bold=True) + f"  ({' or '.join(space.value for space in m.spaces)})")
         click.echo(f"    {m.summary}")
-        for p in m.parameters:
-            usual = "must be given" if p.default is None else f"default {p.default}"
-            click.echo(f"    {p.option}: {p.help} ({p.range}; {usual})")
+        if m.parameters:
+            click.echo("    " + ", ".join(p.option for p in m.parameters))
         click.echo(f"    {m.source}")
+    click.echo()
+    for p in {p.name: p for m in METHODS.values() for p in m.parameters}.values():
+        usual = "must be given" if p.default is None else f"default {p.default}"
+        click.echo(click.style(p.option, bold=True) + f"  {p.help} ({p.range}; {usual})")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
+import io
 import json
 import os
 import sys
@@ -21,7 +22,7 @@ COMMANDS = {
     "merge": "Make one adapter of several.",
     "formats": "The formats and dialects that are read and written.",
     "architectures": "The base models whose module names are built in.",
-    "methods": "The adapter methods that are understood.",
+    "methods": "The adapter methods that are understood (--merge: the ways to merge).",
 }
 
 
@@ -77,6 +78,10 @@ def run(arguments: list[str] | None = None) -> None:
     # A command makes tens of thousands of small objects and ends; collecting among them costs a twentieth of its time.
     gc.set_threshold(50_000, 20, 50)
     arguments = sys.argv[1:] if arguments is None else arguments
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # Where the terminal or the file has no → or ‖, that is no reason to fail after the work.
+            stream.reconfigure(errors="replace")
     debug = "--debug" in arguments
     # An option of the whole command, taken wherever it stands.
     arguments = [a for a in arguments if a != "--debug"]

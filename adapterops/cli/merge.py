@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 import adapterops.merging.methods  # noqa: F401  (fills the table that the options are made from)
 from adapterops.cli.main import print_json
+from adapterops.cli.merge_text import as_dict, lines
 from adapterops.cli.options import Command, reading, writing
 from adapterops.cli.progress import counting
-from adapterops.cli.text import bytes_text, plural, table
 from adapterops.merging.registry import ALIASES, METHODS, Parameter
-
-if TYPE_CHECKING:
-    from adapterops.merging.merge import MergeResult
-    from adapterops.merging.settings import ModuleReport
-
-_WORST = 5
-"""Modules that are named where much is lost."""
-_LOSSY = 0.05
-"""An error of more than this is worth naming modules for."""
 
 
 def _parameters() -> dict[str, tuple[Parameter, list[str]]]:
@@ -57,13 +48,17 @@ def _of_methods(command: Command) -> Command:
     "explains each. svd and cat are the exact weighted sum; linear is PEFT's sum of the factors, which is not.",
 )
 @click.option("--recipe", metavar="FILE", help="Run a recipe: a YAML file, or the output of an earlier merge.")
+@click.option("--print-recipe", is_flag=True, help="Print the recipe as YAML, and merge nothing.")
 @click.option(
     "--weights",
     metavar="W,W…|FILE",
     help="A number for each adapter (1 each where nothing is said), or a YAML file with weights per block and pattern.",
 )
 @click.option(
-    "--rank", metavar="R", type=int, help="The output's rank. [default: the largest of the inputs', by module]"
+    "--rank",
+    metavar="R",
+    type=int,
+    help="The output's rank at most; a module whose exact rank is smaller has that. [default: the largest input's]",
 )
 @click.option("--space", type=click.Choice(["factors", "delta"]), help="Act on the factors, or on the weight deltas.")
 @_of_methods
@@ -109,6 +104,7 @@ def merge(
     sources: tuple[str, ...],
     method: str | None,
     recipe: str | None,
+    print_recipe: bool,
     weights: str | None,
     space: str | None,
     device: str,
@@ -145,11 +141,16 @@ def merge(
       adapterops merge --recipe recipe.yaml --device cuda
     """
     from adapterops.merging.merge import merge as run_merge
+    from adapterops.merging.merge import recipe_of
 
     options = {
         "from": source_format, "arch": arch, "base": base, "layout": layout, "alpha": alpha, "set": fields or None,
         "rename": list(rename) or None, "allow_drop": allow_drop or None,
     }  # fmt: skip
+    read_with = {name: value for name, value in options.items() if value is not None}
+    if print_recipe:
+        click.echo(recipe_of(sources, method, recipe, weights, space, read_with, parameters).to_yaml(), nl=False)
+        return
     with counting("merging", "modules", quiet=as_json) as progress:
         result = run_merge(
             sources,
@@ -159,7 +160,7 @@ def merge(
             weights=weights,
             to=to,
             space=space,
-            reading={name: value for name, value in options.items() if value is not None},
+            reading=read_with,
             dtype=dtype,
             device=device,
             workers=workers,
@@ -171,108 +172,7 @@ def merge(
             **parameters,
         )
     if as_json:
-        print_json(_as_dict(result))
+        print_json(as_dict(result))
         return
-    for line in _lines(result, verbose):
+    for line in lines(result, verbose):
         click.echo(line)
-
-
-def _lines(result: MergeResult, verbose: bool) -> list[str]:
-    written = result.written
-    step = result.recipe.steps[-1]
-    names = ", ".join(ref.path or f"step {ref.step}" for ref in step.sources)
-    arch = f" ({written.architecture.value})" if written.architecture.value else ""
-    lines = [f"{names} → {written.path} ({step.method}, {written.dialect}{arch})"]
-    lines.append(
-        f"  {plural(written.modules, 'module')}, {plural(written.tensors, 'tensor')}, {bytes_text(written.bytes)}"
-    )
-    lines += [f"  {line}" for line in _losses(result.modules)]
-    if verbose:
-        lines += ["", *table(["module", "method", "rank", "kept", "error"], [_row(m) for m in result.modules]), ""]
-    if written.proof is not None:
-        lines.append(f"  {click.style('proved', fg='green')}: {written.proof}")
-    else:
-        lines.append(f"  {click.style('not proved', fg='yellow')} (--no-verify)")
-    lines += [f"  {click.style('dropped', fg='yellow')}: {line}" for line in written.dropped]
-    lines += [f"  note: {note}" for note in dict.fromkeys((*result.notes, *written.notes))]
-    return lines
-
-
-def _row(module: ModuleReport) -> list[str]:
-    return [
-        f"{module.component}: {module.module}",
-        module.method,
-        "–" if module.rank is None else str(module.rank),
-        "–" if module.kept is None else f"{module.kept:.1%}",
-        "–" if module.error is None else f"{module.error:.1e}",
-    ]
-
-
-def _losses(modules: Sequence[ModuleReport]) -> list[str]:
-    """How much of the merged deltas the output holds."""
-    cancelling = [m for m in modules if m.cancels]
-    told = [m for m in modules if m.error is not None and m.kept is not None and not m.cancels and not m.empty]
-    measured = sorted(told, key=lambda m: -(m.error or 0))
-    lines = []
-    if measured:
-        middle = measured[len(measured) // 2]
-        worst = measured[0]
-        lines.append(
-            f"lost to the rank and the dtype, ‖ΔW − output‖ / ‖ΔW‖: {middle.error:.1e} in the middle, at most "
-            f"{worst.error:.1e} ({worst.component}: {worst.module}, rank {worst.rank}, {worst.kept:.1%} of its energy kept)"
-        )
-        if (worst.error or 0) > _LOSSY:
-            whole = "; --method cat keeps all" if worst.method == "svd" else ""
-            lines.append(f"a larger --rank keeps more{whole}")
-        loose = max(m.excess for m in measured)
-        if loose > 1e-4:
-            lines.append(
-                f"the factorisation may miss the best of its rank by {loose:.1e} of its error; --svd exact does not"
-            )
-    empty = [m for m in modules if m.empty]
-    if empty:
-        lines.append(
-            f"{click.style('nothing left', fg='yellow')}: {empty[0].method} makes nothing of {plural(len(empty), 'module')} "
-            f"(first: {empty[0].module}): the adapters do not agree there"
-        )
-    if cancelling:
-        lines.append(
-            f"{click.style('cancels', fg='yellow')}: in {plural(len(cancelling), 'module')} the adapters cancel each other "
-            f"nearly wholly (first: {cancelling[0].module}); what is left is mostly their rounding"
-        )
-    return lines
-
-
-def _as_dict(result: MergeResult) -> dict[str, Any]:
-    written = result.written
-    proof = written.proof
-    return {
-        "sources": [ref.path for ref in result.recipe.steps[-1].sources],
-        "output": written.path,
-        "files": list(written.files),
-        "to": written.dialect,
-        "architecture": written.architecture.value,
-        "modules": [
-            {
-                "component": m.component,
-                "module": m.module,
-                "method": m.method,
-                "rank": m.rank,
-                "kept": m.kept,
-                "error": m.error,
-                "excess": m.excess,
-                "cancels": m.cancels,
-                "empty": m.empty,
-            }
-            for m in result.modules
-        ],
-        "tensors": written.tensors,
-        "bytes": written.bytes,
-        "proof": None
-        if proof is None
-        else {"modules": proof.modules, "largest_error": proof.largest_error, "exact": proof.exact},
-        "recipe": result.recipe.dump(),
-        "dropped": list(written.dropped),
-        "notes": list(dict.fromkeys((*result.notes, *written.notes))),
-        "seconds": {**result.seconds, "copy": written.timings.copy, "proof": written.timings.proof},
-    }

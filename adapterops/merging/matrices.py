@@ -11,6 +11,7 @@ from adapterops.architectures import Architecture
 from adapterops.errors import CannotRepresent, UsageError
 from adapterops.linalg.random import Draw
 from adapterops.merging.deltas import DeltaStack, block_rows, to_device, wide
+from adapterops.merging.methods import svd
 from adapterops.merging.modules import Module
 from adapterops.merging.registry import Kind, Space
 from adapterops.merging.settings import Choice, ModuleReport, Settings
@@ -427,8 +428,10 @@ def report(
     cancels: bool = False,
     empty: bool = False,
 ) -> ModuleReport:
+    exact = [term.exact_rank for term in p.terms] if p.choice.method.function in (svd.svd, svd.subtract) else [None]
+    whole = None if None in exact else sum(rank for rank in exact if rank is not None)
     return ModuleReport(
-        p.module.component, p.module.name, p.choice.method.name, p.rank, kept, error, excess, cancels, empty
+        p.module.component, p.module.name, p.choice.method.name, p.rank, kept, error, excess, cancels, whole, empty
     )
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ from adapterops.adapter import Adapter
 from adapterops.api import PathLike, Result
 from adapterops.architectures import Architecture
 from adapterops.dialects.table import Dialect
-from adapterops.errors import UsageError
+from adapterops.errors import UnreadableFile, UsageError
 from adapterops.merging import bases
 from adapterops.merging import weights as weighing
 from adapterops.merging.modules import WeightOf
@@ -41,7 +42,7 @@ from adapterops.merging.run import combine as run_step
 from adapterops.merging.settings import Choice, Choose, ModuleReport, Settings
 from adapterops.merging.steps import FLAGS, OPTIONS, TEXTS
 from adapterops.methods import METHODS as ADAPTER_METHODS
-from adapterops.plugin import Format
+from adapterops.plugin import Format, Target
 from adapterops.storage.output import Progress
 from adapterops.storage.output import nothing as no_bytes
 from adapterops.storage.tensor import CHUNK
@@ -52,14 +53,20 @@ _KEPT = ("ss_base_model_version", "ss_sd_model_name", "ss_sd_model_hash", "ss_ne
 """Header entries about the base model: kept where no adapter says otherwise.  What is about one training is not."""
 
 
+Weights = Sequence[float | Mapping[str, Any]] | PathLike | None
+"""A number an adapter, or a mapping as in a weights file; or the path of one."""
+
+
 @dataclass(frozen=True, slots=True)
 class MergeResult:
     """What a merge did: what was written (as of a conversion), what became of every module, and the recipe."""
 
     written: Result
-    modules: tuple[ModuleReport, ...]
+    modules: tuple[ModuleReport, ...] = field(repr=False)
     notes: tuple[str, ...]
     recipe: Recipe
+    earlier: tuple[tuple[str, tuple[ModuleReport, ...]], ...] = ()
+    """The name of each step before the last, and what became of its modules."""
     seconds: Mapping[str, float] = field(default_factory=dict)
     """Of reading the sources' headers, of computing, and of writing with its proof."""
 
@@ -74,8 +81,8 @@ def merge(
     output: PathLike | None = None,
     method: str | None = None,
     *,
-    recipe: PathLike | Recipe | None = None,
-    weights: Sequence[float] | PathLike | None = None,
+    recipe: PathLike | Recipe | Mapping[str, Any] | None = None,
+    weights: Weights = None,
     to: str | None = None,
     space: str | None = None,
     reading: Mapping[str, Any] | None = None,
@@ -94,7 +101,8 @@ def merge(
 
     - `method` is one of `adapterops.merging.registry.METHODS` or PEFT's names for them (`ties_svd` …); `space` "factors" or
       "delta" where it can act in both;
-    - `weights` are one number an adapter, or the path of a weights file; 1 each where nothing is said;
+    - `weights` are one number an adapter (or a mapping as in a weights file), or the path of such a file; 1 each where nothing
+      is said;
     - `parameters` are the method's (density …) and rank, seed, svd, svd_tolerance, split, saved, allow_disjoint;
     - `reading` are options of `load`, for all sources; `to`, `dtype`, `fields`, `fold_alpha`, `overwrite`, `verify` those of
       `save`;
@@ -115,9 +123,14 @@ def merge(
         form, _, place = target(adapters)
         api.insist_on_place(place, form, adapters, overwrite)
 
+    def ready(planned: Adapter) -> None:
+        form, dialect, _ = target([planned])
+        form.write(planned, Target(dialect, planned.base, dict(fields or {})))
+
     made = run(
         asked,
         look=look,
+        ready=ready,
         dtype=asked.output.get("dtype"),
         device=device,
         workers=workers,
@@ -145,14 +158,14 @@ def merge(
         "compute": computed - started - made.reading,
         "write": time.perf_counter() - computed,
     }
-    return MergeResult(written, made.merged.modules, made.merged.notes, kept, seconds)
+    return MergeResult(written, made.merged.modules, made.merged.notes, kept, made.earlier, seconds)
 
 
 def combine(
     adapters: Sequence[Adapter],
     method: str,
     *,
-    weights: Sequence[float] | PathLike | None = None,
+    weights: Weights = None,
     space: str | None = None,
     dtype: str | None = None,
     device: str = "auto",
@@ -164,6 +177,8 @@ def combine(
 
     Its tensors stand in a nameless temporary file that goes with the adapter.
     """
+    if not all(isinstance(adapter, Adapter) for adapter in adapters):
+        raise UsageError("combine takes adapters, as load gives them; merge takes paths")
     paths = [adapter.provenance.path or f"adapter {n + 1}" for n, adapter in enumerate(adapters)]
     step = recipe_of(paths, method, None, weights, space, None, parameters).steps[-1]
     return _run_step(step, adapters, dtype, device, workers, "", progress, step.options.get("base_weights", ""))
@@ -172,8 +187,8 @@ def combine(
 def recipe_of(
     sources: Sequence[PathLike],
     method: str | None,
-    recipe: PathLike | Recipe | None,
-    weights: Sequence[float] | PathLike | None,
+    recipe: PathLike | Recipe | Mapping[str, Any] | None,
+    weights: Weights,
     space: str | None,
     reading: Mapping[str, Any] | None,
     parameters: Mapping[str, Any],
@@ -192,10 +207,16 @@ def recipe_of(
             raise UsageError(
                 f"--recipe says it all; {', '.join(stated)} would contradict it: change the recipe instead"
             )
+        if isinstance(recipe, Mapping):
+            return build(recipe, "recipe")
         return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
     if method is None:
         find("svd")  # fills the table
         raise UsageError(f"--method says how to merge: {', '.join(METHODS)} (adapterops methods --merge explains them)")
+    if isinstance(sources, str | os.PathLike):
+        raise UsageError(f"sources is a list of paths, and not one path ({os.fspath(sources)})")
+    if any(isinstance(source, Adapter) for source in sources):
+        raise UsageError("sources are paths; adapters that are loaded already are merged by combine")
     if not sources:
         raise UsageError("nothing to merge: name the adapters, or a --recipe")
     found, _ = find(method, space)
@@ -207,21 +228,28 @@ def recipe_of(
         for path, rule in zip(sources, rules, strict=True)
     ]
     whole = {"method": method, "sources": described, **({"space": space} if space else {}), **given}
-    made = build(whole, "merge")
+    try:
+        made = build(whole, "merge")
+    except UsageError as error:
+        # There is no recipe that the user would know of.
+        raise UsageError(re.sub(r"^merge: step 1: (?:(?:source \d+|\w+): )*", "", str(error))) from error
     step = made.steps[0]
     # A weights file is named where one of its entries is wrong.
     refs = tuple(replace(ref, where=rule.where) for ref, rule in zip(step.sources, rules, strict=True))
     return replace(made, steps=(replace(step, sources=refs, where=f"--method {method}"),))
 
 
-def _rules(weights: Sequence[float] | PathLike | None, count: int) -> Sequence[weighing.WeightRule]:
+def _rules(weights: Weights, count: int) -> Sequence[weighing.WeightRule]:
     if weights is None:
         return [weighing.WeightRule() for _ in range(count)]
     if isinstance(weights, str | os.PathLike):
-        text = os.fspath(weights)
-    else:
-        text = ",".join(str(float(w)) for w in weights)
-    return weighing.parse(text, count)
+        return weighing.parse(os.fspath(weights), count)
+    if not isinstance(weights, Sequence):
+        raise UsageError(f"weights {weights!r}: give a list with one entry an adapter, or the path of a weights file")
+    rules = [weighing.entry(weight, f"weights: entry {n}") for n, weight in enumerate(weights, 1)]
+    if len(rules) != count:
+        raise UsageError(f"weights: {len(rules)} for {count} adapters; give one for each, in their order")
+    return rules
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,6 +258,7 @@ class Run:
 
     merged: Merged
     recipe: Recipe
+    earlier: tuple[tuple[str, tuple[ModuleReport, ...]], ...] = ()
     reading: float = 0.0
 
 
@@ -241,9 +270,11 @@ def run(
     workers: int = 0,
     folder: str = "",
     look: Callable[[Sequence[Adapter]], None] | None = None,
+    ready: Callable[[Adapter], None] | None = None,
     progress: ModuleProgress = nothing,
 ) -> Run:
-    """Run every step of a recipe.  `look` is shown the adapters of a step before it begins.
+    """Run every step of a recipe.  `look` is shown the adapters of a step before it begins, `ready` what the last one
+    will give.
 
     Raises `UsageError` where a source is not what the recipe was written with, and what `merge` raises.
     """
@@ -251,6 +282,7 @@ def run(
     steps: list[Step] = []
     last: Merged | None = None
     sources: list[Adapter] = []
+    earlier: list[tuple[str, tuple[ModuleReport, ...]]] = []
     seconds = 0.0
     notes: list[str] = []
     for number, step in enumerate(recipe.steps):
@@ -270,7 +302,7 @@ def run(
             # What is merged again is not rounded before that.
             kind = dtype or (widest(sources) if len(recipe.steps) > 1 else None)
             kind = kind if final else ("F64" if widest(sources) == "F64" else "F32")
-            last = _run_step(step, adapters, kind, device, workers, folder, progress, weights)
+            last = _run_step(step, adapters, kind, device, workers, folder, progress, weights, ready if final else None)
             refs = [
                 replace(ref, hash=h.result()) if h is not None else ref
                 for ref, h in zip(step.sources, hashes, strict=True)
@@ -279,13 +311,26 @@ def run(
         if weights:
             _insist_same_base(step, last.base_hash)
             options["base_hash"] = last.base_hash
-        notes += last.notes
+        notes += [*_twins(step, refs), *last.notes]
+        if not final:
+            earlier.append((step.name, last.modules))
         steps.append(replace(step, sources=tuple(refs), options=options))
         if step.name:
             made[step.name] = last
     assert last is not None
     full = Recipe(tuple(steps), {k: v for k, v in {**recipe.output, "dtype": dtype}.items() if v and k != "path"})
-    return Run(replace(last, notes=tuple(dict.fromkeys(notes))), full, seconds)
+    return Run(replace(last, notes=tuple(dict.fromkeys(notes))), full, tuple(earlier), seconds)
+
+
+def _twins(step: Step, refs: Sequence[SourceRef]) -> list[str]:
+    """A note where two sources are the same adapter: the commonest slip of the hand."""
+    seen: dict[str, str] = {}
+    out = []
+    for ref in refs:
+        if ref.hash and ref.hash in seen:
+            out.append(f"{seen[ref.hash]} and {ref.path} hold the same adapter")
+        seen.setdefault(ref.hash, ref.path)
+    return out
 
 
 def _findable(recipe: Recipe, asked: Recipe, home: str) -> Recipe:
@@ -310,6 +355,12 @@ def _findable(recipe: Recipe, asked: Recipe, home: str) -> Recipe:
 
 
 def _load(ref: SourceRef, recipe: Recipe) -> Adapter:
+    located = recipe.located(ref.path)
+    if recipe.folder and not located.startswith("hf://") and not os.path.lexists(located):
+        raise UnreadableFile(
+            f"{ref.path}: the recipe's source is neither in the current folder nor in {recipe.folder}; run the command where "
+            "the sources are, or change the path (--print-recipe writes the recipe out)"
+        )
     arguments = dict(ref.arguments)
     if arguments.get("base"):
         arguments["base"] = recipe.located(arguments["base"])
@@ -321,7 +372,7 @@ def _insist_unchanged(step: Step, hashes: Sequence[Future[str] | None]) -> None:
         if ref.hash and future is not None and future.result() != ref.hash:
             raise UsageError(
                 f"{step.where}: {ref.path} is not what the recipe was run with (its content is {future.result()[:16]}…, and "
-                f"was {ref.hash[:16]}…); take the hash out of the recipe to use it as it is now"
+                f"was {ref.hash[:16]}…); take the hash out of the recipe (--print-recipe writes it out) to use it as it is now"
             )
 
 
@@ -377,6 +428,7 @@ def _run_step(
     folder: str,
     progress: ModuleProgress,
     base_weights: str = "",
+    ready: Callable[[Adapter], None] | None = None,
 ) -> Merged:
     method, _ = find(step.method, step.space)
     if method.adapters is not None and len(adapters) != method.adapters:
@@ -399,9 +451,10 @@ def _run_step(
         base_weights=base_weights,
         metadata=_metadata(adapters),
         check=step.check,
+        ready=ready,
         progress=progress,
     )
-    return replace(merged, notes=(*_notes(step, rules, adapters), *merged.notes))
+    return replace(merged, notes=(*_notes(step, adapters, merged.shared), *merged.notes))
 
 
 def _weight_of(rule: weighing.WeightRule, base: Architecture | None, choose: Choose, number: int) -> WeightOf:
@@ -436,13 +489,18 @@ def _settings(step: Step, dtype: str | None, device: str, workers: int) -> Setti
     )
 
 
-def _notes(step: Step, rules: Sequence[weighing.WeightRule], adapters: Sequence[Adapter]) -> list[str]:
+def _notes(step: Step, adapters: Sequence[Adapter], shared: int) -> list[str]:
     method, _ = find(step.method, step.space)
     out = []
     plain = all(ref.weight == 1.0 for ref in step.sources)
-    if method.sums and plain and len(adapters) > 1 and method.signs is None:
-        share = ",".join(f"{1 / len(adapters):.2g}" for _ in adapters)
-        out.append(f"weights are 1 each: the adapters' effects add up; --weights {share} takes their mean")
+    if method.sums and plain and shared and method.signs is None:
+        share = ",".join(f"{1 / len(adapters):.4g}" for _ in adapters)
+        out.append(
+            f"weights are 1 each: the adapters' effects add up in the {shared} modules that several have; --weights {share} "
+            "takes the mean"
+        )
+    if method.signs is not None and any(not isinstance(r.weight, Mapping) and r.weight < 0 for r in step.sources[1:]):
+        out.append(f"{method.name} turns the sign of every weight but the first: a negative one adds that adapter")
     if method.name == "linear" and len(adapters) > 1:
         out.append(
             "linear adds A's and B's, so the result is not the sum of the adapters' effects; svd and cat give that"

@@ -47,9 +47,11 @@ def nothing(done: int, total: int) -> None:
 class Merged:
     """One adapter made of several, what became of each module, and what the user should know."""
 
-    adapter: Adapter
-    modules: tuple[ModuleReport, ...]
+    adapter: Adapter = field(repr=False)
+    modules: tuple[ModuleReport, ...] = field(repr=False)
     notes: tuple[str, ...] = ()
+    shared: int = 0
+    """Modules that more than one adapter changes."""
     base_hash: str = ""
     """Of the base weights that DoRA was folded against."""
 
@@ -81,12 +83,13 @@ def combine(
     base_weights: str = "",
     metadata: Mapping[str, str] | None = None,
     check: Callable[[list[tuple[str, str]]], None] | None = None,
+    ready: Callable[[Adapter], None] | None = None,
     progress: Progress = nothing,
 ) -> Merged:
     """Merge the adapters, each with its weights, module by module as `choose` says.
 
-    `check` is shown the modules before the work begins.  The result's tensors stand in a nameless file in `folder`.  DoRA
-    magnitudes are folded against `base_weights`, if given.
+    `check` is shown the modules before the work begins, and `ready` what will come out, with zeros in it.  The result's
+    tensors stand in a nameless file in `folder`.  DoRA magnitudes are folded against `base_weights`, if given.
 
     Raises `UsageError` for adapters that cannot be merged so, `CannotRepresent` for what could only be lost,
     `BrokenAdapter` for numbers that are none.
@@ -101,6 +104,7 @@ def combine(
     # What they have in common is asked of the adapters, not of what their weights leave.
     every = gather(adapters, [lambda component, module: 1.0] * len(adapters), base)
     bases.insist_on_overlap(adapters, [m.adapters for m in every], settings.allow_disjoint)
+    shared = sum(len(module.adapters) > 1 for module in every)
     notes, base_hash = bases.notes(adapters), ""
     if base_weights:
         opened = open_base(base_weights, {m.component for m in modules})
@@ -120,12 +124,29 @@ def combine(
             update, told = carried.merge(piece.module, method, settings, _keeper(spool))
             updates.append(_rounded(update, settings.dtype))
             notes += told
+    notes += _lone_notes(work, adapters)
+    empty = Adapter({}, fact, _provenance(adapters), dict(metadata or {}), _config(adapters), base)
+    merged = empty.with_updates(updates)
+    if ready is not None and not all(_is_light(piece, dtype) for piece in work):
+        spool.fill()
+        ready(merged)
     _perform(work, spool, settings, dtype, progress)
-    merged = Adapter({}, fact, _provenance(adapters), dict(metadata or {}), _config(adapters), base).with_updates(
-        updates
-    )
     reports = tuple(piece.report for piece in work if piece.report is not None)
-    return Merged(merged, reports, tuple(dict.fromkeys(notes)), base_hash)
+    return Merged(merged, reports, tuple(dict.fromkeys(notes)), shared, base_hash)
+
+
+def _lone_notes(work: Sequence[_Work], adapters: Sequence[Adapter]) -> list[str]:
+    """What is kept whole because only one adapter has it."""
+    lone: dict[int, list[str]] = {}
+    for piece in work:
+        for entries in piece.module.carried.values():
+            if len(entries) == 1 and len(adapters) > 1:
+                lone.setdefault(entries[0][0], []).append(piece.module.name)
+    return [
+        f"{adapters[number].provenance.path}: kept whole, since no other adapter has it: {names[0]}"
+        + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+        for number, names in lone.items()
+    ]
 
 
 def _magnitude_note(work: Sequence[_Work]) -> list[str]:

@@ -74,5 +74,7 @@ class ModuleReport:
     excess: float = 0.0
     cancels: bool = False
     """Whether the terms cancel nearly wholly, so that little but their rounding is left."""
+    exact_rank: int | None = None
+    """For weighted sums of low-rank deltas: the rank that would hold them whole, as `cat` does."""
     empty: bool = False
     """Whether the method makes nothing of terms that are not nothing."""

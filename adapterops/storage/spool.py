@@ -41,6 +41,10 @@ class Spool:
         self.size += tensor.nbytes
         return tensor
 
+    def fill(self) -> None:
+        """Zeros wherever nothing has been written: what is planned can be looked at."""
+        os.ftruncate(self._file.fileno(), self.size)
+
     def write(self, tensor: LazyTensor, data: memoryview) -> None:
         """Fill a tensor's room.  Safe in several threads at a time.  Raises `OutputFailed`."""
         if len(data) != tensor.nbytes:
