@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
 import signal
 import sys
@@ -85,12 +86,15 @@ def _leave(*arguments: Any) -> Any:
     raise ao.AdapterOpsError("refused")
 
 
-_HELD: list[bytearray] = []
+_HELD: list[mmap.mmap] = []
 
 
 def _hold(*arguments: Any) -> Any:
-    # Kept, and not let go at once: what is still held shows whatever the process's earlier peak was.
-    _HELD.append(bytearray(b"x") * (400 << 20))
+    # Pages of its own: a large hole in this process's heap, resident since some earlier test, could hold what malloc gives.
+    room = mmap.mmap(-1, 400 << 20)
+    for _ in range(400):
+        room.write(b"x" * (1 << 20))
+    _HELD.append(room)
     raise ao.AdapterOpsError("refused")
 
 
