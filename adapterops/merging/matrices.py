@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 _NARROW = 256
 """Up to this sum of ranks the plain sum's singular vectors are worth having as the start of an iteration."""
+_WEAK = 0.1
 _AHEAD = 8
 """Singular vectors beyond the rank that an iteration is started with."""
 
@@ -78,7 +79,7 @@ def plan(module: Module, choice: Choice, base: Architecture | None = None) -> Ma
     }
     # A part of a fused projection is to have the same scale as its other parts; a bias has its scale in it already.
     whole = not any(term.pieces is not None for term in terms) and ("lora", "bias") not in module.vectors
-    alpha = _strongest(terms) * rank if choice.method.kind is Kind.STACKED and whole else None
+    alpha = _scale_kept(terms) * rank if choice.method.kind is Kind.STACKED and whole else None
     return MatrixPlan(module, choice, shape, rank, outputs, alpha, embedding, magnitude, axis)
 
 
@@ -194,9 +195,12 @@ def _rank(module: Module, choice: Choice, shape: Shape) -> int:
     return min(wanted, most)
 
 
-def _strongest(terms: Sequence[Term]) -> float:
-    """The scale under which stacked factors keep the most digits: the strongest term's are its own bytes."""
-    return max(abs(term.weight * term.scale) for term in terms)
+def _scale_kept(terms: Sequence[Term]) -> float:
+    """The scale under which stacked factors keep their bytes, where all are of one strength, or their digits, where all are so
+    weak that 16 bits would hold few of them; else 1, which every reader applies."""
+    strengths = {term.weight * term.scale for term in terms}
+    strongest = max(abs(strength) for strength in strengths)
+    return strongest if (len(strengths) == 1 and min(strengths) > 0) or strongest < _WEAK else 1.0
 
 
 def stacked_factors(p: MatrixPlan) -> list[float]:

@@ -28,7 +28,7 @@ from adapterops import api, registry
 from adapterops.adapter import Adapter
 from adapterops.api import PathLike, Result
 from adapterops.architectures import Architecture
-from adapterops.dialects.table import Dialect
+from adapterops.dialects.table import AlphaIn, Dialect
 from adapterops.errors import UnreadableFile, UsageError
 from adapterops.merging import bases
 from adapterops.merging import weights as weighing
@@ -123,9 +123,14 @@ def merge(
         form, _, place = target(adapters)
         api.insist_on_place(place, form, adapters, overwrite)
 
+    def folds(dialect: Dialect) -> bool:
+        # The scale that stacked factors keep is our own choice; where no reader asks for one there is none.
+        return bool(asked.output.get("fold_alpha")) or dialect.alpha is AlphaIn.NOWHERE
+
     def ready(planned: Adapter) -> None:
         form, dialect, _ = target([planned])
-        form.write(planned, Target(dialect, planned.base, dict(fields or {})))
+        if not folds(dialect):
+            form.write(planned, Target(dialect, planned.base, dict(fields or {})))
 
     made = run(
         asked,
@@ -147,7 +152,7 @@ def merge(
         adapter,
         place,
         format=dialect.name,
-        fold_alpha=asked.output.get("fold_alpha", False),
+        fold_alpha=folds(dialect),
         fields=fields,
         overwrite=overwrite,
         verify=verify,

@@ -206,8 +206,7 @@ def test_the_sum_of_a_kohya_and_a_diffusers_file(
     first, second = dotted_deltas(source), dotted_deltas(other)
     wanted = {key: 0.7 * first[key] - 0.4 * second[key] for key in first}
     assert_close(kohya_deltas(place, flat_names(module_names("sd1"), KOHYA)), wanted)
-    # `cat` keeps the stronger adapter's factors as they are, at its strength.
-    assert adapted_by_diffusers("sd1", str(place)) == dict.fromkeys(wanted, 0.7 if method == "cat" else 1.0)
+    assert adapted_by_diffusers("sd1", str(place)) == dict.fromkeys(wanted, 1.0)
 
 
 def lokr_files(corpus: Path, folder: Path, parts: tuple[str, ...]) -> list[Path]:
