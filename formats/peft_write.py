@@ -19,7 +19,6 @@ from adapterops_formats.peft_patterns import Base, shuts_out, with_parents
 
 from adapterops.plugin import Adapter, Target, Update, errors
 
-
 _CLASSIFIERS = ("classifier", "score")
 _HEADS = {"SEQ_CLS": _CLASSIFIERS, "TOKEN_CLS": _CLASSIFIERS, "QUESTION_ANS": ("qa_outputs",)}
 """What peft's classes for a task add to `modules_to_save` by themselves (`peft_model.py`)."""
