@@ -79,7 +79,10 @@ def insist_on_overlap(adapters: Sequence[Adapter], touched: Sequence[frozenset[i
     for number, adapter in enumerate(adapters):
         own = [found for found in touched if number in found]
         if own and all(found == {number} for found in own):
+            others = {c for n, a in enumerate(adapters) if n != number for c in a.components}
+            apart = others.isdisjoint(adapter.components) and adapter.architecture.value is not None
+            why = f"it changes the {' and '.join(adapter.components)} only, they {' and '.join(sorted(others))}"
             raise UsageError(
-                f"{adapter.provenance.path}: none of its {len(own)} modules is in any other adapter: they may be for "
-                "different base models; --allow-disjoint merges them all the same, each module as it is"
+                f"{adapter.provenance.path}: none of its {len(own)} modules is in any other adapter: "
+                f"{why if apart else 'they may be for different base models'}; --allow-disjoint puts them together all the same"
             )

@@ -173,9 +173,9 @@ def find(name: str, space: str | None = None) -> tuple[MergeMethod, Space]:
     import adapterops.merging.methods  # noqa: F401  (fills the table)
 
     fixed: Space | None = None
-    wanted = name
-    if name in ALIASES:
-        wanted, fixed = ALIASES[name]
+    wanted = name.lower() if name.lower() in METHODS or name.lower() in ALIASES else name
+    if wanted in ALIASES:
+        wanted, fixed = ALIASES[wanted]
     method = METHODS.get(wanted)
     if method is None:
         import difflib
