@@ -88,6 +88,27 @@ def _configs(adapter: Adapter, fields: dict[str, Any]) -> dict[str, Any]:
     return configs[""] if list(configs) == [""] else configs
 
 
+def _merged(found: Inspection) -> list[str]:
+    """What the file was merged from, if its header holds a recipe that can be read."""
+    if "adapterops_recipe" not in found.metadata:
+        return []
+    from adapterops.errors import UsageError
+    from adapterops.merging import document
+    from adapterops.merging.recipe import build
+
+    where = f"{found.path}: its recipe"
+    try:
+        recipe = build(document.parse_json(found.metadata["adapterops_recipe"], where), where)
+    except UsageError as error:
+        return [f"merged from   a recipe that cannot be read: {error}"]
+    out = []
+    for step in recipe.steps:
+        names = [ref.path or f"step {ref.step}" for ref in step.sources]
+        weights = ["" if isinstance(ref.weight, dict) else f" × {ref.weight:g}" for ref in step.sources]
+        out.append(f"{step.method} of " + ", ".join(n + w for n, w in zip(names, weights, strict=True)))
+    return ["merged        " + "; then ".join(out) + " (merge --recipe makes it again)"]
+
+
 def _lines(found: Inspection, show_metadata: bool) -> list[str]:
     arch = found.architecture
     lines = [
@@ -98,6 +119,7 @@ def _lines(found: Inspection, show_metadata: bool) -> list[str]:
         else f"architecture  unknown: {arch.source}",
         f"size          {bytes_text(found.size)}, {found.tensors} tensors, {found.modules} modules",
         "dtypes        " + ", ".join(f"{name} ({count})" for name, count in found.dtypes.items()),
+        *_merged(found),
         "",
     ]
     rows = [

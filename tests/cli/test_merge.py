@@ -111,6 +111,12 @@ def test_a_recipe_is_printed(command: Command, here: Path) -> None:
     assert (here / "again.safetensors").read_bytes() == (here / "out.safetensors").read_bytes()
 
 
+def test_inspect_says_what_it_was_merged_from(command: Command, here: Path) -> None:
+    done(command, *AB, "--method", "svd", "--weights", "0.7,0.3", "-o", "out.safetensors")
+    text = command("inspect", "out.safetensors").out
+    assert "merged        svd of a.safetensors × 0.7, b.safetensors × 0.3 (merge --recipe makes it again)" in text
+
+
 def test_one_adapter_twice_is_said(command: Command, here: Path) -> None:
     text = done(command, "a.safetensors", "a.safetensors", "--method", "svd").out
     assert "a.safetensors and a.safetensors hold the same adapter" in text
