@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 _NARROW = 256
 """Up to this sum of ranks the plain sum's singular vectors are worth having as the start of an iteration."""
 _WEAK = 0.1
+"""Strengths below this cost 16-bit factors digits, if they are multiplied in."""
 _AHEAD = 8
 """Singular vectors beyond the rank that an iteration is started with."""
 
@@ -220,7 +221,7 @@ def compute(
     kind = p.choice.method.kind
     if kind is Kind.ELEMENTS and p.choice.space is Space.FACTORS:
         return _factors(p, settings, device, dtype)
-    if kind is Kind.STACKED:
+    if kind is Kind.STACKED and p.rank is not None:
         return _stacked(p, dtype)
     weights = [term.weight for term in p.terms]
     ranks = [term.exact_rank for term in p.terms]
@@ -235,7 +236,7 @@ def compute(
         assert pairs is not None
         return _span(p, pairs, weights, settings, dtype)
     stack = DeltaStack(p.terms, draws(p, settings, "delta"), device)
-    if kind is Kind.SPAN:
+    if kind in (Kind.SPAN, Kind.STACKED):  # whole differences are not stacked: their sum is as exact
         merged = _dense_span(p, stack, pairs)
     if kind is Kind.ELEMENTS:
         merged = p.choice.method.function(stack, **p.choice.arguments)
@@ -309,6 +310,8 @@ def _span(
 
 def _coefficients(p: MatrixPlan, inner: torch.Tensor, weights: Sequence[float]) -> list[float]:
     """What the method multiplies each delta by; adapters that leave the module alone have none."""
+    if p.choice.method.kind is Kind.STACKED:
+        return list(weights)
     return [float(c) for c in p.choice.method.function(inner, weights, **p.choice.arguments)]
 
 

@@ -127,10 +127,13 @@ def merge(
         # The scale that stacked factors keep is our own choice; where no reader asks for one there is none.
         return bool(asked.output.get("fold_alpha")) or dialect.alpha is AlphaIn.NOWHERE
 
+    # Who lets keys go when reading lets go what the target cannot hold, too; the output lists both.
+    drops = any(ref.reading.get("allow_drop") for step in asked.steps for ref in step.sources)
+
     def ready(planned: Adapter) -> None:
         form, dialect, _ = target([planned])
         if not folds(dialect):
-            form.write(planned, Target(dialect, planned.base, dict(fields or {})))
+            form.write(planned, Target(dialect, planned.base, dict(fields or {}), allow_drop=drops))
 
     made = run(
         asked,
@@ -154,6 +157,7 @@ def merge(
         format=dialect.name,
         fold_alpha=folds(dialect),
         fields=fields,
+        allow_drop=drops,
         overwrite=overwrite,
         verify=verify,
         progress=writing,

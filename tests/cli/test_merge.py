@@ -117,6 +117,17 @@ def test_inspect_says_what_it_was_merged_from(command: Command, here: Path) -> N
     assert "merged        svd of a.safetensors × 0.7, b.safetensors × 0.3 (merge --recipe makes it again)" in text
 
 
+def test_what_the_target_cannot_hold_is_dropped_only_if_told(command: Command, here: Path) -> None:
+    fixtures = Path(__file__).parents[2] / "fixtures" / "lycoris-sd15"
+    sources = [fixtures / "kohya-locon-norm.safetensors", fixtures / "kohya-locon.safetensors"]
+    options = ["--method", "svd", "--base", fixtures, "--layout", "published", "--to", "peft", "-o", "out"]
+    refused = command("merge", *sources, *options)
+    assert refused.code == 2
+    assert not (here / "out").exists()
+    text = done(command, *sources, *options, "--allow-drop").out
+    assert "dropped: text_encoder: text_model.final_layer_norm: PEFT has no place for it" in text
+
+
 def test_one_adapter_twice_is_said(command: Command, here: Path) -> None:
     text = done(command, "a.safetensors", "a.safetensors", "--method", "svd").out
     assert "a.safetensors and a.safetensors hold the same adapter" in text

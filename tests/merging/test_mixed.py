@@ -71,9 +71,10 @@ def merged(sources: list[Path], method: str, folder: Path, **more: Any) -> Path:
 # Whole differences.
 
 
-def test_whole_differences_are_added_whole(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["svd", "cat"])
+def test_whole_differences_are_added_whole(method: str, tmp_path: Path) -> None:
     sources = files(tmp_path, diff(1), diff(2))
-    out = merged(sources, "svd", tmp_path)
+    out = merged(sources, method, tmp_path)
     assert close(read(out)[Q]["diff"], weighted_sum(sources), 1e-6)
 
 
