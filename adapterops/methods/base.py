@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from math import inf, isnan
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from adapterops.adapter import Update
 from adapterops.errors import BrokenAdapter, CannotRepresent
@@ -17,6 +17,24 @@ if TYPE_CHECKING:
     from adapterops.methods.products import Rows
 
     Array = numpy.typing.NDArray[Any]
+
+
+class Own(NamedTuple):
+    """A module's own parameters in the base model.
+
+    `weight` is (out, in, *kernel), whatever way the base stores it (a transformers Conv1D is transposed for this); an
+    embedding's is (num_embeddings, embedding_dim).  `bias` is (out,).
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None = None
+
+
+class Change(NamedTuple):
+    """What an update adds to its module's own parameters, in float32 and in their shapes; None where one stays."""
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None = None
 
 
 class Method:
@@ -35,6 +53,13 @@ class Method:
 
     flags: ClassVar[tuple[str, ...]] = ()
     """The options (true or false) that a file may keep as tensors of one element."""
+
+    needs_weight: ClassVar[bool] = False
+    """Whether the delta is a function of the base's weight (`change` then takes `own`)."""
+    needs_shape: ClassVar[bool] = False
+    """Whether the module's shape is not in the tensors: `options["shape"]` then has it, where the base is known."""
+    linear: ClassVar[bool] = True
+    """Whether what the module computes changes as if its own parameters did; False where there is no weight delta."""
 
     compared: ClassVar[frozenset[str]] = frozenset()
     """Options that may differ between equal updates, since `error` compares what they mean."""
@@ -84,9 +109,26 @@ class Method:
     def delta(self, update: Update) -> torch.Tensor:
         """ΔW in float32, in the shape of the module's weight.
 
+        By default the product of the factors that `low_rank` gives, times the scale.
+
         Raises `CannotRepresent` where ΔW needs the base weight or does not exist.
         """
-        raise NotImplementedError
+        found = self.low_rank(update)
+        if found is None:
+            raise CannotRepresent(f"{update.name}: {self.title} has no weight delta of its own")
+        scale = self.scale(update) if self.scaled else 1.0
+        if scale is None:
+            raise CannotRepresent(f"{update.name}: its scale is unknown, so its delta is too (give --alpha)")
+        b, a = found
+        return (b.double() @ a.double() * scale).float().reshape(self.weight_shape(update) or (b.shape[0], a.shape[1]))
+
+    def change(self, update: Update, own: Own | None = None) -> Change:
+        """W' − W and b' − b, exact for inference; `own` is needed where `needs_weight`, and for what acts on a bias.
+
+        Raises `CannotRepresent` where a fact is missing (the base's parameters, a shape, a field of a config), and where
+        no change of the parameters does what the update does; `BrokenAdapter` where `own` has another shape.
+        """
+        return Change(self.delta(update))
 
     def weight_shape(self, update: Update) -> tuple[int, ...] | None:
         """The shape of ΔW as the tensors have it (a kernel may be flattened, an embedding's is (dim, tokens)); None where
@@ -107,15 +149,52 @@ class Method:
     def matrix(self, update: Update) -> Rows:
         """ΔW, the scale included, as rows (out, in · kernel) that are made when they are asked for.
 
+        By default cut from the whole `delta`.
+
         Raises `CannotRepresent` where ΔW needs the base weight or does not exist.
         """
-        raise CannotRepresent(f"{update.name}: {self.title} has no weight delta of its own")
+        from adapterops.methods.products import Rows
+
+        made = self.delta(update)
+        values = made.reshape(made.shape[0], -1).numpy()
+        return Rows(values.shape, lambda start, stop: values[start:stop].astype("f8"))
 
     def error(self, update: Update, other: Update) -> float:
         """How far `other` is from `update`, relative to the size of `update`; 0 where they are the same."""
         if update.tensors.keys() != other.tensors.keys():
             return float("inf")
         return worst(tensor_error(t, other.tensors[role]) for role, t in update.tensors.items())
+
+
+def need_own(update: Update, own: Own | None) -> Own:
+    """The base's parameters.  Raises `CannotRepresent` where they are not there."""
+    if own is None:
+        raise CannotRepresent(
+            f"{update.name}: what {update.method} adds depends on the base's own weight; give --base-weights BASE"
+        )
+    return own
+
+
+def need_shape(update: Update) -> tuple[int, ...]:
+    """The shape of the module's weight.  Raises `CannotRepresent` where no base said it."""
+    shape = update.options.get("shape")
+    if shape is None:
+        raise CannotRepresent(
+            f"{update.name}: the size of the module is not in the tensors of {update.method}; --arch NAME, --base CONFIG "
+            "or --base-weights BASE says it"
+        )
+    return tuple(shape)
+
+
+def setting(update: Update, name: str) -> Any:
+    """An option that only a config holds.  Raises `CannotRepresent` where nothing said it."""
+    value = update.options.get(name)
+    if value is None:
+        raise CannotRepresent(
+            f"{update.name}: {name} of {update.method} is not in the tensors and changes what they mean; say it with "
+            f"--set {name}=VALUE"
+        )
+    return value
 
 
 def worst(errors: Iterable[float]) -> float:
