@@ -74,7 +74,7 @@ class Update:
     @property
     def name(self) -> str:
         """Component and module, for messages."""
-        return f"{self.component}: {self.module}"
+        return f"{self.component}: {self.module}" if self.module else self.component
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,7 +70,8 @@ def read_keys(dialect: Dialect, keys: Iterable[str], variants: Mapping[str, tupl
     names = _adapter_names(dialect, keys)
     # Most dialects have not one of a file's endings; that is cheap to see before their prefixes are tried.
     present = frozenset().union(*_endings(keys).values())
-    if present.isdisjoint(text for place in dialect.places for name in names for text in _table(place, name)):
+    texts = (text for place in dialect.places if not place.whole for name in names for text in _table(place, name))
+    if present.isdisjoint(texts) and not any(_has_whole(place, keys) for place in dialect.places if place.whole):
         return Reading(dialect, (), keys)
     for swap in _swaps(dialect, variants or {}):
         for adapter in names:
@@ -103,6 +104,11 @@ def _read(dialect: Dialect, keys: tuple[str, ...], adapter: str, swap: tuple[str
         claim = None
         for place, prefix, table in places:
             if not key.startswith(prefix):
+                continue
+            if place.whole:
+                claim = _whole(key, place, adapter)
+                if claim is not None:
+                    break
                 continue
             ending = next((e for e in endings if e in table), None)
             if ending is not None:
@@ -153,6 +159,28 @@ def _claim(key: str, start: int, place: Place, ending: str, suffix: Suffix) -> C
         if name.endswith(spelled):
             return Claim(key, place, name[: len(name) - len(spelled)] + canonical, suffix, stem)
     return None
+
+
+def _has_whole(place: Place, keys: Iterable[str]) -> bool:
+    """Whether any key begins as one of a `whole` place does; told without a look at each."""
+    start = len(place.prefix)
+    firsts = {key[start:].partition(".")[0] for key in keys if key.startswith(place.prefix)}
+    return not firsts.isdisjoint(suffix.text.replace(_SLOT, "").rstrip(".") for suffix in place.suffixes)
+
+
+def _whole(key: str, place: Place, adapter: str) -> Claim | None:
+    """A key of what the component has once: the prefix and a suffix, or the beginning of one."""
+    if not key.startswith(place.prefix):
+        return None
+    table, rest = _table(place, adapter), key[len(place.prefix) :]
+    suffix = table.get(rest)
+    if suffix is not None:
+        return Claim(key, place, "", suffix, place.prefix)
+    first, dot, name = rest.partition(".")
+    start = table.get(first + dot) if dot else None
+    if start is None or not name:
+        return None
+    return Claim(key, place, "", replace(start, role=f"{start.role}.{name}"), place.prefix)
 
 
 @lru_cache(maxsize=256)
@@ -209,7 +237,7 @@ class Group:
 
 def bare(reading: Reading) -> bool:
     """Whether names stand in the keys without anything before them, so that any writer's keys read as names."""
-    return any(not claim.place.prefix and not claim.place.tails for claim in reading.claims)
+    return any(not c.place.prefix and not c.place.tails and not c.place.whole for c in reading.claims)
 
 
 def sample(reading: Reading, size: int) -> Reading:

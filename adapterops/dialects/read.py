@@ -102,7 +102,7 @@ def read(
         update = Update(component or entry.place.component, module, entry.method, tensors, options=entry.options)
         if not tensors and stored is not None:
             raise BrokenAdapter(f"{stored.where}: an alpha without factors ({update.name})")
-        update = _magnitude(_flags(update), reading.dialect)
+        update = _sized(_magnitude(_flags(update), reading.dialect), architecture)
         if METHODS[entry.method].scaled:
             METHODS[entry.method].check(update)
             update = _settle(update, stored, reading.dialect, request, scale_of, entry.stated or module)
@@ -220,7 +220,7 @@ def _align_part(groups: list[Group], architecture: Architecture) -> tuple[list[G
     strip, add = change
     said = f"stripped of {strip!r}" if strip else f"given {add!r} in front"
     return (
-        [replace(g, name=add + g.name[len(strip) :], stated=g.name) for g in groups],
+        [g if g.place.free else replace(g, name=add + g.name[len(strip) :], stated=g.name) for g in groups],
         [f"module names are {said} to be those of {architecture.name}"],
     )
 
@@ -294,6 +294,17 @@ def _magnitude(update: Update, dialect: Dialect) -> Update:
         axis = "in"
     flat = tensor.reshape((tensor.numel,))
     return replace(update, tensors={**update.tensors, "magnitude": flat}, options={**update.options, "dora_axis": axis})
+
+
+def _sized(update: Update, architecture: Architecture | None) -> Update:
+    """The update with the shape of its module, where its tensors do not hold that and the base is known."""
+    if not METHODS[update.method].needs_shape or architecture is None:
+        return update
+    component = architecture.components.get(update.component)
+    spec = component.spec(update.module) if component is not None else None
+    if spec is None or not spec.shape:
+        return update
+    return replace(update, options={**update.options, "shape": spec.shape})
 
 
 def _odd_shapes(

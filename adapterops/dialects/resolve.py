@@ -213,6 +213,7 @@ def best_fit(groups: Sequence[Group], given: Architecture | None = None) -> int:
 def component_by_names(groups: Sequence[Group], given: Architecture | None = None) -> str | None:
     """The component whose modules the dotted names are, for files that do not say: the first that has them all."""
     candidates = [given] if given is not None else [architectures.load(name) for name in architectures.names()]
+    groups = [g for g in groups if not g.place.free]
     lookup = [g for g in groups if g.method != "saved"] or list(groups)
     if not lookup:
         return None
@@ -260,6 +261,9 @@ def identify(
     Raises `UnknownModule`, `BrokenAdapter` (a shape that the base has not) or `UnknownArchitectureOfFile`.
     """
     groups = [g for g in groups if not g.place.free]
+    if not groups:
+        fact = Fact(given.name if given else None, Certainty.GIVEN if given else Certainty.UNKNOWN, "no module is named")
+        return Identified(given, fact)
     if given is not None:
         found = fit(given, groups)
         _insist(found, path, allow_drop)
@@ -382,6 +386,7 @@ def align(groups: Sequence[Group], architecture: Architecture) -> tuple[str, str
     Wrappers add segments (`model.`) and class versions lose some (`text_model.`); the base's own list of modules
     says which, for the whole file or not at all.
     """
+    groups = [g for g in groups if not g.place.free]
     dotted = [g for g in groups if not needs_table(g.place) and applies(g.place, architecture)]
     if len(dotted) != len(groups) or not groups:
         return None
@@ -403,6 +408,9 @@ def rename(groups: Sequence[Group], architecture: Architecture) -> list[Group] |
     not put every one of them into `architecture`."""
     out = []
     for entry in groups:
+        if entry.place.free:
+            out.append(entry)
+            continue
         component = architecture.components.get(entry.place.among(architecture.components) or "")
         if component is None or needs_table(entry.place):
             return None
@@ -445,6 +453,8 @@ def spelled(architecture: Architecture | None, place: Place, module: str) -> str
 def writing_place(dialect: Dialect, component: str, architecture: Architecture | None) -> Place | None:
     """The row by which `dialect` spells a component: the first that is meant for the architecture."""
     for place in dialect.places:
+        if place.whole:
+            continue
         if place.component == "*" or (place.free and place.component == component):
             return place
         known = place.among(architecture.components) if architecture is not None else None
@@ -476,12 +486,25 @@ class Placing:
                 return place
         return writing_place(self._dialect, component, self._architecture)
 
+    def _whole(self, update: Update) -> Place | None:
+        """The row of what a component has once."""
+        for place in self._dialect.places:
+            fits = place.component in ("*", update.component)
+            if place.whole and fits and any(suffix.method == update.method for suffix in place.suffixes):
+                return place
+        return None
+
     def of(self, update: Update) -> Place:
         """The row of an update's component.  Raises `CannotRepresent` where there is none."""
-        place = self.find(update.component)
+        place = self.find(update.component) if update.module else self._whole(update)
         if place is not None:
             return place
         dialect, architecture = self._dialect, self._architecture
+        if not update.module:
+            raise CannotRepresent(
+                f"{update.name}: {METHODS[update.method].title} belongs to no module, and {dialect.title} has no place for "
+                f"it (tensor {next(iter(update.tensors.values())).key!r})"
+            )
         if any(update.component in (p.component, *p.instead) for p in dialect.places):
             what = architecture.name if architecture else "a base model that is not known"
             raise CannotRepresent(f"{update.name}: {dialect.title} has no spelling for this component of {what}")

@@ -48,6 +48,7 @@ class Suffix:
     A `method` of ANY belongs to whatever scaled method the module's other tensors are of (an alpha, a DoRA magnitude).
     `{adapter}` in `text` stands where an adapter's name may be left.  Where `after` is given, the row is written only
     for modules whose names end so (it is read after any); of several rows that fit, the first is written.
+    In a `whole` place, a text that ends with a dot is the beginning of several keys, whose rest is part of the role.
     """
 
     text: str
@@ -71,6 +72,8 @@ class Place:
     base models, it decides.  `saved` lets a key without a known suffix be a saved parameter of its module,
     of any or of those whose names end so.
     `free` says that names are nobody's modules (tokens of a bundled embedding) and stand as they are.
+    `whole` says that keys are the prefix and a suffix, with no module between them: what the component has once (matrices
+    that all modules share, soft prompts); such a place is `free` too.
     """
 
     component: str
@@ -85,11 +88,12 @@ class Place:
     usual: frozenset[str] = frozenset()
     saved: bool | tuple[str, ...] = False
     free: bool = False
+    whole: bool = False
 
     @property
     def reads(self) -> tuple[object, ...]:
         """All that decides which keys the row reads."""
-        return self.component, self.prefix, self.suffixes, self.tails, self.saved
+        return self.component, self.prefix, self.suffixes, self.tails, self.saved, self.whole
 
     def column(self, family: str) -> str:
         """Which of the names of an architecture of that family stand here."""
@@ -126,7 +130,7 @@ class Dialect:
     @property
     def is_bare(self) -> bool:
         """Whether names stand in its keys without anything before or after them that only this dialect has."""
-        return any(not place.prefix and not place.tails for place in self.places)
+        return any(not place.prefix and not place.tails and not place.whole for place in self.places)
 
 
 def traits(architecture: Architecture) -> frozenset[str]:

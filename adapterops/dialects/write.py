@@ -90,6 +90,8 @@ def _spell(
     dialect: Dialect, place: Place, update: Update, architecture: Architecture | None, spelling: Mapping[str, Any]
 ) -> dict[str, LazyTensor]:
     """The keys and tensors of one update."""
+    if place.whole:
+        return _spell_whole(place, update)
     _insist_on_width(dialect, update, architecture)
     name = _name(dialect, place, update, architecture)
     prefix = spelling.get("prefix", place.prefix) if place.saved else place.prefix
@@ -105,6 +107,16 @@ def _spell(
             out[stem + suffix.text] = scalar(stem + suffix.text, dtype, update.options[role])
     if METHODS[update.method].scaled:
         out |= _alpha(dialect, place, stem, update, spelling)
+    return out
+
+
+def _spell_whole(place: Place, update: Update) -> dict[str, LazyTensor]:
+    """The keys and tensors of what a component has once."""
+    texts = {suffix.role: suffix.text for suffix in place.suffixes if suffix.method == update.method}
+    out = {}
+    for role, tensor in update.tensors.items():
+        first, dot, name = role.partition(".")
+        out[place.prefix + (texts[role] if role in texts else texts[first] + (name if dot else ""))] = tensor
     return out
 
 
