@@ -13,12 +13,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from adapterops_formats.peft_config import PeftConfig, check_given, describes, method_of, number
-from adapterops_formats.peft_conv import as_peft, refuse_1d
-from adapterops_formats.peft_ia3 import on_input, refuse_other_start
-from adapterops_formats.peft_methods import BY_METHOD, CONVERTED, KINDS, LORA, PeftMethod
-from adapterops_formats.peft_names import IA3, LOHA, LOKR
-from adapterops_formats.peft_names import LORA as LORA_NAMES
+from adapterops_formats.peft_config import (
+    PeftConfig,
+    check_given,
+    describes,
+    kind_named,
+    method_of,
+    number,
+    refuse_unknown,
+)
+from adapterops_formats.peft_conv import as_peft
+from adapterops_formats.peft_groups import arranged, chosen
+from adapterops_formats.peft_ia3 import refuse_other_start
+from adapterops_formats.peft_kinds import KIND_OF, KINDS
+from adapterops_formats.peft_kinds.lora import LORA
+from adapterops_formats.peft_kinds.row import PeftMethod
+from adapterops_formats.peft_names import MODULES, ONCE, TOP
 from adapterops_formats.peft_patterns import Base
 from adapterops_formats.peft_write import conflict, write_config
 
@@ -48,10 +58,7 @@ from adapterops.plugin import (
 
 _PREFIX = "base_model.model."
 _SUFFIXES = (
-    *LORA_NAMES,
-    *LOHA,
-    *LOKR,
-    *IA3,
+    *MODULES,
     Suffix(".token_adapter.trainable_tokens_delta{adapter}", "trainable_tokens", "delta"),
     # A parameter of the wrapped layer itself: a resized embedding, a trained bias.
     Suffix(".base_layer.weight", "saved", "weight", {"kind": "wrapped"}),
@@ -61,7 +68,11 @@ PEFT = Dialect(
     name="peft",
     format="peft",
     title="PEFT",
-    places=(Place("*", _PREFIX, _SUFFIXES, saved=True),),
+    places=(
+        Place("*", _PREFIX, _SUFFIXES, saved=True),
+        Place("*", "base_model.", ONCE, free=True, whole=True),
+        Place("*", "", TOP, free=True, whole=True),
+    ),
     alpha=AlphaIn.CONFIG,
     convention="unknown",
     vectors=True,
@@ -81,7 +92,6 @@ _CLASS_COMPONENTS = (
 """The class that a config's `auto_mapping` names, and the pipeline component it is."""
 
 _LATER = "this version does not convert it"
-_OTHERS = "oft|boft|hra|vera|randlora|vblora|miss|bone|c3a|shira|road|hira|delora|gralora|glora|psoft"
 
 
 class Peft(Format):
@@ -99,12 +109,9 @@ class Peft(Format):
         r"\.lora_(a|b)$": f"is MLX's spelling (lora_a, lora_b); {_LATER}",
         r"\.lora_[ABE]$|\.ranknum$": f"is loralib's spelling (lora_A without .weight); {_LATER}",
         r"\.multi_lora_[ab]$": f"is (IA)³ as T-Few spells it; {_LATER}",
-        r"\.lora_E|\.ranknum": f"is AdaLoRA; {_LATER}",
         r"\.lora_diag": f"is KaSA; {_LATER}",
         r"\.lora_monteclora_sampler": f"is MonteCLoRA; {_LATER}",
-        rf"\.({_OTHERS})_": f"is a method of peft other than LoRA, LoHa, LoKr and (IA)³; {_LATER}",
         r"finegates_": f"is FineGates, a method of a peft fork; {_LATER}",
-        r"^prompt_embeddings$|\.prompt_embeddings$": f"is a soft prompt (prompt, prefix or P-tuning); {_LATER}",
         r"^w_[ab]_\d+$": f"is Sam_LoRA's spelling (no module names); {_LATER}",
         r"\.adapter\.linear_(in|out)\.": f"is NeMo's or Megatron's spelling; {_LATER}",
     }
@@ -112,10 +119,8 @@ class Peft(Format):
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
         config = source.config
         kind = str(config.get("peft_type") or "").upper() if config is not None else ""
-        if config is not None and kind and kind not in KINDS:
-            raise errors.UnsupportedFormat(
-                f"{source.config_path}: peft_type is {kind[:40]}; this version converts {CONVERTED} only"
-            )
+        if kind:
+            kind_named(kind, source.config_path)
         readings = [_unwrapped(reading) for reading in super().recognise(source, dialects)]
         if config is None:
             # Without a prefix and a config nothing tells a saved module's key from any other writer's.
@@ -133,25 +138,31 @@ class Peft(Format):
         def rule(component: str, module: str, rank: int) -> ScaleRule:
             return config.rule(module) if config is not None else ScaleRule()
 
+        said: list[str] = []
+
         def settle(groups: list[Group]) -> list[Group]:
+            groups = chosen(groups, method, config)
             for entry in groups:
                 _insist_on_kind(entry, config)
-                entry.options.update(_options(entry, config, request))
+            if config is not None:
+                refuse_unknown(config)
+            groups = arranged(groups, method, config, request, said)
             name = component or component_by_names(groups, request.architecture) or "model"
-            return [replace(g, place=replace(g.place, component=name)) for g in _one_place(groups)]
+            return _placed(groups, name)
 
         def refine(updates: list[Update]) -> list[Update]:
             indices = config.fields.get("trainable_token_indices") if config is not None else None
             updates = [_with_indices(u, indices) if u.method == "trainable_tokens" else u for u in updates]
-            return [_say_why_unknown(u, source, method) for u in updates]
+            return [_say_why_unknown(u, source, method) for u in method.complete(updates)]
 
         adapter = read_by_table(reading, source, request, rule, refine, settle)
+        notes = [*adapter.provenance.notes, *dict.fromkeys(said)]
+        adapter = replace(adapter, provenance=replace(adapter.provenance, notes=tuple(notes)))
         if config is None:
             return adapter
         name = adapter.components[0] if adapter.components else "model"
         if source.config is not None:
             describes(config.fields, config.where, adapter.as_stated(), conflict, config.method)
-        notes = list(adapter.provenance.notes)
         if config.mutated_init:
             notes.append(
                 f"was trained from {config.mutated_init}, which changed the base weights: it is right on that changed base only"
@@ -169,18 +180,20 @@ class Peft(Format):
         for component in components:
             part = adapter.with_updates(adapter.of(component))
             folder = f"{component}/" if len(components) > 1 else ""
-            method_of(part.of(component))  # raises for two: a file with both needs no look at its keys
-            spelled = self.spell(part, target)
+            method = method_of(part.of(component))  # raises for two: a file with both needs no look at its keys
+            spelled = self.spell(_collected(part, component, method), target)
             dropped += spelled.dropped
             if not any(u.method != "saved" for u in spelled.kept):
                 dropped += [f"{u.name}: nothing but saved parameters was left beside it" for u in spelled.kept]
                 continue
             notes += spelled.notes
-            part = spelled.adapter
+            left = {u.key for u in spelled.kept}
+            own = [u for u in part if u.key in left]
+            part = spelled.adapter.with_updates(_handed_out(spelled.adapter, own, method))
             config, said = write_config(part, component, target)
             notes += said
             notes += _lost_prefix(part, component, target)
-            kept += spelled.kept
+            kept += own
             files.append(OutputFile(folder + WEIGHTS, spelled.tensors, _header(part, component)))
             files.append(OutputFile(folder + CONFIG, text=json.dumps(config, indent=2, sort_keys=True) + "\n"))
         return Output(tuple(files), tuple(kept), tuple(dropped), tuple(dict.fromkeys(notes)))
@@ -248,51 +261,46 @@ def _unwrapped(reading: Reading) -> Reading:
 
 def _method(reading: Reading) -> PeftMethod:
     """The method whose tensors the file has; LoRA's where it has several (each is checked against its config)."""
-    found = dict.fromkeys(c.suffix.method for c in reading.claims if c.suffix.method in BY_METHOD)
-    return BY_METHOD[next(iter(found))] if len(found) == 1 else LORA
+    found = dict.fromkeys(KIND_OF[c.suffix.method] for c in reading.claims if c.suffix.method in KIND_OF)
+    if len(found) > 1:
+        found.pop("TRAINABLE_TOKENS", None)
+    return KINDS[next(iter(found))] if len(found) == 1 else LORA
 
 
 def _insist_on_kind(entry: Group, config: PeftConfig | None) -> None:
     """Raise `Conflict` where the config is for another method than the tensors are of."""
-    if config is None or entry.method not in BY_METHOD or entry.method == config.method.method:
+    if config is None or entry.method not in KIND_OF or entry.method in config.method.methods:
         return
-    method = BY_METHOD[entry.method]
+    method = KINDS[KIND_OF[entry.method]]
+    if method.kind == "TRAINABLE_TOKENS" and config.method.tokens:
+        return
     raise errors.Conflict(
         f"{next(iter(entry.tensors.values())).where}: is a tensor of {method.title}, but {config.where} says peft_type "
         f"{config.method.kind}; if the config is another adapter's, take it away; --set peft_type={method.kind} overrides it"
     )
 
 
-def _options(entry: Group, config: PeftConfig | None, request: Request) -> dict[str, Any]:
-    """What a config, or the user, says of an update that its keys do not."""
-    if entry.method == "lokr":
-        return _lokr_rank(entry, config, request)
-    if entry.method == "ia3" and "vector" in entry.tensors:
-        stated = config.fields.get("feedforward_modules") if config is not None else None
-        parts = request.architecture.components.values() if request.architecture else ()
-        specs = [spec for part in parts if (spec := part.spec(entry.name)) is not None]
-        weight = specs[0].shape if specs else ()
-        return {"on_input": on_input(entry.tensors["vector"], entry.name, stated, weight)}
-    return {}
+def _collected(part: Adapter, component: str, method: PeftMethod) -> Adapter:
+    """The adapter with what the file holds once as an update of its own."""
+    own = [u for u in part if u.method in method.methods]
+    rest = [u for u in part if u.method not in method.methods]
+    updates, shared = method.collect(own)
+    once = [Update(component, "", method.method, shared)] if shared else []
+    return part.with_updates([*updates, *rest, *once])
 
 
-def _lokr_rank(entry: Group, config: PeftConfig | None, request: Request) -> dict[str, Any]:
-    """r of a LoKr with two whole factors, where its scale is not 1: peft applies alpha / r there too."""
-    refuse_1d(entry.tensors, entry.name)
-    if not {"w1", "w2"} <= entry.tensors.keys():
-        return {}
-    alpha = config.rule(entry.name).alpha if config is not None else None
-    if alpha is None and isinstance(request.alpha, float):
-        alpha = request.alpha
-    if config is None or (config.certainty is Certainty.GIVEN and "r" not in config.fields):
-        if alpha is None:
-            return {}
-        raise errors.UnknownFact(
-            f"{entry.tensors['w1'].where}: peft scales by alpha / r, and with two whole factors ({entry.name}) r stands in "
-            "the config only, which is not here; say it beside alpha with --set r=R"
-        )
-    rank = config.rank(entry.name)
-    return {} if alpha == rank else {"rank": rank}
+def _handed_out(spelled: Adapter, own: list[Update], method: PeftMethod) -> list[Update]:
+    """The updates as they are written, each with what the file holds once."""
+    whole = {u.key: u for u in own}
+    out = []
+    for update in spelled:
+        if not update.module and update.key not in whole:
+            continue
+        before = whole.get(update.key)
+        shared = {r: t for r, t in before.tensors.items() if r not in update.tensors} if before is not None else {}
+        once = update.method in method.methods and bool(shared)
+        out.append(replace(update, tensors={**update.tensors, **shared}) if once else update)
+    return out
 
 
 def _config_of(source: Source, request: Request, method: PeftMethod) -> PeftConfig | None:
@@ -326,10 +334,13 @@ def _component(config: Mapping[str, Any] | None) -> str:
     return next((component for pattern, component in _CLASS_COMPONENTS if re.search(pattern, name)), "")
 
 
-def _one_place(groups: list[Group]) -> list[Group]:
-    """The groups under one place object, so that equal places compare equal."""
-    shared = groups[0].place if groups else None
-    return [replace(g, place=shared) for g in groups] if shared is not None else []
+def _placed(groups: list[Group], component: str) -> list[Group]:
+    """The groups in the component's places; groups of one place stay in one."""
+    places: dict[Place, Place] = {}
+    for entry in groups:
+        if entry.place not in places:
+            places[entry.place] = replace(entry.place, component=component)
+    return [replace(g, place=places[g.place]) for g in groups]
 
 
 def _with_indices(update: Update, stated: Any) -> Update:

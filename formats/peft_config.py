@@ -1,7 +1,7 @@
 """PEFT's configs: what they say of a module's rank, scale and targets, and how to say it of a set of modules.
 
 They stand in `adapter_config.json` of a PEFT folder and, with each field prefixed by its component, in the header
-of a diffusers file (`lora_adapter_metadata`).  Which fields a method has is a row of `peft_methods`.  Sources:
+of a diffusers file (`lora_adapter_metadata`).  Which fields a method has is a row of `peft_kinds`.  Sources:
 huggingface/peft 0.21.2 `tuners/*/config.py`, `tuners/tuners_utils.py` (`check_target_module_exists`).
 """
 
@@ -15,7 +15,9 @@ from math import isfinite
 from types import NoneType
 from typing import Any
 
-from adapterops_formats.peft_methods import BY_METHOD, CONVERTED, KINDS, LORA, PeftMethod
+from adapterops_formats.peft_kinds import KIND_OF, KINDS, row_of
+from adapterops_formats.peft_kinds.lora import LORA
+from adapterops_formats.peft_kinds.row import PeftMethod, Setting
 from adapterops_formats.peft_patterns import (
     Base,
     in_layers,
@@ -37,6 +39,10 @@ _CHOICES = {
     "task_type": (*(None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"),),
     "peft_type": tuple(KINDS),
 }
+_OF_CLASSES = frozenset(
+    {"runtime_config", "megatron_config", "megatron_core", "loftq_config", "peft_version", "unsloth_fixed"}
+)
+"""Fields that say how a class runs or trains an adapter, and never what its tensors mean."""
 
 
 def check_given(fields: Config, method: PeftMethod = LORA) -> None:
@@ -49,6 +55,9 @@ def check_given(fields: Config, method: PeftMethod = LORA) -> None:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise errors.UsageError(f"--set {name}: PEFT's {method.title} config has no such field{hint}")
+        setting = next((s for s in method.settings if s.name == name), None)
+        if setting is not None:
+            setting.check(value, "--set")
         if name in _CHOICES and value not in _CHOICES[name]:
             choices = ", ".join(str(v) for v in _CHOICES[name])
             raise errors.UsageError(f"--set {name}={value}: must be one of {choices}")
@@ -83,17 +92,15 @@ class PeftConfig:
         Raises `UnreadableFile` for a field of the wrong type, `UnsupportedFormat` for another method, or for an
         option that changes the tensors' meaning and is not modelled.
         """
-        kind = str(fields.get("peft_type") or method.kind).upper()
-        if kind not in KINDS:
-            raise errors.UnsupportedFormat(f"{where}: peft_type is {kind[:40]}; this version converts {CONVERTED} only")
-        method = KINDS[kind]
+        method = kind_named(fields.get("peft_type") or method.kind, where)
         for name, why in method.refused.items():
             if fields.get(name):
-                raise errors.UnsupportedFormat(
-                    f"{where}: {name} is set ({why}); this version converts plain LoRA, DoRA and rsLoRA"
-                )
-        if method.alpha:
+                raise errors.UnsupportedFormat(f"{where}: {name} is set ({why}); this version does not convert that")
+        if method.rank or method.alpha:
             _check_scale(fields, where, method)
+        for setting in method.settings:
+            setting.check(fields.get(setting.name), where)
+            _check_within(fields, where, setting)
         _check_names(fields, where, method)
         flags = (*method.flags, method.rslora, *(n for n, _ in method.roles), "use_effective_conv2d", "decompose_both")
         for name in flags:
@@ -111,7 +118,15 @@ class PeftConfig:
 
     def rank(self, module: str) -> int:
         """The rank of a module."""
-        return int(looked_up(self.fields.get("rank_pattern") or {}, module, self.fields.get("r", 8)))
+        method = self.method
+        patterns = (self.fields.get(method.ranks_in) if method.ranks_in else None) or {}
+        return int(looked_up(patterns, module, self.fields.get(method.rank, method.rank_default)))
+
+    def setting(self, setting: Setting, module: str) -> Any:
+        """What the config says of a module's `setting`; peft's default where it says nothing."""
+        value = self.fields.get(setting.name)
+        patterns = self.fields.get(setting.within) if setting.within else None
+        return looked_up(patterns or {}, module, setting.default if value is None else value)
 
     def rule(self, module: str) -> ScaleRule:
         """The scale rule of a module."""
@@ -134,6 +149,8 @@ class PeftConfig:
     def targets(self, module: str) -> bool:
         """Whether peft would put an adapter on `module`, were it in the base (True where that cannot be told)."""
         fields = self.fields
+        if not self.method.targeted:
+            return True
         excluded, wanted = fields.get("exclude_modules"), fields.get("target_modules")
         if shuts_out(fields.get("modules_to_save") or (), module):
             return False
@@ -166,20 +183,60 @@ def alpha_of(update: Update, method: PeftMethod) -> tuple[float | None, bool]:
     return update.alpha.value, update.rslora
 
 
+def kind_named(kind: object, where: str) -> PeftMethod:
+    """The row of a `peft_type`.  Raises `UnsupportedFormat` for one that PEFT does not have."""
+    name = str(kind).upper()
+    if name in KINDS:
+        return KINDS[name]
+    import difflib  # only ever needed for a message
+
+    near = difflib.get_close_matches(name, KINDS, n=1)
+    raise errors.UnsupportedFormat(
+        f"{where}: peft_type is {name[:40]}, which is no method of peft 0.21 (a fork's, or a later peft's)"
+        + (f"; did its writer mean {near[0]}? --set peft_type={near[0]}" if near else "")
+        + "; adapterops methods lists those that are known"
+    )
+
+
+def refuse_unknown(config: PeftConfig) -> None:
+    """Raise `UnsupportedFormat` for a field that says something and that the method's config does not have."""
+    known = {*config.method.all_fields, *_OF_CLASSES}
+    for name, value in config.fields.items():
+        if name not in known and value not in (None, False, "", "none", 0, [], {}):
+            raise errors.UnsupportedFormat(
+                f"{config.where}: {str(name)[:60]} is {json.dumps(value, default=str)[:60]}, a field that the "
+                f"{config.method.title} config of PEFT 0.21 "
+                "does not have (a later version's, or a fork's); what it does to the tensors is not known: take it out of "
+                "the config if it does nothing"
+            )
+
+
+def _check_within(fields: Config, where: str, setting: Setting) -> None:
+    """Raise `UnreadableFile` for a table of exceptions that is none."""
+    table = (fields.get(setting.within) if setting.within else None) or {}
+    if not isinstance(table, Mapping):
+        raise _bad(where, setting.within, table, "a table of patterns")
+    for key, value in table.items():
+        setting.check(value, f"{where}: {setting.within}[{key!r}]")
+        _compile(where, setting.within, f"(.*\\.)?({key})$")
+
+
 def _check_scale(fields: Config, where: str, method: PeftMethod) -> None:
-    rank = fields.get("r", 8)
+    rank = fields.get(method.rank, method.rank_default) if method.rank else 1
     if type(rank) is not int or rank <= 0:
         raise _bad(where, "r", rank, "a positive number")
-    alpha = fields.get(method.alpha, 8)
+    alpha = fields.get(method.alpha, 8) if method.alpha else 1
     if not _is_number(alpha):
         raise _bad(where, method.alpha, alpha, f"a number (--set {method.alpha}=X says it)")
-    for name in ("rank_pattern", "alpha_pattern"):
+    tables = ((method.ranks_in if method.rank else ""), "alpha_pattern" if method.alpha else "")
+    for name in filter(None, tables):
         pattern = fields.get(name) or {}
         if not isinstance(pattern, Mapping):
             raise _bad(where, name, pattern, "a table of patterns")
         for key, value in pattern.items():
-            if not _is_number(value) or (name == "rank_pattern" and (value != int(value) or value <= 0)):
-                wanted = "a rank" if name == "rank_pattern" else "a number"
+            ranks = name == method.ranks_in
+            if not _is_number(value) or (ranks and (value != int(value) or value <= 0)):
+                wanted = "a rank" if ranks else "a number"
                 raise _bad(where, f"{name}[{key!r}]", value, wanted)
             _compile(where, name, f"(.*\\.)?({key})$")
 
@@ -265,22 +322,25 @@ def number(value: float) -> int | float:
 
 def adapted(updates: Sequence[Update], method: PeftMethod) -> list[Update]:
     """The updates that are the method's own, without what is saved beside them."""
-    return [u for u in updates if u.method == method.method]
+    return [u for u in updates if u.method in method.methods]
 
 
 def method_of(updates: Sequence[Update]) -> PeftMethod:
     """The method of the updates of one component.  Raises `CannotRepresent` for two (a config knows one)."""
     first: dict[str, Update] = {}
     for update in updates:
-        if update.method in BY_METHOD:
-            first.setdefault(update.method, update)
+        if update.method in KIND_OF:
+            first.setdefault(KIND_OF[update.method], update)
+    if len(first) > 1:
+        # Rows of an embedding that are trained beside another method are that method's.
+        first.pop("TRAINABLE_TOKENS", None)
     if len(first) > 1:
         one, two = list(first.values())[:2]
         raise errors.CannotRepresent(
-            f"{one.name} has {BY_METHOD[one.method].title} and {two.name} {BY_METHOD[two.method].title}; a PEFT config is "
+            f"{one.name} has {row_of(one.method).title} and {two.name} {row_of(two.method).title}; a PEFT config is "
             "for one method; write it as --to kohya, or split it into two files"
         )
-    return BY_METHOD[next(iter(first))] if first else LORA
+    return KINDS[next(iter(first))] if first else LORA
 
 
 _MAGNITUDES = (
@@ -305,9 +365,15 @@ def from_updates(
             f"{updates[0].name}: nothing but {METHODS[updates[0].method].title} is adapted there, and a PEFT folder of "
             f"{method.title} needs modules of its own; write it as --to kohya, or leave it out with --allow-drop"
         )
-    fields: dict[str, Any] = {"target_modules": target_modules({u.module for u in own}, base)}
+    fields: dict[str, Any] = {}
+    if method.targeted:
+        fields["target_modules"] = target_modules({u.module for u in own}, base)
+    if method.rank:
+        fields |= _rank_fields(own, base, method)
     if method.alpha:
         fields |= _scale_fields(own, base, method)
+    for setting in method.settings:
+        fields |= _setting_fields(own, base, method, setting)
     for name, role in method.roles:
         having = [u for u in own if role in u.tensors]
         if having and len(having) != len(own):
@@ -325,7 +391,7 @@ def _scale_fields(updates: Sequence[Update], base: Base, method: PeftMethod) -> 
     rules = {alpha_of(u, method)[1] for u in updates}
     if len(rules) > 1:
         raise errors.Conflict("some modules are scaled by alpha/rank and some by alpha/√rank; a config holds one rule")
-    ranks = method.ranks(updates, base)
+    ranks = method.ranks(updates, base) if any(METHODS[u.method].rank(u) is None for u in updates) else {}
     alphas: dict[str, float] = {}
     for update in updates:
         alpha = alpha_of(update, method)[0]
@@ -333,14 +399,55 @@ def _scale_fields(updates: Sequence[Update], base: Base, method: PeftMethod) -> 
             alpha = float(ranks[update.module])
         if alpha is not None:
             alphas[update.module] = number(alpha)
-    r, rank_pattern = pattern_table(ranks, base)
     alpha, alpha_pattern = pattern_table(alphas, base)
-    fields: dict[str, Any] = {
-        "r": r, method.alpha: alpha, "rank_pattern": rank_pattern, "alpha_pattern": alpha_pattern,
-    }  # fmt: skip
+    fields: dict[str, Any] = {method.alpha: alpha, "alpha_pattern": alpha_pattern}
     if method.rslora:
         fields[method.rslora] = rules.pop() if rules else False
     return fields
+
+
+def _rank_fields(updates: Sequence[Update], base: Base, method: PeftMethod) -> dict[str, Any]:
+    """r and its exceptions.  Raises `CannotRepresent` for exceptions that the method's config cannot say."""
+    ranks = method.ranks(updates, base)
+    r, pattern = pattern_table(ranks, base)
+    if method.ranks_in:
+        return {method.rank: r, method.ranks_in: pattern}
+    if pattern:
+        other = next(module for module, rank in ranks.items() if rank != r)
+        raise errors.CannotRepresent(
+            f"{other} has rank {ranks[other]} and other modules {r}; a config of {method.title} says one {method.rank} for all"
+        )
+    return {method.rank: r}
+
+
+def _setting_fields(updates: Sequence[Update], base: Base, method: PeftMethod, setting: Setting) -> dict[str, Any]:
+    """What the config must say of a setting.
+
+    Raises `UnknownFact` for one that nothing has said, `CannotRepresent` for exceptions that the config cannot say.
+    """
+    values = {u.module: u.options.get(setting.name, setting.default) for u in updates}
+    silent = next((u for u in updates if setting.asked and setting.name not in u.options), None)
+    if silent is not None:
+        raise errors.UnknownFact(
+            f"{next(iter(silent.tensors.values())).where}: {setting.name} of {method.title} is not in the tensors, and no "
+            f"{'config'} says it: {setting.about}; say it with --set {setting.name}=VALUE"
+        )
+    hashable = {module: _frozen(value) for module, value in values.items()}
+    if len(set(hashable.values())) < 2:
+        value = next(iter(values.values()))
+        return {} if value is None else {setting.name: value, **({setting.within: {}} if setting.within else {})}
+    if not setting.within:
+        (one, a), (two, b) = list({v: (m, v) for m, v in hashable.items()}.values())[:2]
+        raise errors.CannotRepresent(
+            f"{one} has {setting.name} {a!r} and {two} {b!r}; a config of {method.title} says one for all"
+        )
+    usual, table = pattern_table(values, base)
+    return {setting.name: usual, setting.within: table}
+
+
+def _frozen(value: Any) -> Any:
+    """A value that can be counted."""
+    return json.dumps(value, sort_keys=True) if isinstance(value, (list, dict, tuple)) else value
 
 
 def describes(
@@ -358,7 +465,7 @@ def describes(
     for update in own:
         tensor = update.tensors["B"] if method is LORA else next(iter(update.tensors.values()))
         rank = METHODS[update.method].rank(update)
-        if rank is not None and view.rank(update.module) != rank:
+        if rank is not None and method.rank and view.rank(update.module) != rank:
             problem(
                 f"{tensor.where} has rank {rank}, but {where} says {view.rank(update.module)} for it "
                 f"(r or rank_pattern); --set r={rank}, or --set rank_pattern='{{\"…\": {rank}}}'"
@@ -371,6 +478,12 @@ def describes(
                 f"{tensor.where}: {where} targets no such module ({narrowing}), so peft would ignore this tensor; "
                 "--set target_modules=null derives it anew"
             )
+        for setting in method.settings:
+            said, has = view.setting(setting, update.module), update.options.get(setting.name)
+            if setting.name in update.options and _frozen(said) != _frozen(has):
+                problem(
+                    f"{tensor.where}: {setting.name} is {has!r}, but {where} says {said!r}; --set {setting.name}={has}"
+                )
         for name, role in method.roles:
             if bool(config.get(name, False)) != (role in update.tensors):
                 has = "has no" if config.get(name) else "has a"

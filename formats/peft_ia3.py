@@ -9,12 +9,12 @@ convolution's is (1, n, 1, 1) in both cases, and then the config decides, or a b
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from adapterops_formats.peft_patterns import Base, exact_endings, target_modules, whole_names
 
-from adapterops.plugin import LazyTensor, Update, errors
+from adapterops.plugin import Group, LazyTensor, Update, errors
 
 
 def is_feedforward(module: str, wanted: Any) -> bool:
@@ -40,6 +40,14 @@ def on_input(tensor: LazyTensor, module: str, stated: Any, weight: tuple[int, ..
         f"{tensor.where}: shape {list(shape)} does not tell whether (IA)³ multiplies the inputs or the outputs of {module}: "
         "say which modules it multiplies at their inputs with --set feedforward_modules='[…]' ([] where there are none)"
     )
+
+
+def options(entry: Group, config: Any, given: Mapping[str, Any], weight: tuple[int, ...]) -> dict[str, Any]:
+    """Which end of its module a vector multiplies."""
+    if "vector" not in entry.tensors:
+        return {}
+    stated = config.fields.get("feedforward_modules") if config is not None else None
+    return {"on_input": on_input(entry.tensors["vector"], entry.name, stated, weight)}
 
 
 def fields(updates: Sequence[Update], base: Base) -> dict[str, Any]:

@@ -8,7 +8,7 @@ with whole factors needs an r that makes them whole again.  Source: huggingface/
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import isqrt, prod
 from typing import Any, NamedTuple
 
@@ -16,7 +16,7 @@ from adapterops_formats import peft_conv
 from adapterops_formats.peft_conv import KOHYA
 from adapterops_formats.peft_patterns import Base
 
-from adapterops.plugin import METHODS, LazyTensor, Update, errors
+from adapterops.plugin import METHODS, Certainty, Group, LazyTensor, Update, errors
 
 _KERNELS = (1, 9, 3, 25, 49, 5, 7, 4, 16)
 """Kernel sizes to try where one is flattened into a factor and the base is not known."""
@@ -168,3 +168,24 @@ def problems(config: Any, updates: Sequence[Update], base: Base) -> Iterator[str
                     f"{_state(made[at])}; {remedy}"
                 )
     yield from peft_conv.problems(config, updates, base)
+
+
+def options(entry: Group, config: Any, given: Mapping[str, Any], weight: tuple[int, ...]) -> dict[str, Any]:
+    """r of a LoKr with two whole factors, where its scale is not 1: peft applies alpha / r there too.
+
+    Raises `UnknownFact` where only a config could say r, and there is none.
+    """
+    peft_conv.refuse_1d(entry.tensors, entry.name)
+    if not {"w1", "w2"} <= entry.tensors.keys():
+        return {}
+    alpha = config.rule(entry.name).alpha if config is not None else None
+    alpha = given.get("alpha") if alpha is None else alpha
+    if config is None or (config.certainty is Certainty.GIVEN and "r" not in config.fields):
+        if alpha is None:
+            return {}
+        raise errors.UnknownFact(
+            f"{entry.tensors['w1'].where}: peft scales by alpha / r, and with two whole factors ({entry.name}) r stands in "
+            "the config only, which is not here; say it beside alpha with --set r=R"
+        )
+    rank = config.rank(entry.name)
+    return {} if alpha == rank else {"rank": rank}

@@ -14,7 +14,7 @@ from adapterops_formats.peft_config import (
     from_updates,
     method_of,
 )
-from adapterops_formats.peft_methods import PeftMethod
+from adapterops_formats.peft_kinds.row import PeftMethod
 from adapterops_formats.peft_patterns import Base, shuts_out, with_parents
 
 from adapterops.plugin import Adapter, Target, Update, errors
@@ -49,7 +49,7 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
         # The config's own words hold, but for lists of names that would take in more, or that say nothing.
         config = {**method.defaults, **derived, **_unsaid(method), **saved, **own}
         more = base.names is not None and _takes_more(own, updates, base.names, method)
-        if more or own.get("target_modules") is None:
+        if method.targeted and (more or own.get("target_modules") is None):
             config |= {"target_modules": derived["target_modules"], **dict.fromkeys(method.narrowing)}
         if more:
             notes.append("target_modules is made anew: the one in the config would adapt more modules of the base")
@@ -84,7 +84,10 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
 
 def _unsaid(method: PeftMethod) -> dict[str, Any]:
     """What a true config means by the fields on rank and scale that it does not say."""
-    return {"r": 8, "rank_pattern": {}, "alpha_pattern": {}} if method.alpha else {}
+    out: dict[str, Any] = {method.rank: method.rank_default} if method.rank else {}
+    if method.rank and method.ranks_in:
+        out[method.ranks_in] = {}
+    return {**out, "alpha_pattern": {}} if method.alpha else out
 
 
 def _travelling(own: Mapping[str, Any], method: PeftMethod) -> dict[str, Any]:
@@ -168,6 +171,8 @@ def _insist_on_place(updates: Sequence[Update], biases: Sequence[Update], method
     tokens = [u for u in updates if u.method == "trainable_tokens"]
     wrong = [(u, "trained token rows", "trainable_token_indices") for u in tokens if not method.tokens]
     wrong += [(u, "a bias alone", "bias") for u in biases if not method.biases]
+    whole = [u for u in updates if u.method == "saved" and u not in biases]
+    wrong += [(u, "a saved module", "modules_to_save") for u in whole if not method.saves]
     for update, what, name in wrong[:1]:
         raise errors.CannotRepresent(
             f"{update.name}: {what} beside {method.title}, whose PEFT config has no {name}: take "

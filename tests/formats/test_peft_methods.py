@@ -345,7 +345,7 @@ CONTRADICTIONS: dict[str, tuple[str, dict[str, Any], type[Exception], str, dict[
         {"peft_type": "LOHA"},
     ),
     "LoRA": ("ia3", {"peft_type": "LORA"}, errors.Conflict, "peft_type LORA", {"peft_type": "IA3"}),
-    "AdaLoRA": ("loha", {"peft_type": "ADALORA"}, errors.UnsupportedFormat, "peft_type is ADALORA; .*LOKR", {}),
+    "a fork's": ("loha", {"peft_type": "FINEGATES"}, errors.UnsupportedFormat, "peft_type is FINEGATES, .*a fork's", {}),
     "rank": ("loha", {"r": 4}, errors.Conflict, "has rank 3, but .* says 4 .*--set r=3", {"r": 3}),
     "alpha of the wrong type": ("loha", {"alpha": "x"}, errors.UnreadableFile, "alpha is .x., not a number", {"alpha": 5}),
     "cores not said": (

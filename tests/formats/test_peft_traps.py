@@ -502,7 +502,7 @@ PLAIN = Case(
 @pytest.mark.parametrize(
     "extra",
     [
-        {"a_field_of_peft_1_0": {"new": True}, "peft_version": "1.0.0"},
+        {"a_field_of_peft_1_0": None, "another": False, "peft_version": "1.0.0"},
         {"loftq_config": {}, "megatron_core": "megatron.core", "revision": "abc"},
         {"task_type": "FEATURE_EXTRACTION", "base_model_name_or_path": "some/where", "lora_dropout": 0.25},
         {"auto_mapping": {"base_model_class": "Tree", "parent_library": "toys"}, "inference_mode": False},
@@ -517,6 +517,15 @@ def test_other_fields_of_a_config_travel(extra: dict[str, Any], tmp_path: Path) 
     assert {name: written[name] for name in config} == config
     if extra.get("task_type") is None:
         compare(PLAIN, original, folder, tmp_path / "converted")
+
+
+def test_field_of_a_later_peft_that_says_something_is_refused(tmp_path: Path) -> None:
+    _, folder = make(PLAIN, tmp_path / "original")
+    config = {**pm.config_of(folder), "a_field_of_peft_1_0": {"new": True}}
+    source = pm.folder_with(tmp_path / "source", pm.weights_of(folder), config)
+    with pytest.raises(errors.UnsupportedFormat, match=r"adapter_config.json: a_field_of_peft_1_0 is .*take it out"):
+        ao.convert(source, to="peft", output=tmp_path / "converted")
+    assert not (tmp_path / "converted").exists()
 
 
 def test_config_of_an_old_peft(tmp_path: Path) -> None:

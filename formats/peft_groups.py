@@ -1,0 +1,96 @@
+"""The groups of a PEFT file made whole: what stands once is handed out, and what only a config says is added.
+
+Source: huggingface/peft 0.21.2 `utils/save_and_load.py`, `tuners/tuners_utils.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from adapterops_formats.peft_config import PeftConfig
+from adapterops_formats.peft_kinds import KIND_OF
+from adapterops_formats.peft_kinds.row import PeftMethod, Setting
+
+from adapterops.plugin import Certainty, Group, Request, errors
+
+
+def chosen(groups: list[Group], method: PeftMethod, config: PeftConfig | None) -> list[Group]:
+    """The groups under the method that the config names, where several spell a tensor alike (soft prompts)."""
+    if config is None:
+        return groups
+    kinds = config.method
+    return [
+        replace(g, method=kinds.method)
+        if g.place.whole and not kinds.targeted and g.method not in kinds.methods and g.method in KIND_OF
+        else g
+        for g in groups
+    ]
+
+
+def arranged(
+    groups: list[Group], method: PeftMethod, config: PeftConfig | None, request: Request, said: list[str]
+) -> list[Group]:
+    """The modules' groups, each with all its tensors and options; notes go to `said`."""
+    method = config.method if config is not None else method
+    for entry in groups:
+        if entry.method in KIND_OF:
+            note = method.today(entry, config)
+            if note:
+                said.append(note)
+    once = [g for g in groups if g.place.whole and g.method in method.methods]
+    members = [g for g in groups if not g.place.whole and g.method in method.methods]
+    if members:
+        shared = {role: tensor for entry in once for role, tensor in entry.tensors.items()}
+        method.spread(shared, members, request.architecture)
+        groups = [g for g in groups if g not in once]
+    stated = config is not None and config.certainty is Certainty.READ
+    alpha = {method.alpha: request.alpha} if method.alpha and isinstance(request.alpha, float) else {}
+    given = {**alpha, **request.fields}
+    for entry in groups:
+        if entry.method not in method.methods:
+            continue
+        for setting in method.settings:
+            entry.options.update(_setting(setting, entry, config, stated))
+        entry.options.update(method.options(entry, config, given, _weight(entry, request)))
+        _insist_on_sense(entry)
+    if not stated:
+        said += _assumed(method, config, groups)
+    return groups
+
+
+def _setting(setting: Setting, entry: Group, config: PeftConfig | None, stated: bool) -> dict[str, Any]:
+    """What is known of a setting of one module: said by a config or the user, or assumed."""
+    if config is None:
+        value = None if setting.asked else setting.default
+    elif stated or setting.name in config.fields or not setting.asked:
+        value = config.setting(setting, entry.name)
+    else:
+        value = None
+    return {} if value is None else {setting.name: value}
+
+
+def _assumed(method: PeftMethod, config: PeftConfig | None, groups: Sequence[Group]) -> list[str]:
+    """A note on what no config said."""
+    given = config.fields if config is not None else {}
+    names = [
+        f"{s.name} {s.default}"
+        for s in method.settings
+        if not s.asked and s.default is not None and s.name not in given
+    ]
+    if not names or not any(g.method in method.methods for g in groups):
+        return []
+    return [f"no config is beside the tensors: assumed, as peft does, {', '.join(names)}; --set says otherwise"]
+
+
+def _weight(entry: Group, request: Request) -> tuple[int, ...]:
+    """The shape of a group's module; () where the base is not known."""
+    parts = request.architecture.components.values() if request.architecture else ()
+    return next((spec.shape for part in parts if (spec := part.spec(entry.name)) is not None), ())
+
+
+def _insist_on_sense(entry: Group) -> None:
+    """Raise `BrokenAdapter` for a module that has a part of a shared update only."""
+    if not entry.tensors:
+        raise errors.BrokenAdapter(f"{entry.name}: {entry.method} without any tensor")

@@ -1,0 +1,52 @@
+"""The types of PEFT (`peft_type`), a row each; a row's module is imported when it is asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from adapterops_formats.peft_kinds.row import PeftMethod
+
+_ROWS = {
+    "LORA": ("lora:LORA", ("lora",)),
+    "LOHA": ("lycoris:LOHA", ("loha",)),
+    "LOKR": ("lycoris:LOKR", ("lokr",)),
+    "IA3": ("ia3:IA3", ("ia3",)),
+}
+"""By `peft_type`: where the row stands, and the methods whose updates it is for."""
+
+
+class _Kinds(Mapping[str, "PeftMethod"]):
+    """Rows by `peft_type`."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, PeftMethod] = {}
+
+    def __getitem__(self, kind: str) -> PeftMethod:
+        row = self._made.get(kind)
+        if row is None:
+            module, _, name = _ROWS[kind][0].partition(":")
+            row = self._made[kind] = getattr(import_module(f"adapterops_formats.peft_kinds.{module}"), name)
+        return row
+
+    def __contains__(self, kind: object) -> bool:
+        return kind in _ROWS
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(_ROWS)
+
+    def __len__(self) -> int:
+        return len(_ROWS)
+
+
+KINDS: Mapping[str, PeftMethod] = _Kinds()
+"""By `peft_type`."""
+KIND_OF: Mapping[str, str] = {method: kind for kind, (_, methods) in _ROWS.items() for method in methods}
+"""The `peft_type` of a method of updates."""
+
+
+def row_of(method: str) -> PeftMethod:
+    """The row of a method of updates.  Raises `KeyError` where PEFT has none."""
+    return KINDS[KIND_OF[method]]

@@ -1,0 +1,213 @@
+"""What a row of the table of PEFT's methods says.
+
+Source: huggingface/peft 0.21.2 `tuners/*/config.py`, `tuners/*/layer.py`, `utils/save_and_load.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from adapterops_formats.peft_patterns import Base
+
+from adapterops.plugin import METHODS, Architecture, Group, LazyTensor, Update, errors
+
+Fields = Callable[[Sequence[Update], Base], dict[str, Any]]
+Problems = Callable[[Any, Sequence[Update], Base], Iterable[str]]
+Ranks = Callable[[Sequence[Update], Base], dict[str, int]]
+Shared = Mapping[str, LazyTensor]
+Gathered = tuple[list[Update], dict[str, LazyTensor]]
+
+
+def no_fields(updates: Sequence[Update], base: Base) -> dict[str, Any]:
+    """Nothing follows from the shapes."""
+    return {}
+
+
+def _no_problems(config: Any, updates: Sequence[Update], base: Base) -> Iterator[str]:
+    return iter(())
+
+
+def _own_ranks(updates: Sequence[Update], base: Base) -> dict[str, int]:
+    return {u.module: METHODS[u.method].rank(u) or 0 for u in updates}
+
+
+def _no_options(entry: Group, config: Any, given: Mapping[str, Any], weight: tuple[int, ...]) -> dict[str, Any]:
+    return {}
+
+
+def _as_today(entry: Group, config: Any) -> str:
+    return ""
+
+
+def _same(updates: list[Update]) -> list[Update]:
+    return updates
+
+
+def to_all(shared: Shared, members: Sequence[Group], architecture: Architecture | None) -> None:
+    """Every module gets what the file holds once."""
+    for entry in members:
+        for role, tensor in shared.items():
+            entry.tensors.setdefault(role, tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A field of a config that changes what the tensors mean and does not follow from them.
+
+    It becomes an option of the update, under the field's name.  Where a config lacks the field, peft takes `default`.
+    Where there is no config, `default` is *assumed*, and said; but where a wrong value would load and silently compute
+    something else, the fact is `asked` for.  `within` names the field whose patterns give single modules other values.
+    """
+
+    name: str
+    kinds: tuple[type, ...]
+    default: Any = None
+    asked: bool = False
+    within: str = ""
+    choices: tuple[Any, ...] = ()
+    about: str = ""
+
+    def check(self, value: Any, where: str) -> None:
+        """Raise `UnreadableFile` for a value that the field cannot have."""
+        if value is None or (type(value) in self.kinds and (not self.choices or value in self.choices)):
+            return
+        if type(value) is int and float in self.kinds:
+            return
+        wanted = ", ".join(map(str, self.choices)) or " or ".join(kind.__name__ for kind in self.kinds)
+        raise errors.UnreadableFile(f"{where}: {self.name} is {value!r:.80}; it must be {wanted}")
+
+
+@dataclass(frozen=True, slots=True)
+class PeftMethod:
+    """One `peft_type`.
+
+    `method` is that of its updates, `also` further ones that may stand in the same adapter.
+    `alpha` and `rslora` name the fields of a config that say the scale, `rank` and `ranks_in` those that say r and its
+    exceptions ("" where there is none); `roles` the fields that say for all modules whether they have a tensor.
+    `shaping` are fields that follow from the tensors' shapes and nothing else: `fields` derives them, `problems` names
+    where a config contradicts the tensors, `ranks` gives r.  `settings` are fields that change what the tensors mean and
+    do not follow from them.  `known` lists further fields, which only travel; `refused` those that change what the
+    tensors mean and are not modelled, with the reason.
+
+    `shared` are the roles that the file holds once for all modules: `spread` hands them out to the modules' groups (and
+    may set options that depend on all of them), `gather` takes them back from the updates.  `options` says of one group
+    what its keys and `settings` do not, given the config (a `PeftConfig`, or None), the user's fields and the weight's
+    shape (() where the base is not known).  `today` turns a group that an earlier peft wrote into today's tensors, in
+    place, and returns what was done ("" where nothing was).  `complete` sets options that depend on all updates and
+    their shapes.
+    """
+
+    kind: str
+    method: str
+    title: str
+    also: tuple[str, ...] = ()
+    alpha: str = ""
+    rslora: str = ""
+    rank: str = "r"
+    ranks_in: str = "rank_pattern"
+    rank_default: int = 8
+    roles: tuple[tuple[str, str], ...] = ()
+    shaping: tuple[str, ...] = ()
+    settings: tuple[Setting, ...] = ()
+    narrowing: tuple[str, ...] = ("exclude_modules", "layers_to_transform", "layers_pattern")
+    flags: tuple[str, ...] = ()
+    targeted: bool = True
+    """Whether `target_modules` says which modules are adapted (soft prompts have none)."""
+    saves: bool = True
+    """Whether `modules_to_save` may stand beside it."""
+    tokens: bool = False
+    """Whether `trainable_token_indices` may stand beside it."""
+    biases: bool = False
+    """Whether `bias` may say that biases are saved."""
+    known: tuple[str, ...] = ()
+    refused: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """What a config that is written anew says where nothing is known: fields that every peft with the method has."""
+    shared: tuple[str, ...] = ()
+    fields: Fields = no_fields
+    problems: Problems = _no_problems
+    ranks: Ranks = _own_ranks
+    options: Callable[[Group, Any, Mapping[str, Any], tuple[int, ...]], dict[str, Any]] = _no_options
+    today: Callable[[Group, Any], str] = _as_today
+    spread: Callable[[Shared, Sequence[Group], Architecture | None], None] = to_all
+    gather: Callable[[list[Update]], Gathered] | None = None
+    complete: Callable[[list[Update]], list[Update]] = _same
+    needs: str = ""
+    """For the table of methods: what is needed beside the tensors, in words."""
+    lost: tuple[str, ...] = ()
+    """Facts that no tensor holds and no search recovers, for the table of methods."""
+
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """Every method of its updates."""
+        return (self.method, *self.also)
+
+    @property
+    def scale(self) -> tuple[str, ...]:
+        """The fields that say a scale."""
+        return tuple(name for name in (self.alpha, "alpha_pattern" if self.alpha else "", self.rslora) if name)
+
+    @property
+    def derived(self) -> tuple[str, ...]:
+        """The fields that the tensors and their facts decide; the rest of a config only travels."""
+        ranked = tuple(name for name in (self.rank, self.ranks_in if self.rank else "") if name)
+        tokens = ("trainable_token_indices",) if self.tokens else ()
+        roles = tuple(name for name, _ in self.roles)
+        settings = tuple(n for s in self.settings for n in (s.name, s.within) if n)
+        saved = ("modules_to_save",) if self.saves else ()
+        targets = ("target_modules",) if self.targeted else ()
+        return (*ranked, *self.scale, *roles, *self.shaping, *settings, *targets, *saved, *tokens)
+
+    @property
+    def all_fields(self) -> tuple[str, ...]:
+        """Every field of the method's config: what `--set` may name."""
+        return (*EVERYWHERE, *self.derived, *self.narrowing, *self.flags, *self.refused, *self.known)
+
+    def collect(self, updates: list[Update]) -> Gathered:
+        """The updates without what the file holds once, and that.
+
+        Raises `CannotRepresent` where modules differ in it.
+        """
+        if self.gather is not None:
+            return self.gather(updates)
+        shared: dict[str, LazyTensor] = {}
+        out = []
+        for update in updates:
+            own = {role: t for role, t in update.tensors.items() if role not in self.shared}
+            for role in self.shared:
+                tensor = update.tensors.get(role)
+                if tensor is not None and not same_tensor(shared.setdefault(role, tensor), tensor):
+                    raise errors.CannotRepresent(
+                        f"{tensor.where} and {shared[role].where} differ, but PEFT keeps one {role} of {self.title} for the "
+                        "whole model"
+                    )
+            out.append(with_tensors(update, own))
+        return out, shared
+
+
+def with_tensors(update: Update, tensors: Mapping[str, LazyTensor]) -> Update:
+    """The update with other tensors."""
+    from dataclasses import replace
+
+    return replace(update, tensors=tensors)
+
+
+def same_tensor(one: LazyTensor, two: LazyTensor) -> bool:
+    """Whether two tensors are the same bytes."""
+    if one is two or (one.source is two.source and (one.start, one.dtype) == (two.start, two.dtype)):
+        return one.shape == two.shape
+    return (one.dtype, one.shape) == (two.dtype, two.shape) and bytes(one.read()) == bytes(two.read())
+
+
+def defaults(kind: str, **own: Any) -> dict[str, Any]:
+    """The fields of every config, and a method's own."""
+    return {"peft_type": kind, "task_type": None, "base_model_name_or_path": None, "inference_mode": True, **own}
+
+
+EVERYWHERE = (
+    *("peft_type", "task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode"),
+    "peft_version",
+)
+"""The fields of every config."""

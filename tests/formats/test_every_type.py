@@ -1,0 +1,135 @@
+"""Every type of PEFT: made by peft, its config thrown away, made again, loaded by peft; and what it does to each weight."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import peft
+import peft_models as pm
+import pytest
+import torch
+from adapterops_formats.peft_kinds import KINDS
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft_zoo import Case, add, own
+from test_peft_methods import architecture_of
+
+import adapterops as ao
+from adapterops import errors
+from adapterops.methods import METHODS
+
+CASES: dict[str, Case] = {
+    name: case
+    for family in sorted(Path(__file__).parent.glob("zoo_*.py"))
+    for name, case in import_module(family.stem).CASES.items()
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+    torch.set_num_threads(before)
+
+
+def remake(case: Case, weights: Path, target: Path, fields: Mapping[str, Any], known: bool) -> None:
+    """Convert tensors that have no config, with the base `known` or not."""
+    base = architecture_of(case.base()) if known else None
+    ao.save(ao.load(weights, alpha=case.alpha, fields=fields, base=base), target, format="peft", fields=fields)
+
+
+def compare(case: Case, original: peft.PeftModel, folder: Path, converted: Path) -> None:
+    """Assert that peft makes of `converted` what it made of `folder`."""
+    loaded = pm.load(case.base(), converted)
+    assert pm.adapted(loaded) == pm.adapted(original)
+    pm.same_tensors(pm.weights_of(converted), pm.weights_of(folder))
+    expected = case.outputs(original)
+    assert pm.apart(expected, case.outputs(case.base())) > 1e-4, "the adapter does nothing, so nothing is shown"
+    assert pm.apart(case.outputs(loaded), expected) < 1e-6 * max(1.0, float(expected[0].abs().max()))
+
+
+def test_every_type_has_a_row_and_every_injectable_one_a_case() -> None:
+    assert {kind.value for kind in peft.PeftType} <= set(KINDS)
+    tested = {case.config.peft_type.value for case in CASES.values()}
+    injectable = {
+        kind.value
+        for kind in peft.PeftType
+        if "target_modules" in PEFT_TYPE_TO_CONFIG_MAPPING[kind].__dataclass_fields__
+    }
+    assert injectable - tested == set()
+
+
+@pytest.mark.parametrize("kind", [kind.value for kind in peft.PeftType])
+def test_fields_of_each_config_are_known(kind: str) -> None:
+    """A field that peft has and the table lacks would be refused as a later version's."""
+    assert (
+        set(PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType(kind)].__dataclass_fields__) - set(KINDS[kind].all_fields)
+        == set()
+    )
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_with_its_config(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    original, folder = case.adapter(tmp_path / "original")
+    result = ao.convert(folder, to="peft", output=tmp_path / "converted")
+    assert result.proof is not None
+    assert result.proof.exact
+    compare(case, original, folder, tmp_path / "converted")
+    written, published = pm.config_of(tmp_path / "converted"), pm.config_of(folder)
+    assert {field: written[field] for field in published} == published
+
+
+@pytest.mark.parametrize("known", [False, True])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.alone])
+def test_with_its_config_thrown_away(name: str, known: bool, tmp_path: Path) -> None:
+    case = CASES[name]
+    if case.base_needed and not known:
+        pytest.skip("the base's modules are needed")
+    original, folder = case.adapter(tmp_path / "original")
+    weights = pm.folder_with(tmp_path / "alone", pm.weights_of(folder)) / "adapter_model.safetensors"
+    remake(case, weights, tmp_path / "converted", {**case.said, **case.assumed}, known)
+    compare(case, original, folder, tmp_path / "converted")
+
+
+@pytest.mark.parametrize(("name", "fact"), [(name, fact) for name, case in CASES.items() for fact in case.said])
+def test_fact_that_no_tensor_holds_is_asked_for(name: str, fact: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    _, folder = case.adapter(tmp_path / "original")
+    weights = pm.folder_with(tmp_path / "alone", pm.weights_of(folder)) / "adapter_model.safetensors"
+    said = {field: value for field, value in {**case.said, **case.assumed}.items() if field != fact}
+    with pytest.raises(errors.AdapterOpsError, match=rf"--set '?{fact}"):
+        remake(case, weights, tmp_path / "converted", said, case.base_needed)
+    assert not (tmp_path / "converted").exists()
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.change])
+def test_change_does_what_peft_does(name: str, tmp_path: Path) -> None:
+    """The base with every update's change added to its parameters gives the adapted model's outputs."""
+    case = CASES[name]
+    original, folder = case.adapter(tmp_path / "original")
+    base = case.base()
+    for update in ao.load(folder, base=architecture_of(base)):
+        if update.method != "saved":
+            module = base.get_submodule(update.module)
+            add(module, METHODS[update.method].change(update, own(module)))
+    expected = case.outputs(original)
+    assert pm.apart(case.outputs(base), expected) < case.tolerance * max(1.0, float(expected[0].abs().max()))
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.change])
+def test_no_change_is_claimed_where_there_is_none(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    _, folder = case.adapter(tmp_path / "original")
+    base = case.base()
+    update = next(
+        u for u in ao.load(folder, base=architecture_of(base)) if u.method not in ("saved", "trainable_tokens")
+    )
+    with pytest.raises(errors.CannotRepresent, match=r".+"):
+        METHODS[update.method].change(update, own(base.get_submodule(update.module)) if update.module else None)
