@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from adapterops.errors import AdapterOpsError
     from adapterops.inspection import Inspection, inspect
     from adapterops.merging.merge import MergeResult, combine, merge
+    from adapterops.operations.to_lora import ToLoraResult, as_lora, to_lora
 
 __version__ = "0.1.0"
 
@@ -32,13 +33,16 @@ _HOMES = {
     "Inspection": "inspection",
     "MergeResult": "merging.merge",
     "Result": "api",
+    "ToLoraResult": "operations.to_lora",
     "Update": "adapter",
+    "as_lora": "operations.to_lora",
     "combine": "merging.merge",
     "convert": "api",
     "inspect": "inspection",
     "load": "api",
     "merge": "merging.merge",
     "save": "api",
+    "to_lora": "operations.to_lora",
 }
 
 __all__ = [
@@ -49,8 +53,10 @@ __all__ = [
     "Inspection",
     "MergeResult",
     "Result",
+    "ToLoraResult",
     "Update",
     "__version__",
+    "as_lora",
     "combine",
     "convert",
     "inspect",
@@ -58,6 +64,7 @@ __all__ = [
     "load",
     "merge",
     "save",
+    "to_lora",
 ]
 
 

@@ -405,9 +405,9 @@ def convert(
     )
 
 
-def default_output(source: PathLike, form: Format, dialect: Dialect) -> str:
-    """`NAME-DIALECT` (a folder format) or `NAME-DIALECT.safetensors` in the current folder."""
-    return f"{stem(os.fspath(source))}-{dialect.name}" + ("" if form.is_folder else ".safetensors")
+def default_output(source: PathLike, form: Format, dialect: Dialect, ending: str = "") -> str:
+    """`NAME-DIALECT` (a folder format) or `NAME-DIALECT.safetensors` in the current folder; `ending` for the dialect."""
+    return f"{stem(os.fspath(source))}-{ending or dialect.name}" + ("" if form.is_folder else ".safetensors")
 
 
 def known_dtypes(updates: Iterable[Update]) -> dict[str, int]:

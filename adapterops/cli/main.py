@@ -20,6 +20,7 @@ COMMANDS = {
     "inspect": "What an adapter file is and holds.",
     "convert": "Convert an adapter to another format, with proof.",
     "merge": "Make one adapter of several.",
+    "to-lora": "Make a plain LoRA of an adapter of any method.",
     "formats": "The formats and dialects that are read and written.",
     "architectures": "The base models whose module names are built in.",
     "methods": "The adapter methods that are understood (--merge: the ways to merge).",
@@ -36,7 +37,8 @@ class LazyGroup(click.Group):
         if name not in COMMANDS:
             return None
         module = "lists" if name in ("formats", "architectures", "methods") else name
-        command = getattr(importlib.import_module(f"adapterops.cli.{module}"), name)
+        attribute = name.replace("-", "_")
+        command = getattr(importlib.import_module(f"adapterops.cli.{module.replace('-', '_')}"), attribute)
         assert isinstance(command, click.Command)
         return command
 
@@ -62,7 +64,7 @@ class LazyGroup(click.Group):
 @click.version_option(__version__, prog_name="adapterops")
 @click.option("--debug", is_flag=True, help="Show the Python traceback of an error.")
 def main(debug: bool) -> None:
-    """Read, understand, convert and merge LoRA adapters, with proof.
+    """Read, understand, convert and merge LoRA adapters and their kin, with proof.
 
     \b
     Examples:

@@ -22,15 +22,16 @@ class BaseWeights:
     path: str
     parts: Mapping[str, Source]
 
-    def has(self, component: str, names: Iterable[str]) -> bool:
-        """Whether there is a weight of one of these names, or more than one."""
+    def has(self, component: str, names: Iterable[str], parameter: str = "weight") -> bool:
+        """Whether a module of one of these names has the parameter, or more than one has."""
         part = self.parts.get(component) or self.parts.get("")
-        ends = [f"{name}.weight" for name in names if name]
+        ends = [f"{name}.{parameter}" for name in names if name]
         return part is not None and any(key == end or key.endswith(f".{end}") for key in part.tensors for end in ends)
 
-    def weight(self, component: str, names: Iterable[str]) -> LazyTensor:
-        """The weight of a module that is called one of `names` (its own name, its authors'); no byte of it is read.
+    def weight(self, component: str, names: Iterable[str], parameter: str = "weight") -> LazyTensor:
+        """The weight (or another parameter) of a module that is called one of `names` (its own name, its authors').
 
+        No byte of it is read.
         A key may have anything in front of the name (`model.`, `model.diffusion_model.`), where only one such key is there.
 
         Raises `UsageError` where there is none, or more than one.
@@ -40,7 +41,7 @@ class BaseWeights:
             raise UsageError(
                 f"{self.path}: holds no {component} ({', '.join(self.parts)} only), whose weights this adapter needs"
             )
-        wanted = [f"{name}.weight" for name in names if name]
+        wanted = [f"{name}.{parameter}" for name in names if name]
         for key in wanted:
             if key in part.tensors:
                 return part.tensors[key]

@@ -128,7 +128,8 @@ class Case:
     `said` are the `--set` fields without which the tensors alone do not tell what the adapter does, `assumed` those that
     may be assumed (peft's defaults) but are other here, `alpha` what `--alpha` says; `base_needed` tells that without the
     base's modules the config cannot be made again.  `alone` is False where no config can be made from the tensors, with a
-    reason in `why`.  `change` is False where no change of the base's parameters does what the adapter does.
+    reason in `why`.  `change` is False where no change of the base's parameters does what the adapter does, `lora` where no
+    LoRA does (a norm's parameters).
     """
 
     base: Callable[[], nn.Module]
@@ -140,6 +141,7 @@ class Case:
     alone: bool = True
     why: str = ""
     change: bool = True
+    lora: bool = True
     noise: float = 0.3
     tolerance: float = 1e-5
     shape: Callable[[nn.Module], None] = lambda model: None

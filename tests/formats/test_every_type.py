@@ -15,11 +15,13 @@ import torch
 from adapterops_formats.peft_kinds import KINDS
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft_zoo import Case, add, own
+from safetensors.torch import save_file
 from test_peft_methods import architecture_of
 
 import adapterops as ao
 from adapterops import errors
 from adapterops.methods import METHODS
+from adapterops.operations.lora_factors import Budget
 
 CASES: dict[str, Case] = {
     name: case
@@ -116,11 +118,67 @@ def test_change_does_what_peft_does(name: str, tmp_path: Path) -> None:
     original, folder = case.adapter(tmp_path / "original")
     base = case.base()
     for update in ao.load(folder, base=architecture_of(base)):
+        module = base.get_submodule(update.module)
         if update.method != "saved":
-            module = base.get_submodule(update.module)
             add(module, METHODS[update.method].change(update, own(module)))
+            continue
+        for role, tensor in update.tensors.items():
+            module.get_parameter(role).data = tensor.torch()
     expected = case.outputs(original)
     assert pm.apart(case.outputs(base), expected) < case.tolerance * max(1.0, float(expected[0].abs().max()))
+
+
+def weights_of_base(case: Case, folder: Path) -> Path:
+    tensors = {name: tensor.clone() for name, tensor in case.base().state_dict().items()}
+    save_file(tensors, folder / "base.safetensors")
+    return folder / "base.safetensors"
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.change and case.lora])
+def test_lora_of_full_rank_does_the_same(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    original, folder = case.adapter(tmp_path / "original")
+    ao.to_lora(
+        folder, tmp_path / "lora", to="peft", rank=10_000, base_weights=weights_of_base(case, tmp_path),
+        reading={"base": architecture_of(case.base())},
+    )  # fmt: skip
+    assert pm.config_of(tmp_path / "lora")["peft_type"] == "LORA"
+    expected, outputs = case.outputs(original), case.outputs(pm.load(case.base(), tmp_path / "lora"))
+    assert pm.apart(expected, outputs) < 1e-4 * max(1.0, float(expected[0].abs().max()))
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.change and case.lora])
+def test_lora_of_a_rank_is_the_best_of_it(name: str, tmp_path: Path) -> None:
+    """Against the singular values of what the update does, which `test_change_does_what_peft_does` holds against peft."""
+    case, rank = CASES[name], 2
+    _, folder = case.adapter(tmp_path / "original")
+    base = case.base()
+    adapter = ao.load(folder, base=architecture_of(base))
+    _, reports, dropped = ao.as_lora(adapter, Budget(rank=rank), weights_of_base(case, tmp_path))
+    assert not dropped
+    for report in reports:
+        update = adapter.updates["model", report.module, report.method]
+        if report.rank is None or (report.method == "lora" and report.error == 0):
+            continue
+        weight = METHODS[report.method].change(update, own(base.get_submodule(report.module))).weight
+        if weight is None:
+            continue
+        s = torch.linalg.svdvals(weight.double().reshape(len(weight), -1))
+        best = float(s[rank:].square().sum().sqrt() / s.square().sum().sqrt())
+        assert report.rank <= rank
+        assert report.error == pytest.approx(best, rel=0.01, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.change and not case.lora])
+def test_what_no_lora_does_is_refused(name: str, tmp_path: Path) -> None:
+    case = CASES[name]
+    _, folder = case.adapter(tmp_path / "original")
+    with pytest.raises(errors.CannotRepresent, match=r"norm|LoRA"):
+        ao.to_lora(
+            folder, tmp_path / "lora", to="peft", rank=4, base_weights=weights_of_base(case, tmp_path),
+            reading={"base": architecture_of(case.base())},
+        )  # fmt: skip
+    assert not (tmp_path / "lora").exists()
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.change])

@@ -1,0 +1,173 @@
+"""`adapterops to-lora`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adapterops.cli.main import print_json
+from adapterops.cli.options import reading, writing
+from adapterops.cli.progress import counting
+from adapterops.cli.text import bytes_text, plural, spread, table
+
+if TYPE_CHECKING:
+    from adapterops.operations.lora_maker import ModuleReport
+    from adapterops.operations.to_lora import ToLoraResult
+
+_ROUNDING = 1e-6
+"""An error up to this is float32's."""
+
+
+@click.command("to-lora", short_help="Make a plain LoRA of an adapter of any method.")
+@click.argument("source", metavar="SRC")
+@click.option("--rank", metavar="R", type=int, help="The rank of every module, at most.")
+@click.option("--energy", metavar="E", type=float, help="The least share of each delta's ‖ΔW‖² to keep: 0.99.")
+@click.option("--error", metavar="T", type=float, help="The relative error ‖ΔW − B·A‖ / ‖ΔW‖ that is allowed: 0.05.")
+@click.option(
+    "--target-rank",
+    metavar="R",
+    type=int,
+    help="AdaLoRA: keep R triplets a module on average, the strongest of the whole adapter.",
+)
+@click.option(
+    "--base-weights",
+    metavar="BASE",
+    type=click.Path(),
+    help="The base model's weights (a file, or a model's or pipeline's folder), for methods that act on them.",
+)
+@click.option("--to", metavar="FORMAT", help="Format or dialect to write. [default: the source's]")
+@reading
+@click.option("-v", "--verbose", is_flag=True, help="List every module.")
+@writing
+def to_lora(
+    source: str,
+    rank: int | None,
+    energy: float | None,
+    error: float | None,
+    target_rank: int | None,
+    base_weights: str | None,
+    to: str | None,
+    source_format: str | None,
+    arch: str | None,
+    base: str | None,
+    layout: str | None,
+    alpha: float | str | None,
+    fields: dict[str, Any],
+    rename: tuple[str, ...],
+    allow_drop: bool,
+    verbose: bool,
+    output: str | None,
+    dtype: str | None,
+    overwrite: bool,
+    no_verify: bool,
+    as_json: bool,
+) -> None:
+    """Make a plain LoRA of the adapter SRC (a file, a folder, an hf:// name).
+
+    Exact where its method is of low rank (MiSS, AdaLoRA, VeRA, GraLoRA …); for others --rank, --energy or --error says how
+    much to keep, and the result is the best there is.  Methods that act on the base's own weights (OFT, HRA, HiRA …) need
+    --base-weights.  Biases become LoRA biases, DoRA magnitudes and saved modules are kept; nothing is lost unsaid.
+
+    \b
+    Examples:
+      adapterops to-lora adalora-folder -o lora
+      adapterops to-lora style-lokr.safetensors --rank 32
+      adapterops to-lora oft-folder --energy 0.99 --base-weights model/
+      adapterops to-lora fourierft.safetensors --error 0.1 --base model/config.json --set random_loc_seed=777
+    """
+    from adapterops.operations.to_lora import to_lora as run
+
+    options = {
+        "format": source_format, "arch": arch, "base": base, "layout": layout, "alpha": alpha, "fields": fields or None,
+        "rename": rename or None,
+    }  # fmt: skip
+    with counting("making a LoRA", "modules", quiet=as_json) as progress:
+        result = run(
+            source,
+            output,
+            to=to,
+            rank=rank,
+            energy=energy,
+            error=error,
+            target_rank=target_rank,
+            base_weights=base_weights,
+            reading={name: value for name, value in options.items() if value is not None},
+            dtype=dtype,
+            allow_drop=allow_drop,
+            overwrite=overwrite,
+            verify=not no_verify,
+            progress=progress,
+        )
+    if as_json:
+        print_json(_as_dict(result))
+        return
+    for line in _lines(result, verbose):
+        click.echo(line)
+
+
+def _lines(result: ToLoraResult, verbose: bool) -> list[str]:
+    written = result.written
+    arch = f" ({written.architecture.value})" if written.architecture.value else ""
+    out = [
+        f"{click.style(written.path, bold=True)}: LoRA, {written.dialect}{arch}, {plural(written.modules, 'module')}, "
+        f"{plural(written.tensors, 'tensor')}, {bytes_text(written.bytes)}"
+    ]
+    made = [m for m in result.modules if m.rank is not None]
+    ranks: dict[object, int] = {}
+    for module in sorted(made, key=lambda m: m.rank or 0):
+        ranks[module.rank] = ranks.get(module.rank, 0) + 1
+    out.append(f"  rank {spread(ranks)}")
+    out += [f"  {line}" for line in _losses(made)]
+    if verbose:
+        rows = [_row(m) for m in result.modules]
+        out += ["", *table(["module", "method", "rank", "energy kept", "error"], rows), ""]
+    if written.proof is None:
+        out.append(f"  {click.style('not proved', fg='yellow')} (--no-verify)")
+    else:
+        out.append(f"  {click.style('proved', fg='green')}: read back, it holds what was computed ({written.proof})")
+    out += [f"  {click.style('dropped', fg='yellow')}: {line}" for line in (*result.dropped, *written.dropped)]
+    out += [f"  note: {note}" for note in dict.fromkeys(written.notes)]
+    return out
+
+
+def _losses(made: Sequence[ModuleReport]) -> list[str]:
+    worst = max(made, key=lambda m: m.error)
+    if worst.error <= _ROUNDING:
+        return [f"exact: the LoRA differs from the deltas by at most {worst.error:.1e}"]
+    middle = sorted(made, key=lambda m: m.error)[len(made) // 2]
+    return [
+        f"kept: {middle.kept:.2%} of the energy in the middle module, {worst.kept:.2%} in the worst",
+        f"      ({worst.component}: {worst.module}, rank {worst.rank}, ‖ΔW − B·A‖ / ‖ΔW‖ = {worst.error:.2g})",
+    ]
+
+
+def _row(module: ModuleReport) -> list[str]:
+    where = f"{module.component}: {module.module}"
+    if module.rank is None:
+        return [where, module.method, "–", "–", "–"]
+    return [where, module.method, str(module.rank), f"{module.kept:.2%}", f"{module.error:.1e}"]
+
+
+def _as_dict(result: ToLoraResult) -> dict[str, Any]:
+    written, proof = result.written, result.written.proof
+    return {
+        "source": written.source,
+        "output": written.path,
+        "files": list(written.files),
+        "to": written.dialect,
+        "architecture": written.architecture.value,
+        "modules": [
+            {
+                "component": m.component, "module": m.module, "method": m.method, "rank": m.rank, "kept": m.kept,
+                "error": m.error,
+            }
+            for m in result.modules
+        ],
+        "tensors": written.tensors,
+        "bytes": written.bytes,
+        "proof": None if proof is None else {"modules": proof.modules, "exact": proof.exact},
+        "dropped": [*result.dropped, *written.dropped],
+        "notes": list(dict.fromkeys(written.notes)),
+    }  # fmt: skip

@@ -1,0 +1,165 @@
+"""Any adapter as a plain LoRA: exact where its methods are of low rank, else the best of a rank, an energy or an error."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from adapterops import api, registry
+from adapterops.adapter import Adapter, Update
+from adapterops.errors import CannotRepresent, UsageError
+from adapterops.operations.lora_factors import Budget
+from adapterops.operations.lora_maker import Maker, ModuleReport
+from adapterops.operations.own_parameters import OwnParameters
+from adapterops.storage.base_weights import open_base
+from adapterops.storage.output import Progress, nothing
+from adapterops.storage.spool import Spool
+
+_KEPT_FIELDS = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode")
+"""What a config says of an adapter whatever its method."""
+Steps = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class ToLoraResult:
+    """A conversion to LoRA: the written file, and each module's rank and error."""
+
+    written: api.Result
+    modules: tuple[ModuleReport, ...]
+    dropped: tuple[str, ...] = ()
+
+
+def to_lora(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
+    *,
+    to: str | None = None,
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
+    target_rank: int | None = None,
+    base_weights: str | os.PathLike[str] | None = None,
+    reading: Mapping[str, Any] | None = None,
+    dtype: str | None = None,
+    allow_drop: bool = False,
+    overwrite: bool = False,
+    verify: bool = True,
+    progress: Steps = lambda done, total: None,
+    copied: Progress = nothing,
+) -> ToLoraResult:
+    """Write the plain LoRA that does what the adapter `source` does, or the nearest one.
+
+    - `rank`, `energy` (a share of ‖ΔW‖², 0 to 1) or `error` (of ‖ΔW‖, relative) say how much of each module's delta is
+      kept; without any of them the result is exact, or the adapter is refused;
+    - `target_rank` first re-allocates the triplets of an AdaLoRA: so many on average stay in a module, the strongest of all;
+    - `base_weights` are the base's own weights, which some methods act on;
+    - `to` is the format, by default that of the source where it can hold a LoRA; `reading` are the options of `ao.load`.
+
+    Raises `UsageError` for options that do not go together, `CannotRepresent` where something would be lost (each with the
+    way that works), and what `ao.load` and `ao.save` raise.
+    """
+    budget = budget_of(rank, energy, error)
+    adapter = api.load(source, allow_drop=allow_drop, **dict(reading or {}))
+    form, dialect = registry.find(to or adapter.provenance.dialect)
+    place = output if output is not None else api.default_output(source, form, dialect, "lora")
+    if target_rank is not None:
+        adapter = with_target_rank(adapter, target_rank)
+    folder = os.path.dirname(os.path.abspath(api.place_of(os.fspath(place), form)))
+    spool_folder = folder if os.path.isdir(folder) else ""
+    made, modules, dropped = as_lora(
+        adapter, budget, base_weights, dtype=dtype, allow_drop=allow_drop, folder=spool_folder, progress=progress
+    )
+    fields = dict((reading or {}).get("fields") or {})
+    written = api.save(
+        made,
+        place,
+        format=dialect.name,
+        fields={name: value for name, value in fields.items() if name in _KEPT_FIELDS},
+        allow_drop=allow_drop,
+        overwrite=overwrite,
+        verify=verify,
+        progress=copied,
+    )
+    return ToLoraResult(written, tuple(modules), tuple(dropped))
+
+
+def budget_of(rank: int | None, energy: float | None, error: float | None) -> Budget:
+    """The budget that the options say.  Raises `UsageError`."""
+    if sum(value is not None for value in (rank, energy, error)) > 1:
+        raise UsageError("--rank, --energy and --error each say how much to keep; give one of them")
+    if rank is not None and rank < 1:
+        raise UsageError(f"--rank {rank}: a rank is 1 or more")
+    if energy is not None and not 0 < energy <= 1:
+        raise UsageError(f"--energy {energy}: the share of each delta's energy to keep, above 0 and up to 1")
+    if error is not None and not 0 <= error < 1:
+        raise UsageError(f"--error {error}: the relative error that is allowed, 0 or more and less than 1")
+    return Budget(rank, energy, error)
+
+
+def with_target_rank(adapter: Adapter, target_rank: int) -> Adapter:
+    """An AdaLoRA with `target_rank` triplets a module on average.  Raises `UsageError` for other adapters."""
+    from adapterops.operations.triplets import reallocate
+
+    own = [u for u in adapter if u.method == "adalora"]
+    if not own:
+        raise UsageError(
+            f"{adapter.provenance.path}: --target-rank re-allocates the triplets of an AdaLoRA, and this is none; "
+            "--rank, --energy and --error serve every method"
+        )
+    if target_rank < 1:
+        raise UsageError(f"--target-rank {target_rank}: the average number of triplets a module, 1 or more")
+    rest = [u for u in adapter if u.method != "adalora"]
+    return adapter.with_updates([*reallocate(own, target_rank), *rest])
+
+
+def as_lora(
+    adapter: Adapter,
+    budget: Budget = Budget(),  # noqa: B008  (frozen)
+    base_weights: str | os.PathLike[str] | None = None,
+    *,
+    dtype: str | None = None,
+    allow_drop: bool = False,
+    folder: str = "",
+    progress: Steps = lambda done, total: None,
+) -> tuple[Adapter, list[ModuleReport], list[str]]:
+    """The adapter with every update a LoRA, a report for each, and what was dropped (with `allow_drop` only).
+
+    Raises `CannotRepresent` where an update has no LoRA, or none without a budget or the base's weights.
+    """
+    if adapter.mutated_init:
+        raise CannotRepresent(
+            f"{adapter.provenance.path}: was trained from {adapter.mutated_init}, which changed the base weights: its factors "
+            "are right on that changed base only, and this version does not undo that"
+        )
+    own = OwnParameters(open_base(base_weights, adapter.components), adapter) if base_weights is not None else None
+    spool = Spool("the LoRA", folder)
+    maker = Maker(budget, own, spool, api.dtype_named(dtype), adapter)
+    updates: list[Update] = []
+    reports: list[ModuleReport] = []
+    dropped: list[str] = []
+    total = len(adapter)
+    for done, update in enumerate(adapter):
+        progress(done, total)
+        try:
+            made, report = maker.make(update)
+        except CannotRepresent as error:
+            if not allow_drop:
+                raise
+            dropped.append(str(error))
+            continue
+        updates += made
+        reports.append(report)
+    progress(total, total)
+    if not any(u.method == "lora" for u in updates):
+        raise CannotRepresent(
+            f"{adapter.provenance.path}: nothing in it is a change of a weight that a LoRA could make"
+        )
+    updates = maker.with_biases(updates)
+    config = {name: _travelling(fields, maker.changed) for name, fields in adapter.config.items()}
+    return replace(adapter.with_updates(updates), config=config), reports, dropped
+
+
+def _travelling(fields: Mapping[str, Any], changed: bool) -> dict[str, Any]:
+    return {k: v for k, v in fields.items() if k in _KEPT_FIELDS} if changed else dict(fields)
