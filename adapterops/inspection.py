@@ -113,7 +113,9 @@ def report(adapter: Adapter, *, norms: bool = False, hashes: bool = False) -> In
     """The report on an adapter that is loaded already."""
     form, dialect = registry.find(adapter.provenance.dialect)
     files = {t.source.path for u in adapter for t in u.tensors.values()}
-    tensors = sum(len(u.tensors) for u in adapter) + len(adapter.provenance.folded)
+    # What a file holds once for many modules is one tensor.
+    own = {(t.source.path, t.key, t.start) for u in adapter for t in u.tensors.values()}
+    tensors = len(own) + len(adapter.provenance.folded)
     sizes, said = _norms(adapter) if norms else ({}, [])
     return Inspection(
         path=adapter.provenance.path,

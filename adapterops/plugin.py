@@ -74,6 +74,28 @@ class Output:
     notes: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class TypeRow:
+    """One type of adapter that a format names, and what its files say: a row of `adapterops methods`.
+
+    `recognised` are the ends of its keys.  Fields of its config: `read` where one is there, without effect on what the
+    tensors do; `derived` from the tensors; `assumed` where no config says them, with the default; `unknowable` from the
+    tensors, with the reason; `refused` ones change what the tensors mean, and are not converted.
+    """
+
+    name: str
+    title: str
+    methods: tuple[str, ...]
+    recognised: tuple[str, ...]
+    read: tuple[str, ...] = ()
+    derived: tuple[str, ...] = ()
+    assumed: tuple[tuple[str, Any], ...] = ()
+    unknowable: tuple[tuple[str, str], ...] = ()
+    refused: tuple[tuple[str, str], ...] = ()
+    needs: str = ""
+    lost: tuple[str, ...] = ()
+
+
 class Format:
     """One file format: its dialects, and how they are read and written.
 
@@ -93,6 +115,10 @@ class Format:
     """Prefixes that may stand for a place's own (wrappers left in keys)."""
     foreign: ClassVar[Mapping[str, str]] = {}
     """Regular expressions of keys that this format's writers also write and that are not converted: to what they are."""
+
+    def types(self) -> Sequence[TypeRow]:
+        """The types of adapters that the format's files name, for formats that do."""
+        return ()
 
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
         """The readings, by some of this format's dialects, in which at least one key is part of an update."""
@@ -170,6 +196,7 @@ __all__ = [
     "Source",
     "Suffix",
     "Target",
+    "TypeRow",
     "Update",
     "component_by_names",
     "errors",

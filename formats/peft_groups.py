@@ -17,10 +17,8 @@ from adapterops.plugin import Certainty, Group, Request, errors
 
 
 def chosen(groups: list[Group], method: PeftMethod, config: PeftConfig | None) -> list[Group]:
-    """The groups under the method that the config names, where several spell a tensor alike (soft prompts)."""
-    if config is None:
-        return groups
-    kinds = config.method
+    """The groups under the method that the config or the tensors name, where several spell a tensor alike (soft prompts)."""
+    kinds = config.method if config is not None else method
     return [
         replace(g, method=kinds.method)
         if g.place.whole and not kinds.targeted and g.method not in kinds.methods and g.method in KIND_OF
@@ -34,6 +32,7 @@ def arranged(
 ) -> list[Group]:
     """The modules' groups, each with all its tensors and options; notes go to `said`."""
     method = config.method if config is not None else method
+    groups = method.meant(groups, config, request.fields, request.architecture, said)
     for entry in groups:
         if entry.method in KIND_OF:
             note = method.today(entry, config)
@@ -57,6 +56,7 @@ def arranged(
         _insist_on_sense(entry)
     if not stated:
         said += _assumed(method, config, groups)
+    said += _unknown(method, groups)
     return groups
 
 
@@ -82,6 +82,13 @@ def _assumed(method: PeftMethod, config: PeftConfig | None, groups: Sequence[Gro
     if not names or not any(g.method in method.methods for g in groups):
         return []
     return [f"no config is beside the tensors: assumed, as peft does, {', '.join(names)}; --set says otherwise"]
+
+
+def _unknown(method: PeftMethod, groups: Sequence[Group]) -> list[str]:
+    """A note on what nothing said, and is not to be guessed."""
+    own = [g for g in groups if g.method in method.methods]
+    missing = [s for s in method.settings if s.asked and any(s.name not in g.options for g in own)]
+    return [f"unknown: {s.name} of {method.title} ({s.about}); --set {s.name}=VALUE says it" for s in missing if own]
 
 
 def _weight(entry: Group, request: Request) -> tuple[int, ...]:

@@ -50,25 +50,45 @@ def architectures(as_json: bool) -> None:
 
 @click.command(short_help="The adapter methods that are understood, and those of merging.")
 @click.option("--merge", "merging", is_flag=True, help="The methods of `adapterops merge`, with their parameters.")
+@click.option("-v", "--verbose", is_flag=True, help="Every field of the configs, too.")
+@click.argument("names", metavar="[NAME]...", nargs=-1)
 @_json
-def methods(merging: bool, as_json: bool) -> None:
-    """List the methods of adaptation, or with --merge those of merging, and the source that defines each.
+def methods(merging: bool, verbose: bool, names: tuple[str, ...], as_json: bool) -> None:
+    """List the methods of adaptation (all, or those of the NAMEs), or with --merge those of merging.
+
+    Of each: what it is recognised by, what it does to a weight, its LoRA, what its tensors leave open.
 
     \b
     Examples:
       adapterops methods
+      adapterops methods oft miss -v
       adapterops methods --merge
     """
     if merging:
         _merge_methods(as_json)
         return
+    from adapterops import registry
+    from adapterops.cli.methods_text import lines, others, text
     from adapterops.methods import METHODS
 
-    found = [{"method": m.name, "title": m.title, "source": m.source} for m in METHODS.values()]
+    rows = [row for form in registry.formats().values() for row in form.types()]
+    wanted = {name.lower() for name in names}
+    unknown = wanted - {row.name.lower() for row in rows} - set(METHODS)
+    if unknown:
+        raise click.UsageError(f"no method is called {sorted(unknown)[0]!r}; adapterops methods lists them")
+    own = [row for row in rows if not wanted or row.name.lower() in wanted or wanted & set(row.methods)]
+    rest = [METHODS[name] for name in others(rows) if not wanted or name in wanted]
     if as_json:
-        print_json(found)
+        print_json(
+            [{"type": row.name, "title": row.title, "methods": list(row.methods), **dict(lines(row))} for row in own]
+            + [{"type": None, "title": m.title, "methods": [m.name], "source": m.source} for m in rest]
+        )
         return
-    for line in table(["method", "what it is", "source"], [list(f.values()) for f in found]):
+    for line in text(own, verbose or bool(wanted)):
+        click.echo(line)
+    if rest:
+        click.echo("" if wanted else "\nof other formats, or beside the above:")
+    for line in table(["method", "what it is", "source"], [[m.name, m.title, m.source] for m in rest]) if rest else ():
         click.echo(line)
 
 

@@ -44,6 +44,10 @@ class Method:
     title: ClassVar[str]
     source: ClassVar[str]
     """The paper or file that defines the method."""
+    formula: ClassVar[str] = ""
+    """What it does to the module's weight, in a line."""
+    form: ClassVar[str] = ""
+    """Its exact low-rank form, in a line; "" where it has none."""
     scaled: ClassVar[bool] = False
     """Whether updates carry an alpha."""
     rows: ClassVar[frozenset[str]] = frozenset()
@@ -58,6 +62,8 @@ class Method:
     """Whether the delta is a function of the base's weight (`change` then takes `own`)."""
     needs_shape: ClassVar[bool] = False
     """Whether the module's shape is not in the tensors: `options["shape"]` then has it, where the base is known."""
+    blocks: ClassVar[bool] = False
+    """Whether it acts on modules that hold others (an attention, a decoder's layer) and own no parameter themselves."""
     linear: ClassVar[bool] = True
     """Whether what the module computes changes as if its own parameters did; False where there is no weight delta."""
 

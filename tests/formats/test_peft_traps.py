@@ -605,7 +605,7 @@ CONTRADICTIONS: dict[str, tuple[Case, dict[str, Any], type[Exception], str, dict
         PLAIN, {"peft_type": "LOHA"}, errors.Conflict, "tensor of LoRA, but .* peft_type LOHA.*--set peft_type=LORA",
         {"peft_type": "LORA"},
     ),
-    "a method not converted": (PLAIN, {"peft_type": "VERA"}, errors.UnsupportedFormat, "peft_type is VERA", {}),
+    "a fork's method": (PLAIN, {"peft_type": "VERRA"}, errors.UnsupportedFormat, "VERRA, .*did its writer mean VERA", {}),
     "no known method": (PLAIN, {"peft_type": "MAGIC"}, errors.UnsupportedFormat, "peft_type is MAGIC", {}),
 }  # fmt: skip
 

@@ -1,0 +1,77 @@
+"""The table of methods, in words: what `adapterops methods` prints, and a page of the documentation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from adapterops.methods import METHODS
+
+if TYPE_CHECKING:
+    from adapterops.plugin import TypeRow
+
+
+def low_rank(name: str) -> str:
+    """How a method becomes a LoRA."""
+    method = METHODS[name]
+    if not method.linear:
+        return "none"
+    if method.form:
+        return f"exact: {method.form}"
+    return "by singular values"
+
+
+def needs(row: TypeRow) -> str:
+    """What is needed beside the tensors to know what an adapter does."""
+    if row.needs:
+        return row.needs
+    own = [METHODS[name] for name in row.methods]
+    said = []
+    if any(m.needs_weight for m in own):
+        said.append("the base's weight (--base-weights)")
+    if any(m.needs_shape for m in own):
+        said.append("the module's shape (--arch, --base)")
+    said += [f"{name} (--set)" for name, _ in row.unknowable]
+    return "; ".join(said) or "nothing"
+
+
+def lines(row: TypeRow) -> Iterator[tuple[str, str]]:
+    """What is said of a type, by heading."""
+    yield "recognised by", ", ".join(row.recognised)
+    for name in row.methods:
+        if METHODS[name].formula:
+            yield "delta" if len(row.methods) == 1 else f"delta ({name})", METHODS[name].formula
+    yield "as LoRA", "; ".join(dict.fromkeys(low_rank(name) for name in row.methods))
+    yield "needs", needs(row)
+    yield "derived", ", ".join(row.derived)
+    yield "assumed", ", ".join(f"{name} = {_value(value)}" for name, value in row.assumed)
+    yield "unknowable", "; ".join(f"{name} ({why})" if why else name for name, why in row.unknowable)
+    yield "lost", "; ".join(row.lost)
+    yield "refused", "; ".join(f"{name}: {why}" for name, why in row.refused)
+    yield "read", ", ".join(row.read)
+    yield "source", ", ".join(dict.fromkeys(METHODS[name].source for name in row.methods))
+
+
+def _value(value: Any) -> str:
+    return (
+        {True: "true", False: "false", None: "null"}.get(value, str(value))
+        if not isinstance(value, float)
+        else str(value)
+    )
+
+
+def text(rows: Sequence[TypeRow], verbose: bool) -> Iterator[str]:
+    """The table for a terminal; all fields of the configs where `verbose`."""
+    for row in rows:
+        yield click.style(row.name, bold=True) + f"  {row.title}"
+        for head, said in lines(row):
+            if said and (verbose or head not in ("read", "derived")):
+                yield f"    {head:<13} {said}"
+
+
+def others(rows: Sequence[TypeRow]) -> list[str]:
+    """The methods that no type is for: other formats have them."""
+    named = {name for row in rows for name in row.methods}
+    return [name for name in METHODS if name not in named]

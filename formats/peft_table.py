@@ -1,0 +1,41 @@
+"""The table of PEFT's types, as `adapterops methods` prints it and `docs/methods.md` holds it."""
+
+from __future__ import annotations
+
+from adapterops_formats.peft_kinds import KINDS
+from adapterops_formats.peft_kinds.row import EVERYWHERE, PeftMethod
+from adapterops_formats.peft_names import MODULES, ONCE, TOP
+
+from adapterops.plugin import Suffix, TypeRow
+
+_TARGETS = "target_modules"
+
+
+def rows() -> list[TypeRow]:
+    """A row for every `peft_type`."""
+    return [_row(kind) for kind in KINDS.values()]
+
+
+def _row(kind: PeftMethod) -> TypeRow:
+    settings = {s.name: s for s in kind.settings}
+    within = {s.within for s in kind.settings if s.within}
+    derived = [name for name in kind.derived if name not in settings and name not in within and name not in kind.scale]
+    return TypeRow(
+        name=kind.kind,
+        title=kind.title,
+        methods=kind.methods,
+        recognised=tuple(dict.fromkeys(_shown(s) for s in (*MODULES, *ONCE, *TOP) if s.method in kind.methods)),
+        read=tuple(dict.fromkeys((*kind.scale, *kind.narrowing, *kind.flags, *kind.known, *EVERYWHERE))),
+        derived=tuple(derived),
+        assumed=tuple((s.name, s.default) for s in kind.settings if not s.asked),
+        unknowable=tuple(
+            [(s.name, s.about) for s in kind.settings if s.asked] + [(name, "--alpha says it") for name in kind.scale[:1]]
+        ),
+        refused=tuple(kind.refused.items()),
+        needs=kind.needs,
+        lost=kind.lost,
+    )
+
+
+def _shown(suffix: Suffix) -> str:
+    return suffix.text.replace("{adapter}", "").lstrip(".") + ("*" if suffix.text.endswith(".") else "")
