@@ -28,6 +28,7 @@ from adapterops_formats.peft_ia3 import refuse_other_start
 from adapterops_formats.peft_kinds import KIND_OF, KINDS
 from adapterops_formats.peft_kinds.lora import LORA
 from adapterops_formats.peft_kinds.row import PeftMethod
+from adapterops_formats.peft_lora import loralib_names
 from adapterops_formats.peft_names import MODULES, ONCE, TOP
 from adapterops_formats.peft_patterns import Base
 from adapterops_formats.peft_write import conflict, write_config
@@ -49,6 +50,7 @@ from adapterops.plugin import (
     Source,
     Suffix,
     Target,
+    TypeRow,
     Update,
     component_by_names,
     errors,
@@ -107,21 +109,23 @@ class Peft(Format):
     }
     foreign: ClassVar = {
         r"\.lora_(a|b)$": f"is MLX's spelling (lora_a, lora_b); {_LATER}",
-        r"\.lora_[ABE]$|\.ranknum$": f"is loralib's spelling (lora_A without .weight); {_LATER}",
         r"\.multi_lora_[ab]$": f"is (IA)³ as T-Few spells it; {_LATER}",
-        r"\.lora_diag": f"is KaSA; {_LATER}",
-        r"\.lora_monteclora_sampler": f"is MonteCLoRA; {_LATER}",
         r"finegates_": f"is FineGates, a method of a peft fork; {_LATER}",
         r"^w_[ab]_\d+$": f"is Sam_LoRA's spelling (no module names); {_LATER}",
         r"\.adapter\.linear_(in|out)\.": f"is NeMo's or Megatron's spelling; {_LATER}",
     }
+
+    def types(self) -> Sequence[TypeRow]:
+        from adapterops_formats.peft_table import rows
+
+        return rows()
 
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
         config = source.config
         kind = str(config.get("peft_type") or "").upper() if config is not None else ""
         if kind:
             kind_named(kind, source.config_path)
-        readings = [_unwrapped(reading) for reading in super().recognise(source, dialects)]
+        readings = [loralib_names(_unwrapped(reading)) for reading in super().recognise(source, dialects)]
         if config is None:
             # Without a prefix and a config nothing tells a saved module's key from any other writer's.
             bare = [r for r in readings if r.prefix == "" and any(c.suffix.method == "saved" for c in r.claims)]
@@ -129,7 +133,7 @@ class Peft(Format):
         return readings
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
-        method = _method(reading)
+        method = _method(reading, request.fields)
         check_given(request.fields, method)
         config = _config_of(source, request, method)
         carried = Carried.parse(source.metadata).spelling.get(PEFT.name, {})
@@ -146,6 +150,7 @@ class Peft(Format):
                 _insist_on_kind(entry, config)
             if config is not None:
                 refuse_unknown(config)
+            groups += _unlisted(groups, config, method, request)
             groups = arranged(groups, method, config, request, said)
             name = component or component_by_names(groups, request.architecture) or "model"
             return _placed(groups, name)
@@ -168,7 +173,7 @@ class Peft(Format):
                 f"was trained from {config.mutated_init}, which changed the base weights: it is right on that changed base only"
             )
         provenance = replace(adapter.provenance, notes=tuple(notes))
-        own = {name: dict(config.fields)}
+        own = {name: {**config.fields, **({"peft_type": config.method.now} if config.method.now else {})}}
         return replace(adapter, config=own, provenance=provenance, mutated_init=config.mutated_init)
 
     def write(self, adapter: Adapter, target: Target) -> Output:
@@ -208,6 +213,7 @@ def _in_shape(adapter: Adapter, target: Target) -> tuple[Adapter, list[str]]:
     for update in adapter:
         try:
             refuse_other_start(update)
+            update = KINDS[KIND_OF[update.method]].fitted(update) if update.method in KIND_OF else update
             updates.append(as_peft(update, bases[update.component]))
         except errors.CannotRepresent as error:
             if not target.allow_drop:
@@ -259,12 +265,19 @@ def _unwrapped(reading: Reading) -> Reading:
     return replace(reading, claims=tuple(claims), unclaimed=tuple(unclaimed))
 
 
-def _method(reading: Reading) -> PeftMethod:
-    """The method whose tensors the file has; LoRA's where it has several (each is checked against its config)."""
+def _method(reading: Reading, given: Mapping[str, Any]) -> PeftMethod:
+    """The method that the user names, or whose tensors the file has; LoRA's where it has several (each is checked against
+    its config)."""
+    if given.get("peft_type"):
+        return kind_named(given["peft_type"], "--set")
     found = dict.fromkeys(KIND_OF[c.suffix.method] for c in reading.claims if c.suffix.method in KIND_OF)
     if len(found) > 1:
         found.pop("TRAINABLE_TOKENS", None)
-    return KINDS[next(iter(found))] if len(found) == 1 else LORA
+    if len(found) != 1:
+        return LORA
+    method = KINDS[next(iter(found))]
+    roles = {claim.suffix.role for claim in reading.claims} if method.shown else set()
+    return next((KINDS[kind] for role, kind in method.shown if role in roles), method)
 
 
 def _insist_on_kind(entry: Group, config: PeftConfig | None) -> None:
@@ -285,8 +298,11 @@ def _collected(part: Adapter, component: str, method: PeftMethod) -> Adapter:
     own = [u for u in part if u.method in method.methods]
     rest = [u for u in part if u.method not in method.methods]
     updates, shared = method.collect(own)
-    once = [Update(component, "", method.method, shared)] if shared else []
-    return part.with_updates([*updates, *rest, *once])
+    if not shared:
+        return part.with_updates([*updates, *rest])
+    # An update for the whole component (no module of its own was listed) has nothing beside what is kept once.
+    whole = next((u for u in updates if not u.module), Update(component, "", method.method, {}))
+    return part.with_updates([*(u for u in updates if u.module), *rest, replace(whole, tensors=shared)])
 
 
 def _handed_out(spelled: Adapter, own: list[Update], method: PeftMethod) -> list[Update]:
@@ -332,6 +348,15 @@ def _component(config: Mapping[str, Any] | None) -> str:
     if not isinstance(name, str):
         return ""
     return next((component for pattern, component in _CLASS_COMPONENTS if re.search(pattern, name)), "")
+
+
+def _unlisted(groups: list[Group], config: PeftConfig | None, method: PeftMethod, request: Request) -> list[Group]:
+    """Groups for the modules of which the file, whose tensors stand once for all, has none."""
+    method = config.method if config is not None else method
+    if any(not g.place.whole for g in groups if g.method in method.methods):
+        return []
+    names = method.unlisted(config, request.architecture)
+    return [Group(PEFT.places[0], name, method.method, _PREFIX + name) for name in names]
 
 
 def _placed(groups: list[Group], component: str) -> list[Group]:

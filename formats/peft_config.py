@@ -35,7 +35,6 @@ Config = Mapping[str, Any]
 MUTATING = ("pissa", "olora", "corda", "lora_ga")
 """Values of `init_lora_weights` (or their beginnings) after which the base weights are no longer the published ones."""
 _CHOICES = {
-    "bias": ("none", "all", "lora_only"),
     "task_type": (*(None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"),),
     "peft_type": tuple(KINDS),
 }
@@ -58,9 +57,9 @@ def check_given(fields: Config, method: PeftMethod = LORA) -> None:
         setting = next((s for s in method.settings if s.name == name), None)
         if setting is not None:
             setting.check(value, "--set")
-        if name in _CHOICES and value not in _CHOICES[name]:
-            choices = ", ".join(str(v) for v in _CHOICES[name])
-            raise errors.UsageError(f"--set {name}={value}: must be one of {choices}")
+        choices = ("none", "all", method.bias_only) if name == "bias" else _CHOICES.get(name, (value,))
+        if value not in choices:
+            raise errors.UsageError(f"--set {name}={value}: must be one of {', '.join(map(str, choices))}")
 
 
 def refuse_scale(fields: Config, title: str) -> None:
@@ -133,8 +132,10 @@ class PeftConfig:
         rslora = bool(self.method.rslora and self.fields.get(self.method.rslora, False))
         if not self.method.alpha or not self.states_alpha:
             return ScaleRule(rslora=rslora)
-        alpha = looked_up(self.fields.get("alpha_pattern") or {}, module, self.fields[self.method.alpha])
-        source = f"{self.where}: {self.method.alpha} or alpha_pattern"
+        within = self.method.alphas_in
+        patterns = (self.fields.get(within) if within else None) or {}
+        alpha = looked_up(patterns, module, self.fields[self.method.alpha])
+        source = f"{self.where}: {self.method.alpha}" + (f" or {within}" if within else "")
         return ScaleRule(float(alpha), rslora, self.certainty, source)
 
     def agrees(self, update: Update) -> bool:
@@ -228,7 +229,7 @@ def _check_scale(fields: Config, where: str, method: PeftMethod) -> None:
     alpha = fields.get(method.alpha, 8) if method.alpha else 1
     if not _is_number(alpha):
         raise _bad(where, method.alpha, alpha, f"a number (--set {method.alpha}=X says it)")
-    tables = ((method.ranks_in if method.rank else ""), "alpha_pattern" if method.alpha else "")
+    tables = (method.ranks_in if method.rank else "", method.alphas_in if method.alpha else "")
     for name in filter(None, tables):
         pattern = fields.get(name) or {}
         if not isinstance(pattern, Mapping):
@@ -367,7 +368,8 @@ def from_updates(
         )
     fields: dict[str, Any] = {}
     if method.targeted:
-        fields["target_modules"] = target_modules({u.module for u in own}, base)
+        listed = all(u.module for u in own)  # an update of the whole component does not say which modules it is for
+        fields["target_modules"] = target_modules({u.module for u in own}, base) if listed else None
     if method.rank:
         fields |= _rank_fields(own, base, method)
     if method.alpha:
@@ -399,8 +401,13 @@ def _scale_fields(updates: Sequence[Update], base: Base, method: PeftMethod) -> 
             alpha = float(ranks[update.module])
         if alpha is not None:
             alphas[update.module] = number(alpha)
-    alpha, alpha_pattern = pattern_table(alphas, base)
-    fields: dict[str, Any] = {method.alpha: alpha, "alpha_pattern": alpha_pattern}
+    alpha, pattern = pattern_table(alphas, base)
+    if pattern and not method.alphas_in:
+        other = next(module for module, value in alphas.items() if value != alpha)
+        raise errors.CannotRepresent(
+            f"{other} has alpha {alphas[other]} and other modules {alpha}; a config of {method.title} says one for all"
+        )
+    fields: dict[str, Any] = {method.alpha: alpha, **({method.alphas_in: pattern} if method.alphas_in else {})}
     if method.rslora:
         fields[method.rslora] = rules.pop() if rules else False
     return fields
@@ -470,7 +477,7 @@ def describes(
                 f"{tensor.where} has rank {rank}, but {where} says {view.rank(update.module)} for it "
                 f"(r or rank_pattern); --set r={rank}, or --set rank_pattern='{{\"…\": {rank}}}'"
             )
-        if not view.targets(update.module):
+        if update.module and not view.targets(update.module):
             narrowing = ", ".join(("target_modules", *method.narrowing[:1])) + (
                 " or layers_to_transform" if "layers_to_transform" in method.narrowing else ""
             )

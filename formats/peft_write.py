@@ -72,6 +72,12 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
     if "fan_in_fan_out" in method.flags and transposed:
         config["fan_in_fan_out"] = True
     config.update({k: v for k, v in target.fields.items() if not _answered(k, v, config, method)})
+    whole = next((u for u in adapted(updates, method) if not u.module), None)
+    if method.targeted and whole is not None and not config.get("target_modules"):
+        raise errors.UnknownFact(
+            f"{next(iter(whole.tensors.values())).where}: stands for all modules that were adapted, and nothing says which: "
+            "--set target_modules='[\"q_proj\", …]' does"
+        )
     _agrees(config, updates, base, target.fields, method)
     absent = [m for m in config.get("modules_to_save") or () if not _is_saved(m, updates)]
     if absent:
@@ -87,7 +93,9 @@ def _unsaid(method: PeftMethod) -> dict[str, Any]:
     out: dict[str, Any] = {method.rank: method.rank_default} if method.rank else {}
     if method.rank and method.ranks_in:
         out[method.ranks_in] = {}
-    return {**out, "alpha_pattern": {}} if method.alpha else out
+    if method.alpha and method.alphas_in:
+        out[method.alphas_in] = {}
+    return out
 
 
 def _travelling(own: Mapping[str, Any], method: PeftMethod) -> dict[str, Any]:
@@ -157,6 +165,8 @@ def _takes_more(config: Mapping[str, Any], updates: list[Update], names: Iterabl
     if not isinstance(config.get("target_modules"), (str, list)):
         return False
     own = {u.module for u in adapted(updates, method)}
+    if "" in own:
+        return False  # the modules are those that the config names
     return any(view.targets(name) for name in with_parents(names) - own)
 
 
@@ -168,7 +178,7 @@ def _saved_modules(updates: list[Update]) -> set[str]:
 
 def _insist_on_place(updates: Sequence[Update], biases: Sequence[Update], method: PeftMethod) -> None:
     """Raise `CannotRepresent` for what a config of the method cannot say of parameters saved beside it."""
-    tokens = [u for u in updates if u.method == "trainable_tokens"]
+    tokens = [u for u in updates if u.method == "trainable_tokens" and u.method not in method.methods]
     wrong = [(u, "trained token rows", "trainable_token_indices") for u in tokens if not method.tokens]
     wrong += [(u, "a bias alone", "bias") for u in biases if not method.biases]
     whole = [u for u in updates if u.method == "saved" and u not in biases]
@@ -191,12 +201,12 @@ def _saved_fields(
     fields: dict[str, Any] = {}
     notes: list[str] = []
     if biases:
-        fields["bias"] = "lora_only" if all(u.module in own for u in biases) else "all"
+        fields["bias"] = method.bias_only if all(u.module in own for u in biases) else "all"
     if saved:
         # peft would look for a wrapper inside a wrapper, so only the outermost are named.
         outermost = [m for m in saved if with_parents([m]).isdisjoint(saved - {m})]
         fields["modules_to_save"] = sorted({_wrapped(module, heads) for module in outermost})
-    tokens = {u.module: _indices(u) for u in updates if u.method == "trainable_tokens"}
+    tokens = {u.module: _indices(u) for u in updates if u.method == "trainable_tokens" and u.module not in own}
     if tokens:
         fields["trainable_token_indices"] = tokens
     walk = with_parents(own | (set(base.modules) if base is not None else set()))

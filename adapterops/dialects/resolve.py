@@ -136,7 +136,10 @@ def fit(architecture: Architecture, groups: Sequence[Group]) -> Fit:
             components[entry.place] = entry.place.among(architecture.components) or ""
         name = tables[entry.place].get(entry.name)
         if name is None:
-            unknown.append(entry)
+            if _is_block(entry, architecture):
+                named += 1
+            else:
+                unknown.append(entry)
             continue
         named += 1
         component = components[entry.place]
@@ -145,6 +148,14 @@ def fit(architecture: Architecture, groups: Sequence[Group]) -> Fit:
         if spec is None or not fits(probe, spec):
             misshapen.append(entry)
     return Fit(architecture, named, named - len(misshapen), tuple(unknown), tuple(misshapen), len(groups))
+
+
+def _is_block(entry: Group, architecture: Architecture) -> bool:
+    """Whether a group's module is one that holds modules of the architecture, and its method acts on such."""
+    if not METHODS[entry.method].blocks:
+        return False
+    component = architecture.components[entry.place.among(architecture.components) or ""]
+    return any(name.startswith(entry.name + ".") for name in component.modules)
 
 
 def fits(update: Update, spec: ModuleSpec) -> bool:
@@ -262,7 +273,9 @@ def identify(
     """
     groups = [g for g in groups if not g.place.free]
     if not groups:
-        fact = Fact(given.name if given else None, Certainty.GIVEN if given else Certainty.UNKNOWN, "no module is named")
+        fact = Fact(
+            given.name if given else None, Certainty.GIVEN if given else Certainty.UNKNOWN, "no module is named"
+        )
         return Identified(given, fact)
     if given is not None:
         found = fit(given, groups)
@@ -391,7 +404,7 @@ def align(groups: Sequence[Group], architecture: Architecture) -> tuple[str, str
     if len(dotted) != len(groups) or not groups:
         return None
     tables = {g.place: book(architecture, g.place).table for g in dotted}
-    first = next((g for g in dotted if g.name not in tables[g.place]), None)
+    first = next((g for g in dotted if g.name not in tables[g.place] and not _is_block(g, architecture)), None)
     if first is None:
         return "", ""
     parts = first.name.split(".")

@@ -91,7 +91,7 @@ def _spell(
 ) -> dict[str, LazyTensor]:
     """The keys and tensors of one update."""
     if place.whole:
-        return _spell_whole(place, update)
+        return _spell_whole(place, update, _adapter_slot(spelling))
     _insist_on_width(dialect, update, architecture)
     name = _name(dialect, place, update, architecture)
     prefix = spelling.get("prefix", place.prefix) if place.saved else place.prefix
@@ -110,9 +110,9 @@ def _spell(
     return out
 
 
-def _spell_whole(place: Place, update: Update) -> dict[str, LazyTensor]:
+def _spell_whole(place: Place, update: Update, slot: str) -> dict[str, LazyTensor]:
     """The keys and tensors of what a component has once."""
-    texts = {suffix.role: suffix.text for suffix in place.suffixes if suffix.method == update.method}
+    texts = {s.role: s.text.replace("{adapter}", slot) for s in place.suffixes if s.method == update.method}
     out = {}
     for role, tensor in update.tensors.items():
         first, dot, name = role.partition(".")
@@ -189,6 +189,10 @@ def _no_tail(dialect: Dialect, place: Place, update: Update) -> CannotRepresent:
     )
 
 
+_EXCHANGED = frozenset({"lora", "loha", "lokr", "ia3", "diff", "saved", "trainable_tokens", "bundled"})
+"""Methods that more than one library's files have."""
+
+
 def _means(suffix: Suffix, method: str) -> bool:
     return suffix.method == method or (suffix.method == ANY and METHODS[method].scaled)
 
@@ -215,6 +219,12 @@ def _suffix(dialect: Dialect, place: Place, update: Update, role: str) -> Suffix
     if update.method == "saved" and (update.module.endswith(saved) if isinstance(saved, tuple) else saved):
         return Suffix("." + role, "saved", role)
     what = f"{METHODS[update.method].title}: {role}" + (f" of an {kind}" if kind == "embedding" else "")
+    if update.method not in _EXCHANGED:
+        way = "adapterops to-lora makes the plain LoRA of it" if METHODS[update.method].linear else "only --to peft holds it"
+        raise CannotRepresent(
+            f"{update.name}: {dialect.title} has no place for {METHODS[update.method].title} (tensor "
+            f"{update.tensors[role].key!r}); {way}, or --allow-drop leaves it out"
+        )
     # What a whole module or an embedding is given only peft writes, and its (IA)³, which starts at one; every other method
     # and part stands in Kohya files, and Comfy sets a weight.
     only_peft = (

@@ -6,7 +6,8 @@
 - `options["initial"]`: what the vector holds before training, where m = 1: 0 in LyCORIS, 1 in peft
 
 On outputs, peft multiplies the module's bias too; LyCORIS multiplies the weight alone (save in its bypass mode).  So with
-a bias, a vector of one does not do what the same vector does in the other, and `initial` says whose it is.
+a bias, a vector of one does not do what the same vector does in the other, and `initial` says whose it is.  On the
+inputs of a grouped convolution, each group of rows takes its own part of the vector (peft's merge and forward alike).
 
 Sources: https://arxiv.org/abs/2205.05638; LyCORIS `lycoris/modules/ia3.py`; peft `tuners/ia3/layer.py`.
 """
@@ -17,18 +18,18 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from adapterops.adapter import Update
-from adapterops.errors import BrokenAdapter, CannotRepresent
-from adapterops.methods.base import Method, array_error, need
+from adapterops.errors import BrokenAdapter
+from adapterops.methods.base import Change, Own, array_error, need
+from adapterops.methods.orthogonal import OfTheWeight
 from adapterops.storage.tensor import LazyTensor
 
 if TYPE_CHECKING:
     import numpy.typing
-    import torch
 
     Array = numpy.typing.NDArray[Any]
 
 
-class Ia3(Method):
+class Ia3(OfTheWeight):
     """(IA)³."""
 
     name = "ia3"
@@ -59,7 +60,9 @@ class Ia3(Method):
         if on_input is None:
             return vector.numel in shape[:2]
         axis = 1 if on_input else 0
-        return len(shape) > axis and vector.numel == shape[axis]
+        if len(shape) <= axis:
+            return False
+        return vector.numel == shape[axis] or (on_input and _groups(vector.numel, shape) > 1)
 
     def take_rows(self, update: Update, pieces: Sequence[tuple[int, int]]) -> dict[str, LazyTensor]:
         vector = update.tensors["vector"]
@@ -71,10 +74,18 @@ class Ia3(Method):
     def is_nothing(self, update: Update) -> bool:
         return not self._change(update).any()
 
-    def delta(self, update: Update) -> torch.Tensor:
-        raise CannotRepresent(
-            f"{update.name}: (IA)³ multiplies the module's weight, so its delta needs the base weight (--base-weights)"
-        )
+    def change(self, update: Update, own: Own | None = None) -> Change:
+        import torch
+
+        own = self.own(update, own)
+        factors, weight = torch.from_numpy(self._change(update)).float(), own.weight.float()
+        ones = (1,) * (weight.dim() - 2)
+        if update.options["on_input"]:
+            groups = _groups(len(factors), tuple(weight.shape))
+            rows = factors.reshape(groups, 1, -1).expand(-1, len(weight) // groups, -1)
+            return Change(weight * rows.reshape(len(weight), -1, *ones))
+        made = weight * factors.reshape(-1, 1, *ones) if weight.dim() > 1 else weight * factors
+        return Change(made, own.bias.float() * factors if own.bias is not None and update.options["initial"] else None)
 
     def error(self, update: Update, other: Update) -> float:
         """How far the factors minus one, which are the effect, are from each other."""
@@ -96,3 +107,11 @@ def _on_input(update: Update) -> bool | None:
         return any(flag.read())  # of any type: what is not all zero bits is true
     stated: bool | None = update.options.get("on_input")
     return stated
+
+
+def _groups(size: int, shape: tuple[int, ...]) -> int:
+    """The groups of a convolution (out, in / groups, *kernel) whose inputs a vector of `size` multiplies; 0 for none."""
+    if len(shape) < 2 or not shape[1]:
+        return 0
+    groups, over = divmod(size, shape[1])
+    return 0 if over or (groups > 1 and (len(shape) == 2 or shape[0] % groups)) else groups

@@ -9,6 +9,10 @@
 - `magnitude` (n,): DoRA's m, one number an output (axis "out") or an input (axis "in"):
   W' = m · (W + ΔW) / ‖W + ΔW‖, the norm taken over the other axes
 - `bias` (out_features,): of B; s · bias is added to the module's output
+- `monteclora_sampler.*`, `velora_embed`: what MonteCLoRA (https://arxiv.org/abs/2411.04358) and VeLoRA
+  (https://arxiv.org/abs/2405.17991) draw or project with while they train; inference uses A and B alone
+
+MiCA, LoRA-FA and other ways to start or to train leave nothing behind but A and B.
 
 Sources: LoRA https://arxiv.org/abs/2106.09685; rsLoRA https://arxiv.org/abs/2312.03732; DoRA
 https://arxiv.org/abs/2402.09353; layers in peft `tuners/lora/layer.py`, axes and Tucker core in LyCORIS
@@ -19,11 +23,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import inf, prod, sqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterops.adapter import Update
 from adapterops.errors import BrokenAdapter, CannotRepresent
-from adapterops.methods.base import Method, array_error, need, tensor_error, worst
+from adapterops.methods.base import Change, Method, Own, array_error, need, need_own, tensor_error, worst
 from adapterops.methods.products import Rows
 from adapterops.storage.tensor import LazyTensor
 
@@ -42,7 +46,7 @@ class Lora(Method):
     source = "https://arxiv.org/abs/2106.09685"
     scaled = True
     rows = frozenset({"B", "bias", "magnitude"})
-    pairs = (("B", "A"),)
+    pairs: ClassVar[tuple[tuple[str, str], ...]] = (("B", "A"),)
 
     def check(self, update: Update) -> None:
         need(update, "A", "B")
@@ -118,30 +122,35 @@ class Lora(Method):
 
         Raises `CannotRepresent` where alpha is unknown.
         """
-        import numpy as np
-
         scale = self.scale(update)
         if scale is None:
             raise CannotRepresent(f"{update.name}: its scale is unknown, so its delta is too (give --alpha)")
+        b, a = self.unscaled(update)
+        return b * scale, a
+
+    def unscaled(self, update: Update) -> tuple[Array, Array]:
+        """B (out, r) and A (r, in · kernel) in float64, the scale aside."""
+        import numpy as np
+
         rank = self.rank(update)
         a = update.tensors["A"].numpy().astype(np.float64)
         mid = update.tensors.get("mid")
         if mid is not None:
             a = np.einsum("rs...,si->ri...", mid.numpy().astype(np.float64), a.reshape(rank, -1))
         b = update.tensors["B"].numpy().astype(np.float64)
-        return b.reshape(-1, rank) * scale, a.reshape(rank, -1)
+        return b.reshape(-1, rank), a.reshape(rank, -1)
 
-    def norm(self, update: Update) -> float:
+    def norm(self, update: Update) -> float | None:
         return factor_norm(*self.factors(update))
 
-    def weight_shape(self, update: Update) -> tuple[int, ...]:
+    def weight_shape(self, update: Update) -> tuple[int, ...] | None:
         a, b, mid = update.tensors["A"], update.tensors["B"], update.tensors.get("mid")
         return (b.shape[0], a.shape[1], *(mid.shape[2:] if mid is not None else a.shape[2:]))
 
-    def exact_rank(self, update: Update) -> int:
+    def exact_rank(self, update: Update) -> int | None:
         return self.rank(update)
 
-    def low_rank(self, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
+    def low_rank(self, update: Update) -> tuple[torch.Tensor, torch.Tensor] | None:
         import torch
 
         # torch computes with no 8-bit floats.
@@ -165,16 +174,46 @@ class Lora(Method):
         product = torch.from_numpy(b @ a).float()
         if update.options.get("kind") == "embedding":
             return product.T.contiguous()
-        first = update.tensors["A"]
-        mid = update.tensors.get("mid")
-        kernel = mid.shape[2:] if mid is not None else first.shape[2:]
-        return product.reshape(product.shape[0], first.shape[1], *kernel)
+        return product.reshape(self.weight_shape(update) or tuple(product.shape))
+
+    def change(self, update: Update, own: Own | None = None) -> Change:
+        """ΔW, normalised as DoRA does where there is a magnitude, and s · `bias`.
+
+        Raises `CannotRepresent` where a magnitude needs the base's weight and it is not there; `BrokenAdapter` where that
+        weight is of another size.
+        """
+        delta = self.delta(update)
+        bias = update.tensors.get("bias")
+        scale = self.scale(update) or 0.0  # known, since `delta` was
+        moved = bias.torch().double().reshape(-1) * scale if bias is not None else None
+        weight: torch.Tensor = delta
+        if own is not None:
+            weight = as_shaped(update, delta, own)
+        if "magnitude" in update.tensors:
+            base = need_own(update, own).weight.double()
+            weight, factor = self._normalised(update, base, base + weight.double())
+            if moved is not None and factor is not None:
+                moved = moved * factor
+        return Change(weight, moved.float() if moved is not None else None)
+
+    def _normalised(
+        self, update: Update, base: torch.Tensor, sum_: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """m · (W + ΔW) / ‖W + ΔW‖ − W, and the factor on each output where the magnitude is per output."""
+        # An embedding's outputs are its second axis.
+        per_output = update.options["dora_axis"] == "out"
+        axis = int(per_output == (update.options.get("kind") == "embedding"))
+        others = tuple(i for i in range(sum_.dim()) if i != axis)
+        magnitude = update.tensors["magnitude"].torch().double().reshape(-1)
+        factor = magnitude / sum_.square().sum(others).sqrt()
+        spread = [-1 if i == axis else 1 for i in range(sum_.dim())]
+        return (sum_ * factor.reshape(spread) - base).float(), factor if per_output else None
 
     def error(self, update: Update, other: Update) -> float:
-        extra, others = ({k: v for k, v in u.tensors.items() if k in ("magnitude", "bias")} for u in (update, other))
+        extra, others = ({k: v for k, v in u.tensors.items() if k not in _PRODUCT} for u in (update, other))
         if extra.keys() != others.keys() or update.options.get("dora_axis") != other.options.get("dora_axis"):
             return float("inf")
-        errors = [tensor_error(t, others[role]) for role, t in extra.items() if role == "magnitude"]
+        errors = [tensor_error(t, others[role]) for role, t in extra.items() if role != "bias"]
         if "bias" in extra:
             one, two = (t.numpy().astype("f8") for t in (extra["bias"], others["bias"]))
             # The bias is B's, so the scale acts on it too.
@@ -185,6 +224,25 @@ class Lora(Method):
         if (b.shape[0], a.shape[1]) != (b2.shape[0], a2.shape[1]):
             return float("inf")
         return worst([product_error(b, a, b2, a2), *errors])
+
+
+_PRODUCT = frozenset({"A", "B", "mid", "diag"})
+"""The roles that ΔW is made of."""
+
+
+def as_shaped(update: Update, delta: torch.Tensor, own: Own) -> torch.Tensor:
+    """ΔW in the shape of the base's weight (a file may hold a kernel flattened).
+
+    Raises `BrokenAdapter` where that weight is of another size.
+    """
+    shape = tuple(own.weight.shape)
+    if delta.shape[0] != shape[0] or delta.numel() != prod(shape):
+        first = next(iter(update.tensors.values()))
+        raise BrokenAdapter(
+            f"{first.where}: {update.name} changes a weight {list(delta.shape)}, and the base's is {list(shape)}: the adapter "
+            "is for another base model"
+        )
+    return delta.reshape(shape)
 
 
 def product_error(b: Array, a: Array, b2: Array, a2: Array) -> float:

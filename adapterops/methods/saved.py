@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from adapterops.adapter import Update
 from adapterops.errors import BrokenAdapter, CannotRepresent
-from adapterops.methods.base import Method, need
+from adapterops.methods.base import Change, Method, Own, need, need_own
 
 if TYPE_CHECKING:
     import torch
@@ -41,25 +41,57 @@ class Saved(Method):
 class TrainableTokens(Method):
     """Rows of an embedding, replaced: `delta` (tokens, embedding_dim), with `options["indices"]` naming the rows.
 
-    The indices are not among the tensors; they come from the config (`trainable_token_indices`).
+    The indices are not among the tensors; they come from the config (`trainable_token_indices`, or `token_indices` where
+    trainable tokens are the whole adapter).  An output projection that shares the embedding's weight is given the same rows.
     """
 
     name = "trainable_tokens"
     title = "trainable tokens"
     source = "peft tuners/trainable_tokens/layer.py"
+    needs_weight = True
 
     def check(self, update: Update) -> None:
         need(update, "delta")
         delta, indices = update.tensors["delta"], update.options.get("indices")
         if len(delta.shape) != 2:
             raise BrokenAdapter(f"{delta.where}: shape {list(delta.shape)} is not (tokens, embedding_dim)")
-        if indices is not None and len(indices) != delta.shape[0]:
+        if indices is None:
+            return
+        if len(indices) != delta.shape[0]:
             raise BrokenAdapter(
                 f"{delta.where}: {delta.shape[0]} rows, but trainable_token_indices lists {len(indices)} tokens"
+            )
+        if len(set(indices)) != len(indices) or min(indices, default=0) < 0:
+            raise BrokenAdapter(
+                f"{delta.where}: trainable_token_indices lists a token twice, or a negative one; each row replaces one token's"
             )
 
     def delta(self, update: Update) -> torch.Tensor:
         raise CannotRepresent(f"{update.name}: trained token rows replace the base's; the delta needs the base weight")
+
+    def change(self, update: Update, own: Own | None = None) -> Change:
+        """The new rows minus the base's, zeros elsewhere: (num_embeddings, embedding_dim).
+
+        Raises `CannotRepresent` where nothing says which tokens the rows are, `BrokenAdapter` where the base has no such rows.
+        """
+        import torch
+
+        own = need_own(update, own)
+        indices = update.options.get("indices")
+        if indices is None:
+            raise CannotRepresent(
+                f"{update.name}: which tokens its {update.tensors['delta'].shape[0]} rows replace is not in the tensors; say it "
+                "with --set token_indices='[…]'"
+            )
+        delta, size = update.tensors["delta"], tuple(own.weight.shape)
+        if len(size) != 2 or size[1] != delta.shape[1] or max(indices, default=-1) >= size[0]:
+            raise BrokenAdapter(
+                f"{delta.where}: shape {list(delta.shape)}, tokens up to {max(indices, default=-1)}; {update.name} is "
+                f"{list(size)} in these base weights (another model's, or one whose embedding was not resized?)"
+            )
+        made, at = torch.zeros(size), torch.tensor(indices, dtype=torch.long)
+        made[at] = (delta.torch().double() - own.weight[at].double()).float()
+        return Change(made)
 
     def error(self, update: Update, other: Update) -> float:
         if update.options.get("indices") != other.options.get("indices"):

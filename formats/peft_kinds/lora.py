@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
+from adapterops_formats import peft_lora
 from adapterops_formats.peft_kinds.row import PeftMethod, defaults
 
 LORA = PeftMethod(
     "LORA",
     "lora",
     "LoRA",
+    also=peft_lora.VARIANTS,
     alpha="lora_alpha",
     rslora="use_rslora",
     roles=(("use_dora", "magnitude"), ("lora_bias", "bias")),
+    shaping=peft_lora.FIELDS,
     flags=("fan_in_fan_out",),
     tokens=True,
     biases=True,
     known=(
         *("lora_dropout", "bias", "init_lora_weights", "megatron_core", "loftq_config", "eva_config", "corda_config"),
-        *("lora_ga_config", "velora_config", "qalora_group_size", "monteclora_config", "runtime_config"),
-        "ensure_weight_tying",
+        *("lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying", "merge_weights"),
     ),
     refused={
-        "use_qalora": "QA-LoRA pools the module's input",
-        "use_bdlora": "BD-LoRA keeps block-diagonal factors",
-        "kasa_config": "KaSA has a third factor",
-        "alora_invocation_tokens": "aLoRA acts only after its invocation tokens",
-        "layer_replication": "the base's layers are replicated, so module names mean other layers",
         "target_parameters": "its factors act on bare parameters, not on modules",
-        "arrow_config": "Arrow routes between several adapters",
         "megatron_config": "the factors are those of Megatron's parallel layers",
     },
     defaults=defaults(
@@ -37,4 +33,10 @@ LORA = PeftMethod(
         init_lora_weights=True,
         modules_to_save=None,
     ),
+    fields=peft_lora.fields,
+    problems=peft_lora.problems,
+    options=peft_lora.options,
+    meant=peft_lora.meant,
+    fitted=peft_lora.fitted,
+    lost=("alora_invocation_tokens", "use_qalora or use_bdlora, where lora_A is narrow", "layer_replication"),
 )

@@ -45,6 +45,20 @@ def _same(updates: list[Update]) -> list[Update]:
     return updates
 
 
+def _all_listed(config: Any, architecture: Architecture | None) -> list[str]:
+    return []
+
+
+def _as_named(
+    groups: list[Group], config: Any, given: Mapping[str, Any], architecture: Architecture | None, said: list[str]
+) -> list[Group]:
+    return groups
+
+
+def _as_it_is(update: Update) -> Update:
+    return update
+
+
 def to_all(shared: Shared, members: Sequence[Group], architecture: Architecture | None) -> None:
     """Every module gets what the file holds once."""
     for entry in members:
@@ -84,8 +98,9 @@ class PeftMethod:
     """One `peft_type`.
 
     `method` is that of its updates, `also` further ones that may stand in the same adapter.
-    `alpha` and `rslora` name the fields of a config that say the scale, `rank` and `ranks_in` those that say r and its
-    exceptions ("" where there is none); `roles` the fields that say for all modules whether they have a tensor.
+    `alpha`, `alphas_in` and `rslora` name the fields of a config that say the scale and its exceptions, `rank` and
+    `ranks_in` those that say r and its exceptions ("" where there is none); `roles` the fields that say for all modules
+    whether they have a tensor.
     `shaping` are fields that follow from the tensors' shapes and nothing else: `fields` derives them, `problems` names
     where a config contradicts the tensors, `ranks` gives r.  `settings` are fields that change what the tensors mean and
     do not follow from them.  `known` lists further fields, which only travel; `refused` those that change what the
@@ -95,7 +110,8 @@ class PeftMethod:
     may set options that depend on all of them), `gather` takes them back from the updates.  `options` says of one group
     what its keys and `settings` do not, given the config (a `PeftConfig`, or None), the user's fields and the weight's
     shape (() where the base is not known).  `today` turns a group that an earlier peft wrote into today's tensors, in
-    place, and returns what was done ("" where nothing was).  `complete` sets options that depend on all updates and
+    place, and returns what was done ("" where nothing was).  `unlisted` names the modules of the base, in its order, that
+    the adapter changes although the file has no tensor of their own.  `complete` sets options that depend on all updates and
     their shapes.
     """
 
@@ -107,12 +123,15 @@ class PeftMethod:
     rslora: str = ""
     rank: str = "r"
     ranks_in: str = "rank_pattern"
+    alphas_in: str = "alpha_pattern"
     rank_default: int = 8
     roles: tuple[tuple[str, str], ...] = ()
     shaping: tuple[str, ...] = ()
     settings: tuple[Setting, ...] = ()
     narrowing: tuple[str, ...] = ("exclude_modules", "layers_to_transform", "layers_pattern")
     flags: tuple[str, ...] = ()
+    shown: tuple[tuple[str, str], ...] = ()
+    """Roles that show that tensors which are spelled alike are another type's, and that `peft_type` (soft prompts)."""
     targeted: bool = True
     """Whether `target_modules` says which modules are adapted (soft prompts have none)."""
     saves: bool = True
@@ -121,6 +140,10 @@ class PeftMethod:
     """Whether `trainable_token_indices` may stand beside it."""
     biases: bool = False
     """Whether `bias` may say that biases are saved."""
+    bias_only: str = "lora_only"
+    """What `bias` says where the adapted modules' own are."""
+    now: str = ""
+    """The `peft_type` that today's peft has in its place, with at least its fields; it is read only then."""
     known: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
@@ -133,7 +156,12 @@ class PeftMethod:
     today: Callable[[Group, Any], str] = _as_today
     spread: Callable[[Shared, Sequence[Group], Architecture | None], None] = to_all
     gather: Callable[[list[Update]], Gathered] | None = None
+    unlisted: Callable[[Any, Architecture | None], list[str]] = _all_listed
     complete: Callable[[list[Update]], list[Update]] = _same
+    meant: Callable[[list[Group], Any, Mapping[str, Any], Architecture | None, list[str]], list[Group]] = _as_named
+    """The groups under the methods and names that the config and the base give them; notes go to the last argument."""
+    fitted: Callable[[Update], Update] = _as_it_is
+    """The update in the form that today's layers of peft have.  Raises `CannotRepresent` where they have none."""
     needs: str = ""
     """For the table of methods: what is needed beside the tensors, in words."""
     lost: tuple[str, ...] = ()
@@ -147,7 +175,7 @@ class PeftMethod:
     @property
     def scale(self) -> tuple[str, ...]:
         """The fields that say a scale."""
-        return tuple(name for name in (self.alpha, "alpha_pattern" if self.alpha else "", self.rslora) if name)
+        return tuple(name for name in (self.alpha, self.alphas_in if self.alpha else "", self.rslora) if name)
 
     @property
     def derived(self) -> tuple[str, ...]:
