@@ -84,6 +84,7 @@ def load(
     alpha: float | str | None = None,
     fields: Mapping[str, Any] | None = None,
     allow_drop: bool = False,
+    repair: bool = False,
     rename: Iterable[str] = (),
 ) -> Adapter:
     """Read an adapter.  Tensors stay on disk until they are needed.
@@ -95,6 +96,7 @@ def load(
       or "trained" for the scale that a block-diagonal fused projection was trained with;
     - `fields` are PEFT config fields that no source holds;
     - `allow_drop` leaves unknown keys out (they are listed in `provenance.dropped`);
+    - `repair` believes the tensors where a config contradicts them (else that is an error);
     - `rename` repairs keys before they are read, each entry a PATTERN=REPLACEMENT.
 
     Raises the errors of `adapterops.errors`, each naming the file, the tensor and what to do.
@@ -124,7 +126,8 @@ def load(
         raise UsageError(f"--rename {error}") from error
     source = rename_keys(open_source(path), rules)
     trained = alpha == "trained"
-    adapter = read_source(source, format, Request(given, None if trained else alpha, dict(fields or {}), allow_drop))
+    request = Request(given, None if trained else alpha, dict(fields or {}), allow_drop, repair)
+    adapter = read_source(source, format, request)
     return with_trained_scale(adapter) if trained else adapter
 
 
@@ -161,6 +164,7 @@ def save(
     fold_alpha: bool = False,
     fields: Mapping[str, Any] | None = None,
     allow_drop: bool = False,
+    repair: bool = False,
     overwrite: bool = False,
     verify: bool = True,
     progress: Progress = nothing,
@@ -168,7 +172,8 @@ def save(
     """Write an adapter, prove the output against it, and only then let it appear at `path`.
 
     `format` names a format or dialect; without it the adapter is written as it was read, in its own dialect and
-    spelling.  `dtype` rounds the tensors, `fold_alpha` bakes the scale into the second factor.
+    spelling.  `dtype` rounds the tensors, `fold_alpha` bakes the scale into the second factor,
+    `repair` writes a config that says what the tensors are and nothing more (the changes are notes).
 
     Raises `CannotRepresent` where the format cannot hold something, `ProofFailed` where the output differs from
     the source by more than rounding explains, `OutputExists`, `OutputFailed` …; nothing is left behind then.
@@ -178,7 +183,7 @@ def save(
     insist_on_alphas(adapter)
     wanted = dtype_named(dtype)
     changed = adapter.with_updates(_map(u, wanted, fold_alpha) for u in adapter)
-    target = Target(dialect, adapter.base, dict(fields or {}), format is None, allow_drop)
+    target = Target(dialect, adapter.base, dict(fields or {}), format is None, allow_drop, repair)
     _insist_on_init(adapter, form)
     try:
         out = form.write(changed, target)
@@ -367,6 +372,7 @@ def convert(
     alpha: float | str | None = None,
     fields: Mapping[str, Any] | None = None,
     allow_drop: bool = False,
+    repair: bool = False,
     dtype: str | None = None,
     fold_alpha: bool = False,
     overwrite: bool = False,
@@ -389,6 +395,7 @@ def convert(
         alpha=alpha,
         fields=fields,
         allow_drop=allow_drop,
+        repair=repair,
         rename=rename,
     )
     return save(
@@ -399,6 +406,7 @@ def convert(
         fold_alpha=fold_alpha,
         fields=fields,
         allow_drop=allow_drop,
+        repair=repair,
         overwrite=overwrite,
         verify=verify,
         progress=progress,

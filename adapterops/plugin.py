@@ -41,7 +41,8 @@ API_VERSION = 1
 class Target:
     """What a format is asked to write: the dialect, the base model if it is known, and what the user says.
 
-    `faithful` asks for the source's own spelling where it was this dialect (prefixes, an adapter's name).
+    `faithful` asks for the source's own spelling where it was this dialect (prefixes, an adapter's name), `repair` for a
+    config that says what the tensors are and nothing more, each change of it a note.
     """
 
     dialect: Dialect
@@ -49,6 +50,7 @@ class Target:
     fields: Mapping[str, Any] = field(default_factory=dict)
     faithful: bool = False
     allow_drop: bool = False
+    repair: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,6 +160,16 @@ class Format:
         return {k: v for k, v in near.items() if k in ("alpha_absent", "alpha_as", "flag_as", "idle_alpha", "shapes")}
 
 
+def as_lora(update: Update) -> Update:
+    """Plain LoRA for what loralib and PEFT 0.2 keep in groups (`lora_merged`).
+
+    Raises `CannotRepresent` where nothing says which parts of the module are adapted.
+    """
+    from adapterops.methods.merged import as_lora as written_out
+
+    return written_out(update)
+
+
 def header(adapter: Adapter) -> dict[str, str]:
     """The header's strings for a converted file: the source's own, and what is carried for the way back."""
     known = adapter.base.name if adapter.base is not None and adapter.base.builtin else None
@@ -198,6 +210,7 @@ __all__ = [
     "Target",
     "TypeRow",
     "Update",
+    "as_lora",
     "component_by_names",
     "errors",
     "fit",

@@ -167,7 +167,10 @@ class Peft(Format):
             return adapter
         name = adapter.components[0] if adapter.components else "model"
         if source.config is not None:
-            describes(config.fields, config.where, adapter.as_stated(), conflict, config.method)
+            said_wrong: list[str] = []
+            problem = said_wrong.append if request.repair else conflict
+            describes(config.fields, config.where, adapter.as_stated(), problem, config.method)
+            notes += [f"contradicted by the tensors, which are believed: {sentence}" for sentence in said_wrong]
         if config.mutated_init:
             notes.append(
                 f"was trained from {config.mutated_init}, which changed the base weights: it is right on that changed base only"

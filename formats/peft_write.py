@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from adapterops_formats.peft_config import (
     method_of,
 )
 from adapterops_formats.peft_kinds.row import PeftMethod
-from adapterops_formats.peft_patterns import Base, shuts_out, with_parents
+from adapterops_formats.peft_patterns import Base, named, shuts_out, with_parents
 
 from adapterops.plugin import Adapter, Target, Update, errors
 
@@ -45,7 +46,8 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
     if adapter.mutated_init is None and str(own.get("init_lora_weights", "")).lower().startswith(MUTATING):
         # Said by the header of a file that cannot have been trained so: it would have peft change the base.
         del own["init_lora_weights"]
-    if own and _still_true(own, updates, method, base):
+    before = dict(own)
+    if own and not target.repair and _still_true(own, updates, method, base):
         # The config's own words hold, but for lists of names that would take in more, or that say nothing.
         config = {**method.defaults, **derived, **_unsaid(method), **saved, **own}
         more = base.names is not None and _takes_more(own, updates, base.names, method)
@@ -53,7 +55,7 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
             config |= {"target_modules": derived["target_modules"], **dict.fromkeys(method.narrowing)}
         if more:
             notes.append("target_modules is made anew: the one in the config would adapt more modules of the base")
-        unsaid = any(name in own and own[name] is None for name in method.shaping)
+        unsaid = any(name in own and own[name] is None for name in method.shaping if name not in method.nulls)
         if "feedforward_modules" in method.shaping:
             # peft would fill it in by the model's type, and insists on a part of `target_modules`.
             remade = config["target_modules"] is not own.get("target_modules")
@@ -66,7 +68,13 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
     else:
         kept = _travelling(own, method)
         config = {**method.defaults, **kept, **derived, **saved, **method.fields(adapted(updates, method), base)}
-        if own:
+        if own and target.repair:
+            shorter = _used_targets(own, updates, method)
+            if shorter is not None:
+                config["target_modules"] = shorter
+            config = _own_words(own, config, updates, method, base)
+            config = {**{name: value for name, value in before.items() if value in _LEAST}, **config}
+        elif own:
             notes.append("config fields that do not fit the tensors or the names of their modules are derived anew")
     transposed = any(base.kinds.get(u.module) == "transposed" for u in adapted(updates, method))
     if "fan_in_fan_out" in method.flags and transposed:
@@ -79,6 +87,8 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
             "--set target_modules='[\"q_proj\", …]' does"
         )
     _agrees(config, updates, base, target.fields, method)
+    if own and target.repair:
+        notes += _changes(before, config)
     absent = [m for m in config.get("modules_to_save") or () if not _is_saved(m, updates)]
     if absent:
         notes.append(
@@ -86,6 +96,42 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
             "it into a base that has such a module"
         )
     return config, notes
+
+
+def _used_targets(own: Mapping[str, Any], updates: list[Update], method: PeftMethod) -> list[str] | None:
+    """The names of a config's list that mean a module of the file, where they mean them all; None where they do not."""
+    stated = own.get("target_modules")
+    if not method.targeted or not isinstance(stated, list):
+        return None
+    modules = {u.module for u in adapted(updates, method)}
+    used = [name for name in dict.fromkeys(stated) if any(named(module, [name]) for module in modules)]
+    return used if all(named(module, used) for module in modules) else None
+
+
+def _own_words(
+    own: Mapping[str, Any], config: dict[str, Any], updates: list[Update], method: PeftMethod, base: Base
+) -> dict[str, Any]:
+    """The config with the fields on shapes as `own` says them, where that is true of the tensors."""
+    for name in method.shaping:
+        trial, problems = {**config, name: own.get(name)}, list[str]()
+        if own.get(name) is not None:
+            describes(trial, "config", updates, problems.append, method, base)
+            config = config if problems else trial
+    return config
+
+
+_LEAST: tuple[Any, ...] = (None, [], {}, "", False)
+"""What a field says that says nothing."""
+
+
+def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    """A note for each field that says something else now."""
+    out = []
+    for name in sorted({*before, *after}):
+        old, new = before.get(name), after.get(name)
+        if old != new and (name in before or name not in after) and not (old in _LEAST and new in _LEAST):
+            out.append(f"repaired {name}: {json.dumps(old, default=str)[:160]} → {json.dumps(new, default=str)[:160]}")
+    return out
 
 
 def _unsaid(method: PeftMethod) -> dict[str, Any]:

@@ -17,6 +17,9 @@ from adapterops.cli.text import bytes_text, listing, plural
 @click.option("--to", required=True, metavar="FORMAT", help="Format or dialect to write (adapterops formats).")
 @reading
 @click.option("--fold-alpha", is_flag=True, help="Bake the scale into the factors, for readers that ignore alpha.")
+@click.option(
+    "--repair", is_flag=True, help="Believe the tensors where a PEFT config contradicts them, and list what is changed."
+)
 @click.option("-v", "--verbose", is_flag=True, help="List every folded key.")
 @writing
 def convert(
@@ -31,6 +34,7 @@ def convert(
     rename: tuple[str, ...],
     allow_drop: bool,
     fold_alpha: bool,
+    repair: bool,
     verbose: bool,
     output: str | None,
     dtype: str | None,
@@ -49,6 +53,7 @@ def convert(
       adapterops convert style.safetensors --to diffusers -o style-diffusers.safetensors
       adapterops convert my-peft-folder --to kohya -o style.safetensors --dtype float16
       adapterops convert adapter_model.safetensors --to peft --alpha 16 --base model/config.json
+      adapterops convert folder --to peft --repair -o repaired
       adapterops convert botched.safetensors --to diffusers --rename '_lora_(down|up)\\.weight$=.lora_\\1.weight'
     """
     from adapterops import api, registry
@@ -64,6 +69,7 @@ def convert(
         alpha=alpha,
         fields=fields,
         allow_drop=allow_drop,
+        repair=repair,
         rename=rename,
     )
     # The bytes are moved once and compared once.
@@ -76,6 +82,7 @@ def convert(
             fold_alpha=fold_alpha,
             fields=fields,
             allow_drop=allow_drop,
+            repair=repair,
             overwrite=overwrite,
             verify=not no_verify,
             progress=progress,

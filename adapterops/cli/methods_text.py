@@ -55,11 +55,7 @@ def lines(row: TypeRow) -> Iterator[tuple[str, str]]:
 
 
 def _value(value: Any) -> str:
-    return (
-        {True: "true", False: "false", None: "null"}.get(value, str(value))
-        if not isinstance(value, float)
-        else str(value)
-    )
+    return {"True": "true", "False": "false", "None": "null"}.get(str(value), str(value))
 
 
 def text(rows: Sequence[TypeRow], verbose: bool) -> Iterator[str]:

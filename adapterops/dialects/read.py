@@ -23,13 +23,15 @@ class Request:
     """What the user says about an input: options of the commands that read one.
 
     `architecture` comes from `--arch` or `--base`; `alpha` is a number, or the name of the source to believe
-    ("tensors", "header", "config") where two disagree; `fields` come from `--set`.
+    ("tensors", "header", "config") where two disagree; `fields` come from `--set`.  With `repair` a config that
+    contradicts the tensors is no error: they are believed.
     """
 
     architecture: Architecture | None = None
     alpha: float | str | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
     allow_drop: bool = False
+    repair: bool = False
 
 
 class ScaleRule(NamedTuple):

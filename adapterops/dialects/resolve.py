@@ -154,8 +154,8 @@ def _is_block(entry: Group, architecture: Architecture) -> bool:
     """Whether a group's module is one that holds modules of the architecture, and its method acts on such."""
     if not METHODS[entry.method].blocks:
         return False
-    component = architecture.components[entry.place.among(architecture.components) or ""]
-    return any(name.startswith(entry.name + ".") for name in component.modules)
+    component = architecture.components.get(entry.place.among(architecture.components) or "")
+    return component is not None and any(name.startswith(entry.name + ".") for name in component.modules)
 
 
 def fits(update: Update, spec: ModuleSpec) -> bool:

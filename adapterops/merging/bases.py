@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adapterops.adapter import Adapter, Certainty, Fact
+from adapterops.adapter import Adapter, Certainty, Fact, Update
 from adapterops.architectures import Architecture
 from adapterops.errors import BrokenAdapter, CannotRepresent, UsageError
 from adapterops.methods import METHODS
@@ -57,6 +57,7 @@ def insist(adapters: Sequence[Adapter]) -> None:
                 "first (peft: save_pretrained with path_initial_model_for_weight_conversion)"
             )
         for update in adapter:
+            _insist_on_delta(update)
             method = METHODS[update.method]
             odd = next((t for t in update.tensors.values() if method.scaled and t.dtype not in dtypes.NUMBERS), None)
             if odd is not None:
@@ -70,6 +71,26 @@ def insist(adapters: Sequence[Adapter]) -> None:
                     f"{update.alpha}): it would change nothing; give the alpha that it was trained with (--alpha X), or "
                     "leave it out"
                 )
+
+
+_OWN_RULES = frozenset({"lora", "loha", "lokr", "ia3", "diff", "saved", "trainable_tokens", "bundled"})
+"""Methods of which every part has a rule of merging."""
+
+
+def _insist_on_delta(update: Update) -> None:
+    """Raise `CannotRepresent` for an update that is more, or less, than a weight delta that its tensors hold."""
+    method = METHODS[update.method]
+    if update.method in _OWN_RULES:
+        return
+    where = next(iter(update.tensors.values())).where
+    if not method.linear:
+        raise CannotRepresent(f"{where}: {method.title} changes no weight ({update.name}), so there is nothing to merge")
+    more = update.tensors.keys() & {"bias", "vector", "magnitude"}
+    if method.needs_weight or more or method.weight_shape(update) is None:
+        raise CannotRepresent(
+            f"{where}: what {method.title} does to {update.name} is not a weight delta that the tensors alone hold; make a "
+            "plain LoRA of it first (adapterops to-lora, with --base or --base-weights), and merge that"
+        )
 
 
 def insist_on_overlap(adapters: Sequence[Adapter], touched: Sequence[frozenset[int]], allowed: bool) -> None:
