@@ -32,7 +32,7 @@ from adapterops.dialects.table import (
 from adapterops.dialects.write import Spelled
 from adapterops.dialects.write import write as write_by_table
 from adapterops.methods import METHODS
-from adapterops.storage import LazyTensor, Source
+from adapterops.storage import LazyTensor, Source, scalar
 
 API_VERSION = 1
 
@@ -218,5 +218,6 @@ __all__ = [
     "no_config",
     "read_by_table",
     "read_keys",
+    "scalar",
     "write_by_table",
 ]

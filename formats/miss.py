@@ -9,7 +9,7 @@ the PEFT folder's; `--to peft` writes the same tensors, for whatever method ther
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar
 
@@ -38,7 +38,7 @@ class Miss(Peft):
     name = "miss"
     title = "MiSS in a PEFT folder; what Bone became"
     dialects = (MISS,)
-    foreign: ClassVar[Mapping[str, str]] = {}
+    foreign: ClassVar = {}
 
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
         return super().recognise(source, dialects) if any(_KEY in key for key in source.tensors) else []

@@ -31,7 +31,7 @@ from adapterops_formats.peft_kinds.row import PeftMethod
 from adapterops_formats.peft_lora import loralib_names
 from adapterops_formats.peft_names import MODULES, ONCE, TOP
 from adapterops_formats.peft_patterns import Base
-from adapterops_formats.peft_write import conflict, write_config
+from adapterops_formats.peft_write import write_config
 
 from adapterops.plugin import (
     Adapter,
@@ -168,7 +168,7 @@ class Peft(Format):
         name = adapter.components[0] if adapter.components else "model"
         if source.config is not None:
             said_wrong: list[str] = []
-            problem = said_wrong.append if request.repair else conflict
+            problem = said_wrong.append if request.repair else _contradicted
             describes(config.fields, config.where, adapter.as_stated(), problem, config.method)
             notes += [f"contradicted by the tensors, which are believed: {sentence}" for sentence in said_wrong]
         if config.mutated_init:
@@ -205,6 +205,11 @@ class Peft(Format):
             files.append(OutputFile(folder + WEIGHTS, spelled.tensors, _header(part, component)))
             files.append(OutputFile(folder + CONFIG, text=json.dumps(config, indent=2, sort_keys=True) + "\n"))
         return Output(tuple(files), tuple(kept), tuple(dropped), tuple(dict.fromkeys(notes)))
+
+
+def _contradicted(sentence: str) -> None:
+    """Raise `Conflict`: a config that came with the tensors says something else than they do."""
+    raise errors.Conflict(f"{sentence}; convert --to peft --repair believes the tensors and lists what it changes")
 
 
 def _in_shape(adapter: Adapter, target: Target) -> tuple[Adapter, list[str]]:

@@ -225,7 +225,7 @@ def _check_within(fields: Config, where: str, setting: Setting) -> None:
 def _check_scale(fields: Config, where: str, method: PeftMethod) -> None:
     rank = fields.get(method.rank, method.rank_default) if method.rank else 1
     if type(rank) is not int or rank <= 0:
-        raise _bad(where, "r", rank, "a positive number")
+        raise _bad(where, method.rank, rank, "a positive number")
     alpha = fields.get(method.alpha, 8) if method.alpha else 1
     if not _is_number(alpha):
         raise _bad(where, method.alpha, alpha, f"a number (--set {method.alpha}=X says it)")

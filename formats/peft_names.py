@@ -32,7 +32,12 @@ def _own(method: str, *texts: str, kind: str = "", ends: str = "") -> tuple[Suff
 _PATHS = ("Xd", "Xu", "X", "zeros")
 """How a path of GLoRA may be parametrised."""
 
+_VARIANTS = ("kasa", "bdlora", "qalora", "alora", "arrow", "lora_merged")
+"""What a config may make of LoRA's tensors; a key alone reads as LoRA's, which stands behind them."""
+
 MODULES = (
+    *(Suffix(suffix.text, method, suffix.role) for method in _VARIANTS for suffix in LORA if not suffix.options),
+    Suffix(".lora_diag{adapter}", "kasa", "diag"),
     *LORA,
     # KaSA's diagonal, and what MonteCLoRA and VeLoRA train with.
     Suffix(".lora_diag{adapter}", "lora", "diag"),
@@ -63,6 +68,8 @@ MODULES = (
     *_own("pvera", "lambda_b", "lambda_d"),
     *_own("randlora", "lambda", "gamma", "A", "B"),
     *_own("vblora", *(f"logits_{f}{end}" for f in "AB" for end in ("", "_topk_indices", "_topk_weights"))),
+    # Of an embedding spelled alike: read as the last of the two, and then known by the base.
+    *(Suffix(f".tinylora_{role}{{adapter}}", "tinylora", role, {"kind": "embedding"}) for role in "AB"),
     *_own("tinylora", "A", "B", "P"),
     *_own("unilora", *(f"{kind}_{f}" for kind in ("indices", "scales") for f in "AB")),
     *_own("frod", "lambda_l", "lambda_s_values"),

@@ -29,7 +29,8 @@ def _row(kind: PeftMethod) -> TypeRow:
         derived=tuple(derived),
         assumed=tuple((s.name, s.default) for s in kind.settings if not s.asked),
         unknowable=tuple(
-            [(s.name, s.about) for s in kind.settings if s.asked] + [(name, "--alpha says it") for name in kind.scale[:1]]
+            [(s.name, s.about) for s in kind.settings if s.asked]
+            + [(name, "--alpha says it") for name in kind.scale[:1]]
         ),
         refused=tuple(kind.refused.items()),
         needs=kind.needs,

@@ -86,6 +86,8 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
             f"{next(iter(whole.tensors.values())).where}: stands for all modules that were adapted, and nothing says which: "
             "--set target_modules='[\"q_proj\", …]' does"
         )
+    for name in method.legacy:
+        config.pop(name, None)
     _agrees(config, updates, base, target.fields, method)
     if own and target.repair:
         notes += _changes(before, config)

@@ -237,7 +237,7 @@ class Group:
 
 def bare(reading: Reading) -> bool:
     """Whether names stand in the keys without anything before them, so that any writer's keys read as names."""
-    return any(not c.place.prefix and not c.place.tails and not c.place.whole for c in reading.claims)
+    return any(c.place.bare for c in reading.claims)
 
 
 def sample(reading: Reading, size: int) -> Reading:

@@ -118,7 +118,7 @@ def applies(place: Place, architecture: Architecture) -> bool:
 
 def needs_table(place: Place) -> bool:
     """Whether a spelled name means nothing without an architecture."""
-    bare = not place.prefix and place.component != "*"
+    bare = not place.prefix and place.component != "*" and not place.sure
     return bare or place.flat or place.names != "canonical" or bool(place.names_in)
 
 

@@ -71,6 +71,8 @@ class Place:
     `usual` names those for which the row is the usual one though others are read too: where modules alone fit several
     base models, it decides.  `saved` lets a key without a known suffix be a saved parameter of its module,
     of any or of those whose names end so.
+    `sure` says that nobody else spells such suffixes, so that names before them need not be a known base's although no
+    prefix stands there.
     `free` says that names are nobody's modules (tokens of a bundled embedding) and stand as they are.
     `whole` says that keys are the prefix and a suffix, with no module between them: what the component has once (matrices
     that all modules share, soft prompts); such a place is `free` too.
@@ -87,8 +89,14 @@ class Place:
     only: frozenset[str] = frozenset()
     usual: frozenset[str] = frozenset()
     saved: bool | tuple[str, ...] = False
+    sure: bool = False
     free: bool = False
     whole: bool = False
+
+    @property
+    def bare(self) -> bool:
+        """Whether any writer's keys would read as names here."""
+        return not self.prefix and not self.tails and not self.whole and not self.sure
 
     @property
     def reads(self) -> tuple[object, ...]:
@@ -130,7 +138,7 @@ class Dialect:
     @property
     def is_bare(self) -> bool:
         """Whether names stand in its keys without anything before or after them that only this dialect has."""
-        return any(not place.prefix and not place.tails and not place.whole for place in self.places)
+        return any(place.bare for place in self.places)
 
 
 def traits(architecture: Architecture) -> frozenset[str]:

@@ -86,7 +86,7 @@ def _insist_on_delta(update: Update) -> None:
     if not method.linear:
         raise CannotRepresent(f"{where}: {method.title} changes no weight ({update.name}), so there is nothing to merge")
     more = update.tensors.keys() & {"bias", "vector", "magnitude"}
-    if method.needs_weight or more or method.weight_shape(update) is None:
+    if method.acts_on_base(update) or more or method.weight_shape(update) is None:
         raise CannotRepresent(
             f"{where}: what {method.title} does to {update.name} is not a weight delta that the tensors alone hold; make a "
             "plain LoRA of it first (adapterops to-lora, with --base or --base-weights), and merge that"

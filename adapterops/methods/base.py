@@ -112,6 +112,10 @@ class Method:
         """
         return None
 
+    def acts_on_base(self, update: Update) -> bool:
+        """Whether what this update adds depends on the base's own weight; `change` then takes `own`."""
+        return self.needs_weight
+
     def delta(self, update: Update) -> torch.Tensor:
         """ΔW in float32, in the shape of the module's weight.
 
@@ -134,7 +138,14 @@ class Method:
         Raises `CannotRepresent` where a fact is missing (the base's parameters, a shape, a field of a config), and where
         no change of the parameters does what the update does; `BrokenAdapter` where `own` has another shape.
         """
-        return Change(self.delta(update))
+        delta = self.delta(update)
+        if own is not None:
+            delta = delta.reshape(own.weight.shape)
+        if "magnitude" in update.tensors:
+            from adapterops.methods.magnitude import normalised
+
+            delta, _ = normalised(update, need_own(update, own).weight, delta)
+        return Change(delta)
 
     def weight_shape(self, update: Update) -> tuple[int, ...] | None:
         """The shape of ΔW as the tensors have it (a kernel may be flattened, an embedding's is (dim, tokens)); None where

@@ -36,6 +36,7 @@ class Ia3(OfTheWeight):
     flags = ("on_input",)
     compared = frozenset({"initial"})
     title = "(IA)³"
+    formula = "W' = W · diag(m) on inputs; diag(m) · W on outputs, and b' = m ∘ b (peft)"
     source = "https://arxiv.org/abs/2205.05638"
 
     def check(self, update: Update) -> None:

@@ -46,6 +46,7 @@ class Lora(Method):
     source = "https://arxiv.org/abs/2106.09685"
     scaled = True
     rows = frozenset({"B", "bias", "magnitude"})
+    compared = frozenset({"monteclora_config", "velora_config"})  # they concern training alone
     pairs: ClassVar[tuple[tuple[str, str], ...]] = (("B", "A"),)
 
     def check(self, update: Update) -> None:

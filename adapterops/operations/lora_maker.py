@@ -90,7 +90,7 @@ class Maker:
                 f"{update.name}: has a DoRA magnitude (tensor {update.tensors['magnitude'].key!r}): what it does to the weight "
                 "depends on the base's own; give --base-weights BASE, or leave the budget out, which keeps the magnitude"
             )
-        acts_on_base = method.needs_weight or (dora and not self._budget.everything)
+        acts_on_base = method.acts_on_base(update) or (dora and not self._budget.everything)
         found = None if acts_on_base else method.low_rank(update)
         if found is not None:
             scale = method.scale(update) if method.scaled else 1.0

@@ -264,8 +264,8 @@ def _c3a_problems(config: Any, updates: Sequence[Update], base: Base) -> Iterato
         if stated is not None and stated != kernel.shape[2]:
             yield (
                 f"{kernel.where}: the kernel {list(kernel.shape)} of {update.module} has block_size {kernel.shape[2]}, but "
-                f"{config.where} says {stated} for it (block_size or block_size_pattern); --set block_size=null with "
-                "--set block_size_pattern=null derives them anew"
+                f"{config.where} says {stated} for it (block_size or block_size_pattern); --set block_size={kernel.shape[2]}, or "
+                f"--set block_size_pattern='{{\"…\": {kernel.shape[2]}}}'"
             )
 
 

@@ -19,8 +19,9 @@ LORA = PeftMethod(
     biases=True,
     known=(
         *("lora_dropout", "bias", "init_lora_weights", "megatron_core", "loftq_config", "eva_config", "corda_config"),
-        *("lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying", "merge_weights"),
+        *("lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
     ),
+    legacy=("enable_lora", "merge_weights"),
     refused={
         "target_parameters": "its factors act on bare parameters, not on modules",
         "megatron_config": "the factors are those of Megatron's parallel layers",

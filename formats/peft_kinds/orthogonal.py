@@ -65,7 +65,7 @@ def _oft_fields(updates: Sequence[Update], base: Base) -> dict[str, Any]:
 
     Raises `CannotRepresent` where no config makes peft build such blocks.
     """
-    now = [u for u in updates if generation(u) == 16]
+    now = [_oft_fitted(u) for u in updates]
     version = {} if any(not halved(u) for u in now) else {"peft_version": SINCE}
     sizes = [_sizes(u, base) for u in now]
     share = any(stored == 1 and (inputs is None or inputs > size) for stored, size, inputs in sizes)
@@ -99,8 +99,10 @@ def _oft_fields(updates: Sequence[Update], base: Base) -> dict[str, Any]:
 
 def _oft_problems(config: Any, updates: Sequence[Update], base: Base) -> Iterator[str]:
     """Where the config would make peft build other blocks."""
-    r, size = config.fields.get("r", 0) or 0, config.fields.get("oft_block_size", 32) or 0
-    share = bool(config.fields.get("block_share", False))
+    r, size = config.fields.get("r", 0), config.fields.get("oft_block_size", 32)
+    share = config.fields.get("block_share", False)
+    if None in (r, size, share):
+        return  # they are to be derived anew
     anew = "--set r=null --set oft_block_size=null --set block_share=null derives them anew"
     for update in updates:
         if generation(update) != 16:
@@ -147,7 +149,8 @@ def _oft_today(entry: Group, config: Any) -> str:
         )
     if when == 14:
         return (
-            "is OFT of peft 0.14 or 0.15, which today's peft refuses; --to peft writes it as BOFT, which does the same"
+            "is OFT of peft 0.14 or 0.15, which today's peft refuses: taken as BOFT with one butterfly factor, which does "
+            "the same"
         )
     if config is None or config.certainty is not Certainty.READ or not config.fields.get("use_cayley_neumann", True):
         return ""
@@ -159,8 +162,25 @@ def _oft_today(entry: Group, config: Any) -> str:
     return ""
 
 
+def _oft_complete(updates: list[Update]) -> list[Update]:
+    """The updates of peft 0.14 and 0.15 as BOFT, but where the size of a module is needed and unknown."""
+
+    def now(update: Update) -> Update:
+        if update.method != "oft" or generation(update) != 14:
+            return update
+        METHODS["oft"].check(update)
+        try:
+            return as_boft(update)
+        except errors.CannotRepresent:
+            return update  # `_oft_fitted` says why, where that matters
+
+    made = [now(u) for u in updates]
+    # A config knows one method.
+    return updates if any(u.method == "oft" for u in made) else made
+
+
 def _oft_fitted(update: Update) -> Update:
-    """An update as a method of today's peft has it."""
+    """An update as a method of today's peft has it.  Raises `CannotRepresent` where none has."""
     return update if generation(update) == 16 else as_boft(update)
 
 
@@ -179,14 +199,15 @@ OFT = PeftMethod(
     flags=("fan_in_fan_out",),
     biases=True,
     bias_only="oft_only",
-    known=("module_dropout", "bias", "init_weights"),
+    # The last two are those of peft before 0.14; what they say shows in the blocks.
+    known=("module_dropout", "bias", "init_weights", "rank_pattern", "alpha_pattern"),
     defaults=defaults("OFT", module_dropout=0.0, bias="none", init_weights=True, modules_to_save=None),
     fields=_oft_fields,
     problems=_oft_problems,
     options=_oft_options,
     today=_oft_today,
     fitted=_oft_fitted,
-    needs="base weights",
+    complete=_oft_complete,
 )
 
 
@@ -212,14 +233,22 @@ def _boft_problems(config: Any, updates: Sequence[Update], base: Base) -> Iterat
     said = config.fields
     size, number = said.get("boft_block_size", 4), said.get("boft_block_num", 0)
     factors = said.get("boft_n_butterfly_factor", 1)
+    if None in (size, number, factors):
+        return  # they are to be derived anew
+    if any(type(value) is not int for value in (size, number, factors)):
+        yield f"{config.where}: boft_block_size, boft_block_num and boft_n_butterfly_factor are whole numbers"
+        return
     for update in updates:
         tensor = update.tensors["R"]
         has = tensor.shape[:3]
         if (factors, number or has[1], size or has[2]) != has or bool(size) == bool(number):
+            untold = factors > has[0] == 1  # and any other number is a mistake
             yield (
                 f"{tensor.where}: shape {list(tensor.shape)}, but {config.where} says boft_n_butterfly_factor {factors}, "
-                f"boft_block_num {number}, boft_block_size {size} (one of the two is 0); --set boft_block_size=null --set "
-                "boft_block_num=null --set boft_n_butterfly_factor=null derives them anew"
+                f"boft_block_num {number}, boft_block_size {size} (one of the two is 0)"
+                + ("; peft without its CUDA extension trains one factor, whatever its config says" if untold else "")
+                + "; --set boft_n_butterfly_factor=null --set boft_block_size=null --set boft_block_num=null derives them "
+                "anew"
             )
 
 
@@ -237,7 +266,6 @@ BOFT = PeftMethod(
     defaults=defaults("BOFT", boft_dropout=0.0, bias="none", init_weights=True, modules_to_save=None),
     fields=_boft_fields,
     problems=_boft_problems,
-    needs="base weights",
 )
 
 
@@ -253,8 +281,6 @@ HRA = PeftMethod(
     bias_only="hra_only",
     known=("bias", "init_weights"),
     defaults=defaults("HRA", bias="none", init_weights=True, modules_to_save=None),
-    needs="base weights",
-    lost=("apply_GS",),
 )
 
 
@@ -291,8 +317,6 @@ ROAD = PeftMethod(
     known=("init_weights",),
     defaults=defaults("ROAD", init_weights=True, modules_to_save=None),
     options=_road_options,
-    needs="base weights",
-    lost=("variant (without the base)", "group_size"),
 )
 
 
@@ -448,5 +472,4 @@ GLORA = PeftMethod(
     fields=_glora_fields,
     problems=_glora_problems,
     ranks=_glora_ranks,
-    needs="base weights",
 )

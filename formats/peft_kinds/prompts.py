@@ -1,8 +1,8 @@
 """Soft prompts in PEFT configs.
 
 A table of input embeddings is saved by prompt tuning, P-tuning and CPT under one name and does the same for all three; so is
-a table of keys and values by prefix tuning and cartridges.  Without a config it is taken for prompt tuning's, the only type
-whose loading checks the width against the base's embeddings.
+a table of keys and values by prefix tuning and cartridges.  Without a config it is taken for prompt tuning's, which fails
+loudly where it is keys and values: their width is not that of the base's embeddings.
 
 peft fills in `num_layers`, `token_dim` and `num_attention_heads` from the base where a config has null.  Which class of model
 the prompt is put before, `task_type` alone says: without one, peft loads the tensors and leaves them unused.
@@ -27,7 +27,7 @@ _TASK = Setting(
     "task_type",
     (str,),
     asked=True,
-    about="without it peft loads a prompt and never uses it (CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS …)",
+    about="without it peft loads a prompt and never uses it; CAUSAL_LM, SEQ_2_SEQ_LM, SEQ_CLS and so on",
 )
 _MODEL = ("num_attention_heads", "num_layers")
 """Fields that peft takes from the base where they are null."""
@@ -64,10 +64,16 @@ def _input_problems(view: Any, updates: Sequence[Update], base: Base) -> Iterato
         parts = view.fields.get("num_transformer_submodules")
         parts = _parts(view.fields.get("task_type")) if parts is None else parts
         tokens = view.fields.get("num_virtual_tokens")
-        if tokens is not None and tokens * parts != rows:
+        if tokens is None or tokens * parts != rows:
             yield contradiction(update, view, "num_virtual_tokens", rows // parts)
         if view.fields.get("token_dim") not in (None, width):
             yield contradiction(update, view, "token_dim", width)
+        words = {shape[-1] for name, shape in base.shapes.items() if base.kinds.get(name) == "embedding"}
+        if words and width not in words:
+            yield (
+                f"{update.tensors['prompt_embeddings'].where}: is {width} wide, and the base's embeddings are "
+                f"{' or '.join(map(str, sorted(words)))}: another base's, or keys and values (--set peft_type=PREFIX_TUNING)"
+            )
 
 
 def _multitask_fields(updates: Sequence[Update], base: Base) -> dict[str, Any]:
@@ -92,11 +98,12 @@ def _prefix_fields(updates: Sequence[Update], base: Base) -> dict[str, Any]:
 def _prefix_problems(view: Any, updates: Sequence[Update], base: Base) -> Iterator[str]:
     for update in updates:
         rows, width = _rows(update)
-        if view.fields.get("num_virtual_tokens") not in (None, rows):
+        if view.fields.get("num_virtual_tokens") != rows:
             yield contradiction(update, view, "num_virtual_tokens", rows)
         layers, size = view.fields.get("num_layers"), view.fields.get("token_dim")
         if layers and size and 2 * layers * size != width:
-            yield contradiction(update, view, "token_dim", width / (2 * layers))
+            name, other = ("num_layers", size) if width % (2 * size) == 0 else ("token_dim", layers)
+            yield contradiction(update, view, name, width // (2 * other))
 
 
 def _untold(entry: Group, config: Any) -> str:
@@ -105,12 +112,12 @@ def _untold(entry: Group, config: Any) -> str:
         return ""
     return (
         "no config says which type of prompt it is: prompt tuning is assumed, which does what P-tuning and CPT do with the "
-        "same table (and peft refuses a table of keys and values for it); --set peft_type=PREFIX_TUNING says otherwise"
+        "same table; keys and values, which are wider than the base's embeddings, are --set peft_type=PREFIX_TUNING"
     )
 
 
 def _row(kind: str, method: str, title: str, **rest: Any) -> PeftMethod:
-    options = {
+    options: dict[str, Any] = {
         "shaping": ("num_virtual_tokens", "num_transformer_submodules", "token_dim"),
         "fields": _input_fields,
         "problems": _input_problems,
@@ -176,7 +183,7 @@ MULTITASK_PROMPT_TUNING = _row(
     problems=_multitask_problems,
     known=(*_TEXT, "prompt_tuning_init_state_dict_path", "prompt_tuning_init_task"),
 )
-_PREFIX = {
+_PREFIX: dict[str, Any] = {
     "shaping": ("num_virtual_tokens", "num_transformer_submodules"),
     "fields": _prefix_fields,
     "problems": _prefix_problems,
@@ -223,10 +230,10 @@ def _attention_problems(view: Any, updates: Sequence[Update], base: Base) -> Ite
     if not updates:
         return
     name, count = view.fields.get("target_modules"), view.fields.get("adapter_layers")
-    if count not in (None, len(updates)):
+    if count != len(updates):
         yield contradiction(updates[0], view, "adapter_layers", len(updates))
     for update in updates:
-        if view.fields.get("adapter_len") not in (None, update.tensors["prompt"].shape[1]):
+        if view.fields.get("adapter_len") != update.tensors["prompt"].shape[1]:
             yield contradiction(update, view, "adapter_len", update.tensors["prompt"].shape[1])
         if name is not None and not update.module.endswith(f".{name}"):
             yield contradiction(update, view, "target_modules", update.module.rpartition(".")[2])

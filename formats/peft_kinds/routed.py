@@ -289,6 +289,7 @@ SHADOW = PeftMethod(
         *("shadow_num_hidden_layers", "shadow_hidden_size", "shadow_intermediate_size", "update_hidden_size"),
         *("share_embeddings", "shadow_model"),
     ),
+    nulls=("shadow_num_hidden_layers", "shadow_hidden_size", "shadow_intermediate_size", "update_hidden_size"),
     settings=(Setting("shadow_alpha", (int, float), 0.1, asked=True, about="it multiplies what the shadow adds"),),
     known=("shadow_dropout", "init_weights", "shadow_num_attention_heads", "auxiliary_loss_weight"),
     defaults=defaults("SHADOW", shadow_dropout=0.2, init_weights=True, modules_to_save=None),

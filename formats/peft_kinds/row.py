@@ -127,6 +127,8 @@ class PeftMethod:
     rank_default: int = 8
     roles: tuple[tuple[str, str], ...] = ()
     shaping: tuple[str, ...] = ()
+    nulls: tuple[str, ...] = ()
+    """Fields of `shaping` for which null is a value like any other, and not one that was left out."""
     settings: tuple[Setting, ...] = ()
     narrowing: tuple[str, ...] = ("exclude_modules", "layers_to_transform", "layers_pattern")
     flags: tuple[str, ...] = ()
@@ -145,6 +147,8 @@ class PeftMethod:
     now: str = ""
     """The `peft_type` that today's peft has in its place, with at least its fields; it is read only then."""
     known: tuple[str, ...] = ()
+    legacy: tuple[str, ...] = ()
+    """Fields of earlier releases, and facts of other writers, that say how tensors are read and are never written."""
     refused: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)
     """What a config that is written anew says where nothing is known: fields that every peft with the method has."""
@@ -191,7 +195,7 @@ class PeftMethod:
     @property
     def all_fields(self) -> tuple[str, ...]:
         """Every field of the method's config: what `--set` may name."""
-        return (*EVERYWHERE, *self.derived, *self.narrowing, *self.flags, *self.refused, *self.known)
+        return (*EVERYWHERE, *self.derived, *self.narrowing, *self.flags, *self.refused, *self.legacy, *self.known)
 
     def collect(self, updates: list[Update]) -> Gathered:
         """The updates without what the file holds once, and that.

@@ -21,7 +21,8 @@ _COMMON: dict[str, Any] = {"bias": "none", "fan_in_fan_out": False, "modules_to_
 # ---- FourierFT and WaveFT -----------------------------------------------------------------------------------
 
 
-def _counts(updates: Sequence[Update]) -> dict[str, int]:
+def _counts(updates: Sequence[Update], base: Base) -> dict[str, int]:
+    """How many coefficients each module has."""
     return {u.module: u.tensors["spectrum"].numel for u in updates}
 
 
@@ -33,7 +34,7 @@ def _at_the_end(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 
 def _fourier_fields(updates: Sequence[Update], base: Base) -> dict[str, Any]:
     """Raises `CannotRepresent` where peft's matching would give a module another's number."""
-    counts = _counts(updates)
+    counts = _counts(updates, base)
     usual, _ = pattern_table(counts, base)
     # Longer names first: the whole name of one module may be the end of another's.
     others = sorted((m for m, count in counts.items() if count != usual), key=lambda m: (-m.count("."), m))
@@ -51,7 +52,8 @@ def _spectrum_problem(config: Any, update: Update, said: Any) -> str:
     spectrum = update.tensors["spectrum"]
     return (
         f"{spectrum.where} has {spectrum.numel} coefficients, but {config.where} says {said!r:.60} for it (n_frequency or "
-        "n_frequency_pattern); --set n_frequency=null --set n_frequency_pattern=null derives both anew"
+        f'n_frequency_pattern); --set n_frequency={spectrum.numel}, or --set n_frequency_pattern=\'{{"…": '
+        f"{spectrum.numel}}}'"
     )
 
 
@@ -64,21 +66,20 @@ def _fourier_problems(config: Any, updates: Sequence[Update], base: Base) -> Ite
 
 
 def _wave_fields(updates: Sequence[Update], base: Base) -> dict[str, Any]:
-    usual, table = pattern_table(_counts(updates), base)
-    return {"n_frequency": usual, "n_frequency_pattern": table, "proportional_parameters": False}
+    return {"proportional_parameters": False}
 
 
 def _wave_problems(config: Any, updates: Sequence[Update], base: Base) -> Iterator[str]:
     patterns, usual = config.fields.get("n_frequency_pattern") or {}, config.fields.get("n_frequency", 2592)
     shares: dict[str, int] = {}
-    if config.fields.get("proportional_parameters") and type(usual) is int:
+    if config.fields.get("proportional_parameters"):
         sizes = {u.module: shape[0] * shape[1] for u in updates if (shape := _shape(u, base))}
         if len(sizes) < len(updates):
             return  # what each module is given follows from the sizes of all
         # As peft rounds it, the ratio first.
         shares = {m: max(1, round(size / sum(sizes.values()) * (usual * len(sizes)))) for m, size in sizes.items()}
     for update in updates:
-        said = shares.get(update.module, looked_up(patterns, update.module, usual))
+        said = shares.get(update.module) or looked_up(patterns, update.module, usual)
         if said != update.tensors["spectrum"].numel:
             yield _spectrum_problem(config, update, said)
 
@@ -102,14 +103,16 @@ FOURIERFT = PeftMethod(
     "FOURIERFT",
     "fourierft",
     "FourierFT",
-    rank="",
-    shaping=("n_frequency", "n_frequency_pattern"),
+    rank="n_frequency",
+    ranks_in="n_frequency_pattern",
+    rank_default=1000,
     settings=(_PLACES, Setting("scaling", (float,), 150.0, asked=True, about=_SCALING)),
     flags=_FLAG,
     biases=True,
     bias_only="fourier_only",
     known=("bias", "init_weights"),
     defaults=defaults("FOURIERFT", **_COMMON, init_weights=False),
+    ranks=_counts,
     fields=_fourier_fields,
     problems=_fourier_problems,
     needs="the module's shape, random_loc_seed, scaling",
@@ -119,8 +122,10 @@ WAVEFT = PeftMethod(
     "WAVEFT",
     "waveft",
     "WaveFT",
-    rank="",
-    shaping=("n_frequency", "n_frequency_pattern", "proportional_parameters"),
+    rank="n_frequency",
+    ranks_in="n_frequency_pattern",
+    rank_default=2592,
+    shaping=("proportional_parameters",),
     settings=(
         _PLACES,
         Setting("scaling", (float,), 25.0, asked=True, about=_SCALING),
@@ -132,6 +137,7 @@ WAVEFT = PeftMethod(
     bias_only="waveft_only",
     known=("bias", "init_weights"),
     defaults=defaults("WAVEFT", **_COMMON, init_weights=True),
+    ranks=_counts,
     fields=_wave_fields,
     problems=_wave_problems,
     options=_wave_options,
@@ -186,7 +192,7 @@ def _uni_problems(config: Any, updates: Sequence[Update], base: Base) -> Iterato
     has, usual = _uni_fields(updates, base), {"theta_d_length": 256, "save_indices": False}
     for name, value in has.items():
         said = config.fields.get(name, usual[name])
-        if said != value:
+        if said is not None and said != value:
             yield (
                 f"{next(iter(updates[0].tensors.values())).where}: {name} is {value} by the tensors, but {config.where} says "
                 f"{said!r:.60}; --set {name}={str(value).lower()}"

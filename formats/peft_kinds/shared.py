@@ -51,12 +51,12 @@ def _saved_all(updates: Sequence[Update], role: str, title: str) -> bool:
 
 def _insist_on_saved(config: Any, updates: Sequence[Update], role: str, name: str) -> Iterator[str]:
     """A sentence where the config says wrongly whether the tensors of a role were saved."""
-    said = bool(config.fields.get(name, True))
+    said = config.fields.get(name, True)
     for update in updates[:1]:
-        if said != (role in update.tensors):
+        if said is not None and bool(said) != (role in update.tensors):
             has = "holds them" if role in update.tensors else "holds none"
             yield (
-                f"{next(iter(update.tensors.values())).where}: {config.where} says {name}={str(said).lower()} of the random "
+                f"{next(iter(update.tensors.values())).where}: {config.where} says {name}={str(bool(said)).lower()} of the "
                 f"projections ({role}), but the file {has}; --set {name}={str(not said).lower()}"
             )
 
@@ -210,7 +210,7 @@ def _differ(config: Any, updates: Sequence[Update], has: Mapping[str, Any], usua
     """A sentence for every field that is not what the tensors have."""
     for name, value in has.items():
         said = config.fields.get(name, usual[name])
-        if said != value:
+        if said is not None and said != value:
             yield (
                 f"{next(iter(updates[0].tensors.values())).where}: {name} is {value} by the tensors, but {config.where} says "
                 f"{said!r:.60}; --set {name}={str(value).lower() if isinstance(value, bool) else value}"
@@ -240,8 +240,27 @@ VBLORA = PeftMethod(
 # ---- TinyLoRA -----------------------------------------------------------------------------------------------
 
 
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and 0 <= value <= 1
+
+
 def _tiny_spread(shared: Shared, members: Sequence[Group], architecture: Architecture | None) -> None:
-    """Every module gets the vectors of all groups, and its number where the base says the order."""
+    """Every module gets the vectors of all groups, and its number where the base says the order.
+
+    Raises `BrokenAdapter` where there is none, or none with the number of a group.
+    """
+    if not shared:
+        raise errors.BrokenAdapter(
+            f"{next(iter(members[0].tensors.values())).where}: its counterpart tinylora_v is missing from the file; half an "
+            "update cannot be applied"
+        )
+    # In a state dict that was saved by hand the adapter's name stands before the number.
+    shared = {f"v.{role.rpartition('.')[2]}": tensor for role, tensor in shared.items()}
+    for number in range(len(shared)):
+        if f"v.{number}" not in shared:
+            raise errors.BrokenAdapter(
+                f"{next(iter(shared.values())).where}: {len(shared)} vectors, but number {number} is missing from the file"
+            )
     order = in_order([entry.name for entry in members], architecture)
     parts = architecture.components.values() if architecture is not None else ()
     for entry in members:
@@ -330,16 +349,16 @@ def _tiny_problems(config: Any, updates: Sequence[Update], base: Base) -> Iterat
     vector, groups = _tiny_vectors(updates)
     yield from _differ(config, updates, {"u": vector.numel}, {"u": 64})
     tying = config.fields.get("weight_tying", 0.0)
-    if isinstance(tying, (int, float)) and max(1, round(len(updates) * (1 - tying))) != groups:
+    if tying is not None and not (_is_share(tying) and max(1, round(len(updates) * (1 - tying))) == groups):
         yield (
-            f"{vector.where}: {groups} vectors for {len(updates)} modules, but {config.where} says weight_tying={tying}; "
+            f"{vector.where}: {groups} vectors for {len(updates)} modules, but {config.where} says weight_tying={tying!r:.60}; "
             "--set weight_tying=null derives it anew"
         )
     rank = config.fields.get("r", 2)
     for update in updates:
         a, b = update.tensors["A"], update.tensors["B"]
-        if a.shape[0] != min(rank, a.shape[1], b.shape[0]):
-            yield f"{a.where} has rank {a.shape[0]}, but {config.where} says r={rank}; --set r={a.shape[0]}"
+        if rank is not None and (type(rank) is not int or a.shape[0] != min(rank, a.shape[1], b.shape[0])):
+            yield f"{a.where} has rank {a.shape[0]}, but {config.where} says r={rank!r:.60}; --set r=null derives it anew"
 
 
 TINYLORA = PeftMethod(
@@ -382,6 +401,8 @@ def _frod_spread(shared: Shared, members: Sequence[Group], architecture: Archite
     """Every module gets the basis of its category.  Raises `BrokenAdapter` for a basis that no module has."""
     from adapterops.methods.frod import category
 
+    # In a state dict that was saved by hand the adapter's name stands behind the category.
+    shared = {".".join(name.split(".")[:2]): tensor for name, tensor in shared.items()}
     used: set[str] = set()
     for entry in members:
         for role in _BASIS:
@@ -449,10 +470,10 @@ def _frod_problems(config: Any, updates: Sequence[Update], base: Base) -> Iterat
     rate = config.fields.get("sparse_rate", 0.01)
     for update in updates:
         ((inputs, count),) = _sizes([update])
-        if isinstance(rate, (int, float)) and _entries(inputs, rate) != count:
+        if rate is not None and not (_is_share(rate) and _entries(inputs, rate) == count):
             yield (
-                f"{update.tensors['lambda_s_values'].where}: {count} numbers, but {config.where} says sparse_rate={rate}, "
-                f"which makes {_entries(inputs, rate)}; --set sparse_rate=null derives it anew"
+                f"{update.tensors['lambda_s_values'].where}: {count} numbers, but {config.where} says "
+                f"sparse_rate={rate!r:.60}; --set sparse_rate=null derives it anew"
             )
 
 

@@ -30,8 +30,8 @@ def _shira_problems(config: Any, updates: Sequence[Update], base: Base) -> Itera
         numbers = update.tensors["weight"]
         if rank and numbers.numel % rank:
             yield (
-                f"{numbers.where}: {numbers.numel} numbers of {update.module}, but {config.where} says r={rank}, which would make "
-                f"r · (in + out) of them; --base CONFIG with --set r=null derives it anew"
+                f"{numbers.where}: {numbers.numel} numbers of {update.module}, but {config.where} says r={rank}, and peft makes "
+                "r · (in + out) of them; --set r=R says it, and --base CONFIG finds it out"
             )
 
 

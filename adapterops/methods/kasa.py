@@ -1,0 +1,83 @@
+"""KaSA: LoRA with a diagonal between its factors, on a base weight without its smallest singular values.
+
+W' = W_k + ΔW with ΔW = s · B·diag(d)·A, s = alpha / r, or alpha / √r (rsLoRA), on linear modules (no Conv1D):
+
+- A (r, in_features), B (out_features, r), `diag` (r,)
+- W_k is W with the r smallest of its singular values set to zero.  peft truncates the base whenever it loads the adapter,
+  and leaves it truncated when the adapter is taken off; two adapters on one model truncate it twice.
+
+So `delta`, `low_rank`, `factors` and `norm` are ΔW, which is relative to W_k; `change` is all of W' − W (of rank 2r at most)
+and needs W.  peft allows no DoRA beside it.
+
+Sources: https://arxiv.org/abs/2412.06071; peft `tuners/lora/variants.py` (`KasaLinearVariant`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from adapterops.adapter import Update
+from adapterops.errors import BrokenAdapter
+from adapterops.methods.base import Change, Own, need, need_own
+from adapterops.methods.lora import Lora, as_shaped
+
+if TYPE_CHECKING:
+    import numpy.typing
+    import torch
+
+    Array = numpy.typing.NDArray[Any]
+
+
+class Kasa(Lora):
+    """KaSA."""
+
+    name = "kasa"
+    title = "KaSA (a diagonal between LoRA's factors, on a truncated base)"
+    source = "https://arxiv.org/abs/2412.06071"
+    rows = frozenset()  # a part's smallest singular values are not the whole's
+    pairs = ()
+    needs_weight = True
+    compared = frozenset({"kasa_config"})  # it concerns training alone
+
+    def check(self, update: Update) -> None:
+        need(update, "A", "B", "diag")
+        super().check(update)
+        diag, a = update.tensors["diag"], update.tensors["A"]
+        if len(a.shape) != 2:
+            raise BrokenAdapter(f"{a.where}: shape {list(a.shape)} is no matrix; KaSA acts on linear modules alone")
+        if diag.numel != a.shape[0]:
+            raise BrokenAdapter(
+                f"{diag.where}: shape {list(diag.shape)}, but {a.key!r} {list(a.shape)} has rank {a.shape[0]}; KaSA has one "
+                "number a rank"
+            )
+
+    def unscaled(self, update: Update) -> tuple[Array, Array]:
+        b, a = super().unscaled(update)
+        return b * update.tensors["diag"].numpy().astype("f8").reshape(-1), a
+
+    def low_rank(self, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch
+
+        b, a = self.unscaled(update)
+        return torch.from_numpy(b), torch.from_numpy(a)
+
+    def change(self, update: Update, own: Own | None = None) -> Change:
+        """W_k + ΔW − W, and s · `bias`.
+
+        Raises `CannotRepresent` without `own`; `BrokenAdapter` where W is of another size, or has no more singular values
+        than are dropped (peft refuses that, too).
+        """
+        import torch
+
+        own = need_own(update, own)
+        added = super().change(update, own)
+        weight, rank = own.weight.double(), self.rank(update)
+        if rank >= min(weight.shape):
+            raise BrokenAdapter(
+                f"{update.tensors['A'].where}: rank {rank}, and KaSA takes that many singular values away from a weight "
+                f"{list(weight.shape)}, which has no more ({update.name})"
+            )
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        dropped = (u[:, -rank:] * s[-rank:]) @ vh[-rank:]
+        assert added.weight is not None
+        return Change((as_shaped(update, added.weight, own).double() - dropped).float(), added.bias)
