@@ -88,7 +88,7 @@ class Loralib(Format):
         if source.config is not None:
             return []  # a PEFT folder, whose own format knows this spelling
         readings = super().recognise(source, dialects)
-        return [r for r in readings if not any(c.name.startswith(_PEFT) for c in r.claims)]
+        return [_with_triplets(r) for r in readings if not any(c.name.startswith(_PEFT) for c in r.claims)]
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
         said = _Said.of(source)
@@ -99,7 +99,6 @@ class Loralib(Format):
             return ScaleRule(alpha, certainty=Certainty.READ, source=f"{source.path}: header entry {ENTRY}")
 
         def settle(groups: list[Group]) -> list[Group]:
-            groups = _joined(groups)
             groups = [_meant(g, request.architecture, enabled, said) for g in groups]
             component = component_by_names(groups, request.architecture) or said.component or "model"
             places: dict[Place, Place] = {}
@@ -205,17 +204,15 @@ def _enabled(fields: Mapping[str, Any]) -> list[bool] | None:
     return value
 
 
-def _joined(groups: list[Group]) -> list[Group]:
-    """The groups with the factors of AdaLoRA, which are spelled as LoRA's, beside its values."""
-    triplets = {g.name: g for g in groups if g.method == "adalora"}
-    out = []
-    for entry in groups:
-        own = triplets.get(entry.name)
-        if entry.method == "lora" and own is not None:
-            own.tensors.update(entry.tensors)
-        else:
-            out.append(entry)
-    return out
+def _with_triplets(reading: Reading) -> Reading:
+    """The reading with the factors of AdaLoRA, which are spelled as LoRA's, as parts of it."""
+    triplets = {c.name for c in reading.claims if c.suffix.role == "E"}
+    own = {s.role: s for s in _SUFFIXES if s.method == "adalora"}
+    claims = tuple(
+        c._replace(suffix=own[c.suffix.role]) if c.name in triplets and c.suffix.method == "lora" else c
+        for c in reading.claims
+    )
+    return replace(reading, claims=claims)
 
 
 def _meant(entry: Group, architecture: Architecture | None, enabled: list[bool] | None, said: _Said) -> Group:
@@ -246,6 +243,12 @@ def _meant(entry: Group, architecture: Architecture | None, enabled: list[bool] 
             "--set enable_lora='[true, false, …]'"
         )
     if flags is not None:
+        groups = a.shape[0] // max(1, b.shape[1])
+        if groups != sum(flags):
+            raise errors.BrokenAdapter(
+                f"{b.where}: shape {list(b.shape)} beside {a.key!r} {list(a.shape)} is of {groups} parts, and enable_lora "
+                f"{json.dumps(flags)} turns {sum(flags)} on"
+            )
         entry.options["enable_lora"] = list(flags)
     return replace(entry, method="lora_merged")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from adapterops_formats.peft_kinds import KINDS
 from adapterops_formats.peft_kinds.row import EVERYWHERE, PeftMethod
 from adapterops_formats.peft_names import MODULES, ONCE, TOP
@@ -39,4 +41,5 @@ def _row(kind: PeftMethod) -> TypeRow:
 
 
 def _shown(suffix: Suffix) -> str:
-    return suffix.text.replace("{adapter}", "").lstrip(".") + ("*" if suffix.text.endswith(".") else "")
+    text = re.sub(r"\.\d+(?=\.|$)", ".N", suffix.text)
+    return text.replace("{adapter}", "").lstrip(".") + ("*" if text.endswith(".") else "")

@@ -163,6 +163,11 @@ class Method:
         """
         return None
 
+    def low_rank_of(self, update: Update, own: Own) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Exact factors of ΔW, (out, r) and (r, in · kernel) in float64, scale included, where the base's weight makes it of
+        low rank and nothing but the weight changes; None elsewhere."""
+        return None
+
     def matrix(self, update: Update) -> Rows:
         """ΔW, the scale included, as rows (out, in · kernel) that are made when they are asked for.
 

@@ -153,8 +153,8 @@ class Oft(OfTheWeight):
             if len(shape) > 2 and weight.shape[1] != shape[1] and not flag(update, "as_merged", False):
                 raise CannotRepresent(
                     f"{update.name}: what peft's forward does here is no change of a weight {list(shape)}: it sums up "
-                    "overlapping patches of the input, which changes the outputs even before training; peft's merge turns "
-                    "the weight instead, and --set as_merged=true takes that"
+                    "overlapping patches of the input, which changes the outputs even before training.  peft's own "
+                    "merge_and_unload turns the weight instead, and gives another model than the one that was trained"
                 )
             return Change(turned(weight, minus_eye(blocks)).reshape(shape))
         if when == 14:
@@ -258,27 +258,6 @@ def as_boft(update: Update) -> Update:
     s = s.reshape((1, s.numel) if kernel else (s.numel, 1))
     kept = {name: value for name, value in update.options.items() if name in ("shape", "fan_in_fan_out")}
     return replace(update, method="boft", tensors={"R": r, "s": s}, options=kept)
-
-
-def as_today(update: Update) -> Update:
-    """An update as today's peft computes it, where the maths allows.
-
-    Raises `CannotRepresent`, with the reason and the way that works, where it does not: what acts on outputs (peft before
-    0.14), and a series whose last term peft 0.18 halved.
-    """
-    when = generation(update)
-    if when == 14:
-        return as_boft(update)
-    if when == 7:
-        raise CannotRepresent(f"{update.name}: {_why(update)}")
-    options = {name: value for name, value in update.options.items() if name != "peft_version"}
-    if flag(update, "use_cayley_neumann", True) and not halved(update) and terms(update) > 2:
-        raise CannotRepresent(
-            f"{update.name}: peft before 0.18 ended the Cayley-Neumann series of OFT with a term twice as large as today's "
-            f"does, and no other number of terms than {terms(update)} makes up for it; to-lora --base-weights BASE turns "
-            "it into LoRA"
-        )
-    return replace(update, options=options)
 
 
 def _why(update: Update) -> str:

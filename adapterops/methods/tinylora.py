@@ -134,9 +134,10 @@ class Tinylora(Factored):
 
         v, p = update.tensors.get("v"), update.tensors.get("P")
         if v is None:
+            other = "" if p is None else "; so does the seed of its saved projections (--set projection_seed=VALUE)"
             raise CannotRepresent(
                 f"{update.name}: which of the adapter's vectors (tinylora_v) it uses follows from the order of the base's "
-                "modules; --arch NAME or --base CONFIG says it"
+                f"modules; --base CONFIG says it{other}"
             )
         rank = self.rank(update)
         if p is not None:
@@ -146,7 +147,7 @@ class Tinylora(Factored):
             if index is None:
                 raise CannotRepresent(
                     f"{update.name}: its projections were not saved (save_projection), and the seed that draws them depends "
-                    "on the order of the base's modules; --arch NAME or --base CONFIG says it"
+                    "on the order of the base's modules; --base CONFIG says it"
                 )
             matrices = drawn(seed + int(index), v.numel, rank).double().numpy()
         middle: Array = np.einsum("i,ijk->jk", numbers(v), matrices)

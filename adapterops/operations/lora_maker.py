@@ -104,7 +104,11 @@ class Maker:
             raise CannotRepresent(
                 f"{update.name}: what {method.title} does to the weight depends on the base's own; give --base-weights BASE"
             )
-        change = method.change(update, self._own.of(update) if self._own is not None else None)
+        own = self._own.of(update) if self._own is not None else None
+        exact = method.low_rank_of(update, own) if own is not None and not dora else None
+        if exact is not None:
+            return of_factors(*exact, 1.0, self._budget, self._torch), {}, None
+        change = method.change(update, own)
         if change.weight is None:
             return self._nothing(update, change.bias), {}, change.bias
         if change.weight.dim() < 2:

@@ -13,7 +13,8 @@ import pytest
 import torch
 from adapterops_formats.peft_kinds.seeded import FOURIERFT
 from adapterops_formats.peft_patterns import Base
-from peft_zoo import Case, own
+from peft import TinyLoraConfig
+from peft_zoo import LINE, Case, own
 from test_peft_methods import architecture_of
 from zoo_seeded import CASES as SEEDED
 from zoo_shared import CASES as SHARED
@@ -206,6 +207,17 @@ def test_saved_matrices_tell_the_order_of_the_modules(name: str, tmp_path: Path)
     known = loaded(tmp_path / "original", case)
     for key, update in adapter.updates.items():
         assert METHODS["tinylora"].error(known.updates[key], update) == 0.0
+
+
+def test_another_seed_has_to_be_said_for_that(tmp_path: Path) -> None:
+    case = Case(LINE, TinyLoraConfig(r=3, u=6, target_modules=["wide", "tall"], projection_seed=9))
+    path = alone(case.adapter(tmp_path / "original")[1])
+    changes(loaded(path, projection_seed=9), case)
+    with pytest.raises(errors.CannotRepresent, match=r"--base CONFIG.*--set projection_seed=VALUE"):
+        changes(loaded(path), case)
+    # Whatever the order, the file can be written again.
+    ao.save(loaded(path), tmp_path / "converted", format="peft")
+    pm.same_tensors(pm.weights_of(tmp_path / "converted"), pm.weights_of(tmp_path / "original"))
 
 
 def test_the_order_is_the_bases_where_the_matrices_do_not_tell(tmp_path: Path) -> None:
