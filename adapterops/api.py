@@ -181,6 +181,7 @@ def save(
     form, dialect = registry.find(format or adapter.provenance.dialect)
     _insist_on_use(adapter, dialect, fields or {})
     insist_on_alphas(adapter)
+    adapter = form.prepared(adapter)
     wanted = dtype_named(dtype)
     changed = adapter.with_updates(_map(u, wanted, fold_alpha) for u in adapter)
     target = Target(dialect, adapter.base, dict(fields or {}), format is None, allow_drop, repair)

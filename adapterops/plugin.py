@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, ClassVar
 
 from adapterops import errors
@@ -35,6 +36,11 @@ from adapterops.methods import METHODS
 from adapterops.storage import LazyTensor, Source, scalar
 
 API_VERSION = 1
+
+
+def maths(module: str) -> Any:
+    """The module of `adapterops.methods` that has this name, for functions on updates that only it knows."""
+    return import_module(f"adapterops.methods.{module}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +141,13 @@ class Format:
         """The adapter in `source`."""
         return read_by_table(reading, source, request)
 
+    def prepared(self, adapter: Adapter) -> Adapter:
+        """The adapter with updates of a method that the format has not as the same of one that it has.
+
+        Raises `CannotRepresent` where a fact is missing that this needs.
+        """
+        return adapter
+
     def write(self, adapter: Adapter, target: Target) -> Output:
         """The files that hold `adapter`."""
         spelled = self.spell(adapter, target)
@@ -215,6 +228,7 @@ __all__ = [
     "errors",
     "fit",
     "header",
+    "maths",
     "no_config",
     "read_by_table",
     "read_keys",

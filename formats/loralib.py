@@ -144,7 +144,7 @@ class _Said:
 
     @classmethod
     def of(cls, source: Source) -> _Said:
-        """Raises `Conflict` for an entry that nobody wrote so."""
+        """Raises `InvalidHeader` for an entry that nobody wrote so."""
         try:
             value = json.loads(source.metadata.get(ENTRY, "{}"))
         except (ValueError, RecursionError) as error:
@@ -152,16 +152,15 @@ class _Said:
         if not isinstance(value, dict):
             raise errors.InvalidHeader(f"{source.path}: the header's entry {ENTRY} is not a table")
         said = cls(value)
-        wrong = next((a for a in _values(value.get("lora_alpha")) if not _is_alpha(a)), None)
-        if wrong is not None:
-            raise errors.InvalidHeader(
-                f"{source.path}: lora_alpha in the header's entry {ENTRY} is {wrong!r:.40}, no number"
-            )
-        flags = next((f for f in _values(value.get("enable_lora")) if not _is_flags(f)), None)
-        if flags is not None:
-            raise errors.InvalidHeader(
-                f"{source.path}: enable_lora in the header's entry {ENTRY} is {flags!r:.60}, not a list of true and false"
-            )
+        for name, sound, wanted in (
+            ("lora_alpha", _is_alpha, "a number"),
+            ("enable_lora", _is_flags, "a list of true and false"),
+        ):
+            wrong = [v for v in _values(value.get(name)) if not sound(v)]
+            if wrong:
+                raise errors.InvalidHeader(
+                    f"{source.path}: {name} in the header's entry {ENTRY} is {wrong[0]!r:.60}, not {wanted}"
+                )
         return said
 
     def alpha(self, module: str) -> float | None:

@@ -179,6 +179,9 @@ class Peft(Format):
         own = {name: {**config.fields, **({"peft_type": config.method.now} if config.method.now else {})}}
         return replace(adapter, config=own, provenance=provenance, mutated_init=config.mutated_init)
 
+    def prepared(self, adapter: Adapter) -> Adapter:
+        return adapter.with_updates(KINDS[KIND_OF[u.method]].fitted(u) if u.method in KIND_OF else u for u in adapter)
+
     def write(self, adapter: Adapter, target: Target) -> Output:
         adapter, dropped = _in_shape(adapter, target)
         components = adapter.components
@@ -221,7 +224,6 @@ def _in_shape(adapter: Adapter, target: Target) -> tuple[Adapter, list[str]]:
     for update in adapter:
         try:
             refuse_other_start(update)
-            update = KINDS[KIND_OF[update.method]].fitted(update) if update.method in KIND_OF else update
             updates.append(as_peft(update, bases[update.component]))
         except errors.CannotRepresent as error:
             if not target.allow_drop:

@@ -64,7 +64,8 @@ def check_given(fields: Config, method: PeftMethod = LORA) -> None:
 
 def refuse_scale(fields: Config, title: str) -> None:
     """Raise `UsageError` where `--set` says a scale to a file that has no config to say it in."""
-    name = next((n for method in KINDS.values() for n in method.scale if n in fields), None)
+    # The rows of all types are looked at only where there is something to look for.
+    name = next((n for method in KINDS.values() for n in method.scale if n in fields), None) if fields else None
     if name is not None:
         raise errors.UsageError(
             f"--set {name}: the input is {title} and keeps no config; --alpha X says the alpha of modules that have none"

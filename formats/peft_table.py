@@ -21,12 +21,13 @@ def rows() -> list[TypeRow]:
 def _row(kind: PeftMethod) -> TypeRow:
     settings = {s.name: s for s in kind.settings}
     within = {s.within for s in kind.settings if s.within}
-    derived = [name for name in kind.derived if name not in settings and name not in within and name not in kind.scale]
+    said = {*settings, *within, *kind.scale, *kind.lost}
+    derived = [name for name in kind.derived if name not in said]
     return TypeRow(
         name=kind.kind,
         title=kind.title,
         methods=kind.methods,
-        recognised=tuple(dict.fromkeys(_shown(s) for s in (*MODULES, *ONCE, *TOP) if s.method in kind.methods)),
+        recognised=tuple(dict.fromkeys(_shown(s) for s in _spelled(kind))),
         read=tuple(dict.fromkeys((*kind.scale, *kind.narrowing, *kind.flags, *kind.known, *EVERYWHERE))),
         derived=tuple(derived),
         assumed=tuple((s.name, s.default) for s in kind.settings if not s.asked),
@@ -38,6 +39,12 @@ def _row(kind: PeftMethod) -> TypeRow:
         needs=kind.needs,
         lost=kind.lost,
     )
+
+
+def _spelled(kind: PeftMethod) -> list[Suffix]:
+    """The keys of a type, but those that show another."""
+    others = dict(kind.shown)
+    return [s for s in (*MODULES, *ONCE, *TOP) if s.method in kind.methods and s.role not in others]
 
 
 def _shown(suffix: Suffix) -> str:

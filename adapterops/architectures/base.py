@@ -17,7 +17,7 @@ from typing import Any
 
 from adapterops.architectures.authors import with_originals
 from adapterops.architectures.errors import BadBaseConfig
-from adapterops.architectures.listing import list_modules
+from adapterops.architectures.listing import list_modules, list_parameters
 from adapterops.architectures.table import Architecture, Component
 
 LOST_BEGINNINGS = {"CLIPTextModel": "text_model."}
@@ -140,7 +140,9 @@ def _component(name: str, path: Path, class_name: str | None = None) -> Componen
     modules = list_modules(model)
     bare = frozenset(path for path, _ in model.named_modules() if path and path not in modules)
     lost = LOST_BEGINNINGS.get(class_name, "")
-    component = Component(name, modules, f"{library}.{class_name}", config, bare, renamings(model, modules), lost)
+    renamed = renamings(model, modules)
+    component = Component(name, modules, f"{library}.{class_name}", config, bare, renamed, lost)
+    component = replace(component, parameters=list_parameters(model))
     # Of a diffusers model a read-only dictionary, of a transformers one an object: both with the defaults filled in.
     complete = model.config if library == "diffusers" else model.config.to_dict()
     owners = {key.rpartition(".")[0] for key, _ in model.named_parameters(remove_duplicate=False)}

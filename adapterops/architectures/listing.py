@@ -45,6 +45,22 @@ def list_modules(model: nn.Module) -> dict[str, ModuleSpec]:
     return modules
 
 
+def list_parameters(model: nn.Module) -> dict[str, ModuleSpec]:
+    """Every matrix or stack of matrices that a module of `model` owns under another name than `weight`, by its dotted name.
+
+    `transposed` tells that the module says of its stacks that they are (experts, in, out); `shape` is as it is stored.
+    """
+    found: dict[str, ModuleSpec] = {}
+    for module_name, module in model.named_modules():
+        for name, value in module._parameters.items():
+            if value is None or name in ("weight", "bias") or value.ndim not in (2, 3) or not module_name:
+                continue
+            path = f"{module_name}.{name}"
+            transposed = bool(getattr(module, "is_transposed", False))
+            found[path] = ModuleSpec(path, path, tuple(value.shape), "parameter", False, transposed, params=(name,))
+    return found
+
+
 def _kind(module: nn.Module) -> tuple[str, bool]:
     """The module's kind, and whether its weight is stored as (in, out)."""
     from torch import nn

@@ -72,13 +72,16 @@ class Component:
     """Modules that only the authors' own repository has, by a name of ours beside those of their parts."""
     stems: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """What the names in each column begin with, where that is known without writing them out."""
+    parameters: Mapping[str, ModuleSpec] = field(default_factory=dict)
+    """Matrices, and stacks of them, that a module holds under other names than `weight` (`--base`): the experts of a layer.
+    Each by the dotted name of the parameter, in the order in which its module defines them."""
     like: str = ""
     """For a model built from a config: the built-in architecture whose rows describe it, too, where it is the only
     one (the same text encoders serve several)."""
 
     def spec(self, name: str) -> ModuleSpec | None:
-        """The module of that name, fused ones included."""
-        return self.modules.get(name) or self.fused.get(name)
+        """The module of that name, fused ones and bare parameters included."""
+        return self.modules.get(name) or self.fused.get(name) or self.parameters.get(name)
 
     @cached_property
     def whole(self) -> Mapping[str, list[str]]:

@@ -83,7 +83,8 @@ class NameBook:
 
 def _listed(component: Component, original: bool, tails: bool) -> Iterator[ModuleSpec]:
     """The modules that one of the two columns has."""
-    for spec in (*component.modules.values(), *(component.fused.values() if original else ())):
+    own = (*component.modules.values(), *component.parameters.values())
+    for spec in (*own, *(component.fused.values() if original else ())):
         if (spec.original or not original) and (tails or not spec.partial):
             yield spec
 

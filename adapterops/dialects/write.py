@@ -93,7 +93,9 @@ def _spell(
     if place.whole:
         return _spell_whole(place, update, _adapter_slot(spelling))
     _insist_on_width(dialect, update, architecture)
-    name = _name(dialect, place, update, architecture)
+    name = spelling.get("names", {}).get(f"{update.component}.{update.module}") or _name(
+        dialect, place, update, architecture
+    )
     prefix = spelling.get("prefix", place.prefix) if place.saved else place.prefix
     stem = prefix + _tail(dialect, place, name, update)
     out = {}
@@ -220,7 +222,11 @@ def _suffix(dialect: Dialect, place: Place, update: Update, role: str) -> Suffix
         return Suffix("." + role, "saved", role)
     what = f"{METHODS[update.method].title}: {role}" + (f" of an {kind}" if kind == "embedding" else "")
     if update.method not in _EXCHANGED:
-        way = "adapterops to-lora makes the plain LoRA of it" if METHODS[update.method].linear else "only --to peft holds it"
+        way = (
+            "adapterops to-lora makes the plain LoRA of it"
+            if METHODS[update.method].linear
+            else "only --to peft holds it"
+        )
         raise CannotRepresent(
             f"{update.name}: {dialect.title} has no place for {METHODS[update.method].title} (tensor "
             f"{update.tensors[role].key!r}); {way}, or --allow-drop leaves it out"

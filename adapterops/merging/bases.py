@@ -84,7 +84,9 @@ def _insist_on_delta(update: Update) -> None:
         return
     where = next(iter(update.tensors.values())).where
     if not method.linear:
-        raise CannotRepresent(f"{where}: {method.title} changes no weight ({update.name}), so there is nothing to merge")
+        raise CannotRepresent(
+            f"{where}: {method.title} changes no weight ({update.name}), so there is nothing to merge"
+        )
     more = update.tensors.keys() & {"bias", "vector", "magnitude"}
     if method.acts_on_base(update) or more or method.weight_shape(update) is None:
         raise CannotRepresent(

@@ -44,6 +44,8 @@ class AdaLora(Method):
 
     name = "adalora"
     title = "AdaLoRA"
+    formula = "ΔW = s·B·(A ∘ E), s = alpha/(n + 1e-5)"
+    form = "the triplets whose value is not 0"
     source = "https://arxiv.org/abs/2303.10512"
     scaled = True
     rows = frozenset({"B"})

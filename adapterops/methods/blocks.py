@@ -87,6 +87,8 @@ class BlockDiagonal(_Widened):
 
     name = "bdlora"
     title = "BD-LoRA (block-diagonal factors)"
+    formula = "ΔW = s·B·A, one of the two a block diagonal stored as its blocks"
+    form = "the block diagonal written out, rank r"
     source = "https://arxiv.org/abs/2510.23346"
     compared = frozenset({"shape", "nblocks", "use_bdlora"})
 
@@ -154,6 +156,8 @@ class Pooled(_Widened):
 
     name = "qalora"
     title = "QA-LoRA (pooled inputs)"
+    formula = "ΔW = s·B·A·P, P the means over groups of inputs"
+    form = "A with each column repeated over its group, rank r"
     source = "https://arxiv.org/abs/2309.14717"
     compared = frozenset({"shape", "qalora_group_size"})
 

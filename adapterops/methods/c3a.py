@@ -33,6 +33,7 @@ class C3a(Method):
 
     name = "c3a"
     title = "C3A (circulant blocks)"
+    formula = "ΔW = circulant blocks of the kernels / in_features"
     source = "https://arxiv.org/abs/2407.19342"
 
     def check(self, update: Update) -> None:

@@ -38,6 +38,8 @@ class Delora(Method):
 
     name = "delora"
     title = "DeLoRA (normalised factors)"
+    formula = "ΔW = B·diag(λ/(r·‖A_i‖·‖B_i‖))·A·diag(w_norm)"
+    form = "rank r"
     source = "https://arxiv.org/abs/2503.18225"
 
     def check(self, update: Update) -> None:

@@ -40,6 +40,7 @@ class Difference(Method):
 
     name = "diff"
     title = "full, norm and bias differences"
+    formula = "W' = W + weight, b' = b + bias"
     source = "LyCORIS lycoris/modules/full.py, lycoris/modules/norms.py"
     rows = frozenset({"weight", "bias"})
 

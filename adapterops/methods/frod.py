@@ -51,6 +51,7 @@ class Frod(Method):
 
     name = "frod"
     title = "FRoD (rotation of a shared basis)"
+    formula = "W' = U·(diag(λ) + S)·Vᵀ, V shared by a category of modules, S sparse"
     source = "https://doi.org/10.1609/aaai.v40i31.39813"
     needs_weight = True
 

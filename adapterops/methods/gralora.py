@@ -35,6 +35,8 @@ class Gralora(Method):
 
     name = "gralora"
     title = "GraLoRA (low-rank blocks)"
+    formula = "ΔW = s·(k × k blocks, each of rank r/k, + B_general·A_general)"
+    form = "rank k·r + hybrid_r"
     source = "https://arxiv.org/abs/2505.20355"
     scaled = True
 

@@ -37,6 +37,7 @@ class Hira(Method):
 
     name = "hira"
     title = "HiRA (Hadamard product with the weight)"
+    formula = "ΔW = W ∘ (B·A)"
     source = "https://openreview.net/forum?id=TwJrTz9cRS"
     needs_weight = True
     rows = frozenset({"B"})

@@ -31,6 +31,7 @@ class Hra(OfTheWeight):
 
     name = "hra"
     title = "HRA (Householder reflections)"
+    form = "with the base's weight: W·B and A, rank r"
     formula = "W' = W · H_1 ⋯ H_r, H_i = I − 2·u_i·u_iᵀ / ‖u_i‖²"
     source = "https://arxiv.org/abs/2405.17484"
     compared = frozenset({"apply_GS"})

@@ -52,6 +52,8 @@ class Loha(Method):
 
     name = "loha"
     title = "LoHa (Hadamard product)"
+    formula = "ΔW = s·(w1_a·w1_b) ∘ (w2_a·w2_b)"
+    form = "rank r², where that is low"
     source = "https://arxiv.org/abs/2108.06098"
     scaled = True
     rows = frozenset({"w1_a", "w2_a", "magnitude"})

@@ -53,6 +53,8 @@ class Lokr(Method):
     """LoKr."""
 
     name = "lokr"
+    formula = "ΔW = s·w1 ⊗ w2, either decomposed or whole (both whole: s is 1, but in peft)"
+    form = "rank i1·r where w2 is decomposed and that is low"
     compared = frozenset({"rank"})
     title = "LoKr (Kronecker product)"
     source = "https://arxiv.org/abs/2309.14859"

@@ -43,6 +43,8 @@ class Lora(Method):
 
     name = "lora"
     title = "LoRA (with DoRA, rsLoRA, LoCon)"
+    formula = "ΔW = s·B·A, s = alpha/r (rsLoRA: alpha/√r); with a magnitude W' = m·(W + ΔW)/‖W + ΔW‖; Δb = s·bias"
+    form = "B and A as they are, magnitude and bias kept"
     source = "https://arxiv.org/abs/2106.09685"
     scaled = True
     rows = frozenset({"B", "bias", "magnitude"})

@@ -51,6 +51,7 @@ class Psoft(OfTheWeight):
 
     name = "psoft"
     title = "PSOFT (rotation in the principal subspace)"
+    form = "with the base's weight: rank r"
     formula = "ΔW = U·diag(σ) · (diag(b)·R·diag(a) − I) · Vᵀ, of W's r largest singular vectors"
     source = "https://openreview.net/forum?id=FSHrinMArK"
     compared = frozenset({"use_cayley_neumann", "num_cayley_neumann_terms", "cayley_neumann_eps"})

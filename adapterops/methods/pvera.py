@@ -27,6 +27,8 @@ class Pvera(Vera):
 
     name = "pvera"
     title = "PVeRA (probabilistic VeRA)"
+    formula = "as VeRA, with the mean of its distribution"
+    form = "rank r"
     source = "https://arxiv.org/abs/2512.07703"
     parts = 2
 

@@ -43,6 +43,7 @@ class RandLora(Method):
 
     name = "randlora"
     title = "RandLoRA (weighted random bases)"
+    formula = "ΔW = s·Σ B_j·diag(λ_j)·A_j·diag(γ_j), B_j and A_j shared and random"
     source = "https://arxiv.org/abs/2502.00987"
     scaled = True
     needs_shape = True

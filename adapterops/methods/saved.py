@@ -20,6 +20,7 @@ class Saved(Method):
 
     name = "saved"
     title = "saved parameters (modules_to_save, biases, embeddings)"
+    formula = "W' = weight, b' = bias …"
     source = "peft utils/save_and_load.py, utils/other.py: ModulesToSaveWrapper"
     rows = frozenset({"weight", "bias"})
 
@@ -47,6 +48,7 @@ class TrainableTokens(Method):
 
     name = "trainable_tokens"
     title = "trainable tokens"
+    formula = "rows of the embedding replaced"
     source = "peft tuners/trainable_tokens/layer.py"
     needs_weight = True
 

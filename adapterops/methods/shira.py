@@ -35,6 +35,7 @@ class Shira(Method):
 
     name = "shira"
     title = "SHiRA (sparse difference)"
+    formula = "ΔW = the numbers at their indices, 0 elsewhere"
     source = "https://arxiv.org/abs/2406.13175"
     needs_shape = True
     compared = frozenset({"shape"})

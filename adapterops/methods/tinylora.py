@@ -82,6 +82,8 @@ class Tinylora(Factored):
 
     name = "tinylora"
     title = "TinyLoRA (random matrices between frozen factors)"
+    formula = "ΔW = B·(Σ v_i·P_i)·A, B and A of W's SVD, P_i random"
+    form = "rank r"
     source = "https://arxiv.org/abs/2602.04118"
     compared = frozenset({"shape", "index", "group", "kind"})
 

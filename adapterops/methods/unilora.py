@@ -58,6 +58,8 @@ class Unilora(Factored):
 
     name = "unilora"
     title = "Uni-LoRA (one vector for all modules)"
+    formula = "ΔW = B·A, every number a scaled one of one vector"
+    form = "rank r"
     source = "https://arxiv.org/abs/2506.00799"
     needs_shape = True
     compared = frozenset({"shape", "offset", "total"})

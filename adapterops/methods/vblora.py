@@ -35,6 +35,8 @@ class Vblora(Factored):
 
     name = "vblora"
     title = "VB-LoRA (a shared bank of vectors)"
+    formula = "ΔW = B·A, their pieces mixtures of the K likeliest vectors of a shared bank"
+    form = "rank r"
     source = "https://arxiv.org/abs/2405.15179"
 
     def check(self, update: Update) -> None:

@@ -35,6 +35,8 @@ class Vera(Factored):
 
     name = "vera"
     title = "VeRA (vectors on shared random matrices)"
+    formula = "ΔW = diag(λ_b)·B·diag(λ_d)·A, B and A shared and random"
+    form = "rank r"
     source = "https://arxiv.org/abs/2310.11454"
     needs_shape = True
     parts = 1

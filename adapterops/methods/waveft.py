@@ -35,6 +35,8 @@ class WaveFt(Spectral):
 
     name = "waveft"
     title = "WaveFT (sparse wavelet coefficients)"
+    formula = "ΔW = scaling·(an inverse wavelet step of D), D the coefficients at random places"
+    form = "rank n_frequency, where that is low"
     source = "https://arxiv.org/abs/2505.12532"
 
     def exact_rank(self, update: Update) -> int | None:

@@ -43,6 +43,14 @@ def stated(config: Any, given: Mapping[str, Any], name: str) -> Any:
     return value if value is not None or config is None else config.fields.get(name)
 
 
+def number(view: Any, name: str, default: Any = None, kinds: tuple[type, ...] = (int,)) -> Any:
+    """A number that a config says; `default` where it says nothing.  Raises `UnreadableFile` for what is none."""
+    value = view.fields.get(name)
+    if value is not None and type(value) not in kinds:
+        raise errors.UnreadableFile(f"{view.where}: {name} is {value!r:.80}; it must be a number")
+    return default if value is None else value
+
+
 def alike(updates: Sequence[Update], name: str, values: Mapping[str, Any]) -> Any:
     """The one value that all modules have.  Raises `CannotRepresent` where they have several."""
     (one, value), *rest = values.items()
@@ -76,9 +84,9 @@ def _deft_fields(updates: Sequence[Update], base: Base) -> dict[str, Any]:
 
 
 def _deft_problems(view: Any, updates: Sequence[Update], base: Base) -> Iterator[str]:
-    r = view.fields.get("r", 8)
+    r = number(view, "r", 8)
     for update in updates:
-        if type(r) is not int or not _deft_fits(update, r):
+        if not _deft_fits(update, r):
             yield contradiction(update, view, "r", update.tensors["P"].shape[1])
         if bool(view.fields.get("para", False)) != ("R" not in update.tensors):
             yield contradiction(update, view, "para", "R" not in update.tensors)
@@ -131,6 +139,11 @@ def _super_options(entry: Group, config: Any, given: Mapping[str, Any], weight: 
     out = {name: stated(config, given, name) for name in ("select_top", "sparsity")}
     if "lora_A" in entry.tensors:
         out["lora_alpha"] = stated(config, given, "lora_alpha")
+    for name, kinds in (("select_top", (bool,)), ("sparsity", (int, float)), ("lora_alpha", (int, float))):
+        if out.get(name) is not None and type(out[name]) not in kinds:
+            raise errors.UnreadableFile(
+                f"{first_of(entry).where}: its config says {name} {out[name]!r:.80}, which it cannot be"
+            )
     return {name: value for name, value in out.items() if value is not None}
 
 
@@ -195,10 +208,10 @@ def _super_problems(view: Any, updates: Sequence[Update], base: Base) -> Iterato
         saved = "indices" in update.tensors
         if bool(view.fields.get("save_precomputed_indices", True)) != saved:
             yield contradiction(update, view, "save_precomputed_indices", saved)
-        said, has = view.fields.get("lora_alpha"), update.options.get("lora_alpha")
+        said, has = number(view, "lora_alpha", kinds=(int, float)), update.options.get("lora_alpha")
         if rank is not None and has is not None and has != (2 * rank if said is None else said):
             yield contradiction(update, view, "lora_alpha", has)
-        size, sparsity = _size(update), view.fields.get("sparsity", 0.99)
+        size, sparsity = _size(update), number(view, "sparsity", 0.99, (int, float))
         if size is not None and _keeps(size, sparsity) != update.tensors["values"].numel:
             yield contradiction(update, view, "sparsity", _sparsity(updates))
 
@@ -288,9 +301,9 @@ def _adamss_problems(view: Any, updates: Sequence[Update], base: Base) -> Iterat
     usual = {"r": 100, "num_subspaces": 5}
     for update in updates:
         for name, has, most in _sizes(update):
-            if has != min(view.fields.get(name, usual[name]), most):
+            if has != min(number(view, name, usual[name]), most):
                 yield contradiction(update, view, name, has)
-        rank, dynamic = view.fields.get("subspace_rank", 1), bool(view.fields.get("use_dynamic_rank", False))
+        rank, dynamic = number(view, "subspace_rank", 1), bool(view.fields.get("use_dynamic_rank", False))
         for a, b in _pairs(update):
             most = min(b.shape[0], rank)
             if a.shape[0] > most or (not dynamic and a.shape[0] < most):
@@ -347,11 +360,25 @@ def _osf_fields(updates: Sequence[Update], base: Base) -> dict[str, Any]:
     return {"effective_rank": usual, "rank_pattern": others or None}
 
 
+def _found(pattern: str, module: str, where: str) -> bool:
+    """Whether peft would find the pattern in a module's name.
+
+    Raises `UnreadableFile` for one that is no regular expression, or may take for ever.
+    """
+    from adapterops_formats.peft_config import _compile
+
+    _compile(where, "rank_pattern", pattern)
+    return re.search(pattern, module) is not None
+
+
 def _osf_problems(view: Any, updates: Sequence[Update], base: Base) -> Iterator[str]:
     patterns = view.fields.get("rank_pattern") or {}
+    usual = number(view, "effective_rank", kinds=(int, float))
+    if not isinstance(patterns, Mapping) or any(type(v) not in (int, float) for v in patterns.values()):
+        raise errors.UnreadableFile(f"{view.where}: rank_pattern is {patterns!r:.80}; it must be a table of numbers")
     for update in updates:
         side, kept = _side(update)
-        said = next((v for k, v in patterns.items() if re.search(k, update.module)), view.fields.get("effective_rank"))
+        said = next((v for k, v in patterns.items() if _found(k, update.module, view.where)), usual)
         if _kept(said, side) != kept:
             yield contradiction(update, view, "effective_rank", kept)
 
@@ -436,7 +463,7 @@ def _token_fields(updates: Sequence[Update], base: Base) -> dict[str, Any]:
 def _token_problems(view: Any, updates: Sequence[Update], base: Base) -> Iterator[str]:
     for update in updates:
         has = update.options.get("indices")
-        if has is not None and list(view.fields.get("token_indices") or ()) != list(has):
+        if has is not None and view.fields.get("token_indices") != list(has):
             yield contradiction(update, view, "token_indices", has)
 
 

@@ -14,10 +14,10 @@ from typing import Any
 from adapterops_formats.peft_kinds.row import PeftMethod, Setting, defaults
 from adapterops_formats.peft_patterns import Base
 
-from adapterops.methods.oft import as_boft, generation, halved
-from adapterops.methods.road import VARIANTS
-from adapterops.plugin import METHODS, Certainty, Group, Update, errors
+from adapterops.plugin import METHODS, Certainty, Group, Update, errors, maths
 
+_OFT = maths("oft")
+_VARIANTS = maths("road").VARIANTS
 SINCE = "0.18.0"
 """The first peft that computes OFT's series as today's does; configs say their peft since then."""
 _SERIES = (
@@ -66,7 +66,7 @@ def _oft_fields(updates: Sequence[Update], base: Base) -> dict[str, Any]:
     Raises `CannotRepresent` where no config makes peft build such blocks.
     """
     now = [_oft_fitted(u) for u in updates]
-    version = {} if any(not halved(u) for u in now) else {"peft_version": SINCE}
+    version = {} if any(not _OFT.halved(u) for u in now) else {"peft_version": SINCE}
     sizes = [_sizes(u, base) for u in now]
     share = any(stored == 1 and (inputs is None or inputs > size) for stored, size, inputs in sizes)
     open_ = [size for _, size, inputs in sizes if inputs is None]
@@ -105,7 +105,7 @@ def _oft_problems(config: Any, updates: Sequence[Update], base: Base) -> Iterato
         return  # they are to be derived anew
     anew = "--set r=null --set oft_block_size=null --set block_share=null derives them anew"
     for update in updates:
-        if generation(update) != 16:
+        if _OFT.generation(update) != 16:
             continue
         tensor = update.tensors["R"]
         stored, own, inputs = _sizes(update, base)
@@ -133,7 +133,7 @@ def _oft_options(entry: Group, config: Any, given: Mapping[str, Any], weight: tu
     if version is None and config is not None and config.certainty is Certainty.READ:
         version = "0.17"
     one = Update("", entry.name, "oft", entry.tensors, options={"peft_version": version})
-    return {} if halved(one) else {"peft_version": str(version)}
+    return {} if _OFT.halved(one) else {"peft_version": str(version)}
 
 
 def _oft_today(entry: Group, config: Any) -> str:
@@ -141,7 +141,7 @@ def _oft_today(entry: Group, config: Any) -> str:
     if entry.method != "oft":
         return ""
     one = Update("", entry.name, "oft", entry.tensors)
-    when = generation(one)
+    when = _OFT.generation(one)
     if when == 7:
         return (
             "is OFT of peft 0.7 to 0.13, which turns the outputs of modules; today's peft refuses it and has nothing "
@@ -166,13 +166,14 @@ def _oft_complete(updates: list[Update]) -> list[Update]:
     """The updates of peft 0.14 and 0.15 as BOFT, but where the size of a module is needed and unknown."""
 
     def now(update: Update) -> Update:
-        if update.method != "oft" or generation(update) != 14:
+        if update.method != "oft" or _OFT.generation(update) != 14:
             return update
         METHODS["oft"].check(update)
         try:
-            return as_boft(update)
+            upgraded: Update = _OFT.as_boft(update)
         except errors.CannotRepresent:
             return update  # `_oft_fitted` says why, where that matters
+        return upgraded
 
     made = [now(u) for u in updates]
     # A config knows one method.
@@ -181,7 +182,8 @@ def _oft_complete(updates: list[Update]) -> list[Update]:
 
 def _oft_fitted(update: Update) -> Update:
     """An update as a method of today's peft has it.  Raises `CannotRepresent` where none has."""
-    return update if generation(update) == 16 else as_boft(update)
+    upgraded: Update = update if _OFT.generation(update) == 16 else _OFT.as_boft(update)
+    return upgraded
 
 
 OFT = PeftMethod(
@@ -292,7 +294,7 @@ def _road_options(entry: Group, config: Any, given: Mapping[str, Any], weight: t
     if "variant" in entry.options or "theta" not in entry.tensors or not weight:
         return {}
     ratio = entry.tensors["theta"].numel / weight[0]
-    found = next((name for name, known in VARIANTS.items() if known == ratio), None)
+    found = next((name for name, known in _VARIANTS.items() if known == ratio), None)
     return {} if found is None else {"variant": found}
 
 
@@ -308,7 +310,7 @@ ROAD = PeftMethod(
             (str,),
             "road_1",
             asked=True,
-            choices=tuple(VARIANTS),
+            choices=tuple(_VARIANTS),
             about="how many angles a pair of outputs has: road_1 one, road_2 two, road_4 four",
         ),
         Setting("group_size", (int,), 64, asked=True, about="which outputs are turned together; a wrong one loads too"),

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from adapterops_formats.peft_kinds.odd import alike, contradiction
+from adapterops_formats.peft_kinds.odd import alike, contradiction, number
 from adapterops_formats.peft_kinds.row import PeftMethod, Setting, defaults
 from adapterops_formats.peft_patterns import Base
 
@@ -61,11 +61,10 @@ def _input_fields(updates: Sequence[Update], base: Base) -> dict[str, Any]:
 def _input_problems(view: Any, updates: Sequence[Update], base: Base) -> Iterator[str]:
     for update in updates:
         rows, width = _rows(update)
-        parts = view.fields.get("num_transformer_submodules")
-        parts = _parts(view.fields.get("task_type")) if parts is None else parts
-        tokens = view.fields.get("num_virtual_tokens")
+        parts = number(view, "num_transformer_submodules", _parts(view.fields.get("task_type")))
+        tokens = number(view, "num_virtual_tokens")
         if tokens is None or tokens * parts != rows:
-            yield contradiction(update, view, "num_virtual_tokens", rows // parts)
+            yield contradiction(update, view, "num_virtual_tokens", rows // max(1, parts))
         if view.fields.get("token_dim") not in (None, width):
             yield contradiction(update, view, "token_dim", width)
         words = {shape[-1] for name, shape in base.shapes.items() if base.kinds.get(name) == "embedding"}
@@ -100,7 +99,7 @@ def _prefix_problems(view: Any, updates: Sequence[Update], base: Base) -> Iterat
         rows, width = _rows(update)
         if view.fields.get("num_virtual_tokens") != rows:
             yield contradiction(update, view, "num_virtual_tokens", rows)
-        layers, size = view.fields.get("num_layers"), view.fields.get("token_dim")
+        layers, size = number(view, "num_layers"), number(view, "token_dim")
         if layers and size and 2 * layers * size != width:
             name, other = ("num_layers", size) if width % (2 * size) == 0 else ("token_dim", layers)
             yield contradiction(update, view, name, width // (2 * other))

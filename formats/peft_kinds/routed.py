@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-from adapterops_formats.peft_kinds.odd import alike, contradiction, first
+from adapterops_formats.peft_kinds.odd import alike, contradiction, first, number
 from adapterops_formats.peft_kinds.row import Gathered, PeftMethod, Setting, defaults, same_tensor, with_tensors
 from adapterops_formats.peft_patterns import Base
 
@@ -73,7 +73,7 @@ def _lily_problems(view: Any, updates: Sequence[Update], base: Base) -> Iterator
     for update in updates:
         if view.fields.get("num_B", 2) != update.tensors["router"].shape[0]:
             yield contradiction(update, view, "num_B", update.tensors["router"].shape[0])
-    stride = view.fields.get("stride_A", 1)
+    stride = number(view, "stride_A", 1)
     for run in _strides(updates):
         if (run > 0 and run != stride) or -run > stride:
             yield contradiction(updates[0], view, "stride_A", abs(run))

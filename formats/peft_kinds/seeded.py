@@ -13,7 +13,7 @@ from typing import Any
 from adapterops_formats.peft_kinds.row import PeftMethod, Setting, defaults
 from adapterops_formats.peft_patterns import Base, looked_up, pattern_table
 
-from adapterops.plugin import Architecture, Group, Update, errors
+from adapterops.plugin import Architecture, Group, Update, errors, maths
 
 _FLAG = ("fan_in_fan_out",)
 _COMMON: dict[str, Any] = {"bias": "none", "fan_in_fan_out": False, "modules_to_save": None}
@@ -201,7 +201,7 @@ def _uni_problems(config: Any, updates: Sequence[Update], base: Base) -> Iterato
 
 def _uni_complete(updates: list[Update]) -> list[Update]:
     """Each module with the part of the indices that is its own, if the shapes of all are known."""
-    from adapterops.methods.unilora import layout
+    layout = maths("unilora").layout
 
     own = [u for u in updates if u.method == "unilora" and _INDICES not in u.tensors and u.module]
     shapes = [tuple(u.options["shape"]) for u in own if u.options.get("shape")]

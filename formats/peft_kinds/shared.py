@@ -21,7 +21,7 @@ from adapterops_formats.peft_kinds.row import (
 )
 from adapterops_formats.peft_patterns import Base
 
-from adapterops.plugin import Architecture, Group, LazyTensor, Update, errors
+from adapterops.plugin import Architecture, Group, LazyTensor, Update, errors, maths
 
 _LAYERS = ("layers_to_transform", "layers_pattern")
 _FLAG = ("fan_in_fan_out",)
@@ -82,7 +82,7 @@ def _projection_problems(config: Any, updates: Sequence[Update], base: Base) -> 
 
 def _projected(updates: list[Update]) -> list[Update]:
     """The updates, those without projections with the size of the largest module, if that of every one is known."""
-    from adapterops.methods.shared import largest
+    largest = maths("shared").largest
 
     own = [u for u in updates if u.method in ("vera", "pvera", "randlora")]
     shapes = [u.options.get("shape") for u in own]
@@ -288,7 +288,8 @@ def in_order(names: Sequence[str], architecture: Architecture | None) -> dict[st
 
 def _tiny_complete(updates: list[Update]) -> list[Update]:
     """Each update with its group's vector alone, where the order of the modules is known or shows in its matrices."""
-    from adapterops.methods.tinylora import group, indices
+    group = maths("tinylora").group
+    indices = maths("tinylora").indices
 
     own = [u for u in updates if u.method == "tinylora"]
     order = {u.module: u.options.get("index") for u in own}
@@ -399,7 +400,7 @@ _BASIS = ("V", "s_indices", "s_size")
 
 def _frod_spread(shared: Shared, members: Sequence[Group], architecture: Architecture | None) -> None:
     """Every module gets the basis of its category.  Raises `BrokenAdapter` for a basis that no module has."""
-    from adapterops.methods.frod import category
+    category = maths("frod").category
 
     # In a state dict that was saved by hand the adapter's name stands behind the category.
     shared = {".".join(name.split(".")[:2]): tensor for name, tensor in shared.items()}
@@ -419,7 +420,7 @@ def _frod_spread(shared: Shared, members: Sequence[Group], architecture: Archite
 
 
 def _frod_gathered(updates: list[Update]) -> Gathered:
-    from adapterops.methods.frod import category
+    category = maths("frod").category
 
     shared: dict[str, LazyTensor] = {}
     out = []

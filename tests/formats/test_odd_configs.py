@@ -107,6 +107,29 @@ def test_a_config_that_contradicts_its_tensors(name: str, field: str, value: Any
     assert {k: v for k, v in repaired.items() if k in right} == right
 
 
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        ("deft, relu", "r", "3"),
+        ("supertuning, supra", "sparsity", "most"),
+        ("supertuning, supra", "lora_alpha", [5]),
+        ("supertuning, supra", "select_top", 1),
+        ("osf, some", "effective_rank", "half"),
+        ("osf, patterns", "rank_pattern", ["tall"]),
+        ("osf, patterns", "rank_pattern", {"tall": "5"}),
+        ("osf, patterns", "rank_pattern", {"(tall": 5}),
+        ("osf, patterns", "rank_pattern", {"(a+)+$": 5}),
+        ("peanut, deep", "scaling", "1"),
+        ("prompt_tuning, llama", "num_virtual_tokens", "4"),
+        ("prefix_tuning, llama", "num_layers", "2"),
+        ("lily, shared", "stride_A", "2"),
+    ],
+)
+def test_fields_of_another_type(name: str, field: str, value: Any, tmp_path: Path) -> None:
+    with pytest.raises(errors.UnreadableFile, match=field):
+        ao.load(with_config(folder_of(name, tmp_path), **{field: value}), base=architecture_of(CASES[name].base()))
+
+
 def test_a_prompt_of_unknown_type_says_what_is_assumed(tmp_path: Path) -> None:
     weights = alone(folder_of("prompt_tuning, llama", tmp_path))
     assert any("prompt tuning is assumed" in note for note in ao.load(weights).provenance.notes)
