@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 from adapterops import errors
 from adapterops.adapter import Adapter, Certainty, Fact, Provenance, Update
-from adapterops.architectures import Architecture
+from adapterops.architectures import Architecture, ModuleSpec
 from adapterops.carried import KEY as CARRIED_KEY
 from adapterops.carried import Carried
 from adapterops.dialects.match import PARAMETERS, Group, Reading, read_keys
@@ -183,6 +183,15 @@ def as_lora(update: Update) -> Update:
     return written_out(update)
 
 
+def which_parameters(
+    levels: Sequence[Update], parameters: Mapping[str, tuple[int, ...]], named: Sequence[str] | None = None
+) -> list[str]:
+    """The parameters that the nested LoRAs of one module act on, by their shapes (see `lora_parameters.which`)."""
+    from adapterops.methods.lora_parameters import which
+
+    return which(levels, parameters, named)
+
+
 def header(adapter: Adapter) -> dict[str, str]:
     """The header's strings for a converted file: the source's own, and what is carried for the way back."""
     known = adapter.base.name if adapter.base is not None and adapter.base.builtin else None
@@ -210,6 +219,7 @@ __all__ = [
     "Format",
     "Group",
     "LazyTensor",
+    "ModuleSpec",
     "Output",
     "OutputFile",
     "Place",
@@ -233,5 +243,6 @@ __all__ = [
     "read_by_table",
     "read_keys",
     "scalar",
+    "which_parameters",
     "write_by_table",
 ]

@@ -30,6 +30,8 @@ from adapterops_formats.peft_kinds.lora import LORA
 from adapterops_formats.peft_kinds.row import PeftMethod
 from adapterops_formats.peft_lora import loralib_names
 from adapterops_formats.peft_names import MODULES, ONCE, TOP
+from adapterops_formats.peft_parameters import METHOD as PARAMETERS
+from adapterops_formats.peft_parameters import key_name
 from adapterops_formats.peft_patterns import Base
 from adapterops_formats.peft_write import write_config
 
@@ -178,6 +180,10 @@ class Peft(Format):
         provenance = replace(adapter.provenance, notes=tuple(notes))
         own = {name: {**config.fields, **({"peft_type": config.method.now} if config.method.now else {})}}
         return replace(adapter, config=own, provenance=provenance, mutated_init=config.mutated_init)
+
+    def spelling(self, adapter: Adapter, target: Target) -> dict[str, Any]:
+        names = {f"{u.component}.{u.module}": key_name(u) for u in adapter if u.method == PARAMETERS}
+        return super().spelling(adapter, target) | ({"names": names} if names else {})
 
     def prepared(self, adapter: Adapter) -> Adapter:
         return adapter.with_updates(KINDS[KIND_OF[u.method]].fitted(u) if u.method in KIND_OF else u for u in adapter)

@@ -369,8 +369,10 @@ def from_updates(
         )
     fields: dict[str, Any] = {}
     if method.targeted:
+        modules = {u.module for u in own if u.method not in method.bare}
         listed = all(u.module for u in own)  # an update of the whole component does not say which modules it is for
-        fields["target_modules"] = target_modules({u.module for u in own}, base) if listed else None
+        # peft would look for its own idea of a model's modules, were there no list.
+        fields["target_modules"] = (target_modules(modules, base) if modules else []) if listed else None
     if method.rank:
         fields |= _rank_fields(own, base, method)
     if method.alpha:
@@ -478,7 +480,7 @@ def describes(
                 f"{tensor.where} has rank {rank}, but {where} says {view.rank(update.module)} for it "
                 f"(r or rank_pattern); --set r={rank}, or --set rank_pattern='{{\"…\": {rank}}}'"
             )
-        if update.module and not view.targets(update.module):
+        if update.module and update.method not in method.bare and not view.targets(update.module):
             narrowing = ", ".join(("target_modules", *method.narrowing[:1])) + (
                 " or layers_to_transform" if "layers_to_transform" in method.narrowing else ""
             )

@@ -12,11 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from adapterops_formats import peft_parameters
 from adapterops_formats.peft_patterns import Base
 
 from adapterops.plugin import METHODS, Architecture, Group, Reading, Suffix, Update, as_lora, errors
 
-VARIANTS = ("kasa", "bdlora", "qalora", "alora", "arrow", "lora_merged")
+VARIANTS = ("kasa", "bdlora", "qalora", "alora", "arrow", "lora_merged", "lora_parameters")
 """The methods of updates that a config of LoRA may be for, beside LoRA itself."""
 _BY_FIELD = (
     ("arrow_config", "arrow"),
@@ -28,7 +29,7 @@ _SUBCONFIGS = {"monteclora_config": "monteclora_sampler.", "velora_config": "vel
 """Sub-configs of training, and the roles of the tensors that they leave."""
 FIELDS = (
     *("kasa_config", "use_bdlora", "use_qalora", "alora_invocation_tokens", "arrow_config", "layer_replication"),
-    *("monteclora_config", "velora_config"),
+    *("monteclora_config", "velora_config", "target_parameters"),
 )
 """The fields that `fields` makes."""
 
@@ -40,6 +41,7 @@ def meant(
 
     Raises `UnknownFact` where A has fewer columns than the base's module has inputs, and nothing says why.
     """
+    groups = peft_parameters.meant(groups, config, architecture)
     return [replace(g, method=_method(g, config, architecture)) if g.method == "lora" else g for g in groups]
 
 
@@ -172,6 +174,7 @@ def fields(updates: Sequence[Update], base: Base) -> dict[str, Any]:
             stated = _agreed(leaving, name)
             out[name] = stated if stated is not None else _subconfig(name, leaving)
     replicated = _agreed(updates, "layer_replication") if updates else None
+    out |= peft_parameters.fields(updates, base)
     return out | ({"layer_replication": replicated} if replicated else {})
 
 
@@ -253,13 +256,16 @@ def _words(names: Sequence[str], others: Sequence[str]) -> list[str]:
 def problems(config: Any, updates: Sequence[Update], base: Base) -> Iterator[str]:
     """Where the config says a variant that the tensors are not, or the other way round."""
     wanted = fields(updates, base)
-    for name in FIELDS:
+    yield from peft_parameters.agree(config, updates)
+    for name in FIELDS[:-1]:
         stated, has = config.fields.get(name), wanted.get(name)
         if name in _SUBCONFIGS and not has:
             continue  # what was trained so need not have left a tensor
         if name == "use_qalora" and not has:
             continue  # plain layers take no notice of it
-        if bool(stated) != bool(has) and not (name == "kasa_config" and has is not None and stated is not None):
+        # An empty sub-config of KaSA says as much as a full one.
+        says = bool(stated) or (name == "kasa_config" and stated is not None)
+        if says != (has is not None):
             tensor = next(iter(updates[0].tensors.values()))
             yield (
                 f"{tensor.where}: {config.where} says {name}={json.dumps(stated, default=str)[:60]}, but the tensors are "

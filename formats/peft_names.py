@@ -32,7 +32,7 @@ def _own(method: str, *texts: str, kind: str = "", ends: str = "") -> tuple[Suff
 _PATHS = ("Xd", "Xu", "X", "zeros")
 """How a path of GLoRA may be parametrised."""
 
-_VARIANTS = ("kasa", "bdlora", "qalora", "alora", "arrow", "lora_merged")
+_VARIANTS = ("kasa", "bdlora", "qalora", "alora", "arrow", "lora_merged", "lora_parameters")
 """What a config may make of LoRA's tensors; a key alone reads as LoRA's, which stands behind them."""
 
 MODULES = (

@@ -24,10 +24,10 @@ class Base:
     """What the names begin with in one version of the base's class and not in another."""
     shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     """Of weights, (out, in, *kernel)."""
-    parameters: frozenset[str] = frozenset()
-    """Matrices that modules hold under other names than `weight`, each by its dotted name."""
     kinds: Mapping[str, str] = field(default_factory=dict)
     """`linear`, `conv`, `embedding` …; `transposed` for a layer that stores its weight as (in, out)."""
+    parameters: frozenset[str] = frozenset()
+    """Matrices that modules hold under other names than `weight`, each by its dotted name."""
 
     @classmethod
     def of(cls, component: Any) -> Base:
@@ -40,6 +40,7 @@ class Base:
             component.optional_prefix,
             {name: spec.shape for name, spec in specs.items() if spec.shape},
             {name: "transposed" if spec.transposed else spec.kind for name, spec in specs.items()},
+            frozenset(component.parameters),
         )
 
 

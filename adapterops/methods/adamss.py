@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from adapterops.adapter import Update
 from adapterops.errors import BrokenAdapter, CannotRepresent
-from adapterops.methods.base import Change, Method, Own, need
+from adapterops.methods.base import Change, Method, Own, need, need_own
 from adapterops.methods.clusters import clusters
 from adapterops.methods.own import fitting
 from adapterops.storage.tensor import LazyTensor, is_zero
@@ -38,6 +38,8 @@ class Adamss(Method):
     name = "adamss"
     title = "AdaMSS (groups of rows in the space of singular vectors)"
     source = "peft tuners/adamss/layer.py"
+    formula = "Δ[W b] of the rows of group i = B.i·A.i·newB"
+    form = "with the base's weight, where there is no bias: rank Σ rᵢ"
     needs_weight = True
 
     def check(self, update: Update) -> None:
@@ -85,6 +87,15 @@ class Adamss(Method):
         )
 
     def change(self, update: Update, own: Own | None = None) -> Change:
+        b, a = self._factors(update, need_own(update, own))
+        made, inputs = b @ a, a.shape[1] - (own is not None and own.bias is not None)
+        return Change(made[:, :inputs].float(), made[:, inputs].float() if inputs < a.shape[1] else None)
+
+    def low_rank_of(self, update: Update, own: Own) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return None if own.bias is not None else self._factors(update, own)
+
+    def _factors(self, update: Update, own: Own) -> tuple[torch.Tensor, torch.Tensor]:
+        """Factors of Δ[W b]: (out, Σ rᵢ) and (Σ rᵢ, in), or in + 1 with a bias."""
         import torch
 
         own = fitting(self, update, own)
@@ -95,10 +106,13 @@ class Adamss(Method):
                 f"{update.tensors['newB'].where}: {base.shape[1]} columns; {update.name} has {inputs} inputs and "
                 f"{'a' if biased else 'no'} bias in these base weights, which are another model's"
             )
-        made = torch.zeros(own.weight.shape[0], base.shape[1], dtype=torch.float64)
+        left, right = torch.zeros(own.weight.shape[0], self.rank(update), dtype=torch.float64), []
+        at = 0
         for (a, b), rows in zip(self._pairs(update), self.groups(update, own), strict=True):
-            made[rows] = b.torch().double() @ a.torch().double() @ base
-        return Change(made[:, :inputs].float(), made[:, inputs].float() if biased else None)
+            left[rows, at : at + a.shape[0]] = b.torch().double()
+            right.append(a.torch().double() @ base)
+            at += a.shape[0]
+        return left, torch.cat(right)
 
     def groups(self, update: Update, own: Own) -> list[torch.Tensor]:
         """The rows of each group, found as peft finds them.

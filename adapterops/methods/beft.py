@@ -26,6 +26,7 @@ class Beft(Method):
     name = "beft"
     title = "BEFT (biases)"
     source = "https://arxiv.org/abs/2509.15974"
+    formula = "b' = b + bias"
 
     def check(self, update: Update) -> None:
         need(update, "bias")

@@ -90,6 +90,7 @@ class BlockDiagonal(_Widened):
     formula = "ΔW = s·B·A, one of the two a block diagonal stored as its blocks"
     form = "the block diagonal written out, rank r"
     source = "https://arxiv.org/abs/2510.23346"
+    needs_shape = True
     compared = frozenset({"shape", "nblocks", "use_bdlora"})
 
     def check(self, update: Update) -> None:
@@ -159,6 +160,7 @@ class Pooled(_Widened):
     formula = "ΔW = s·B·A·P, P the means over groups of inputs"
     form = "A with each column repeated over its group, rank r"
     source = "https://arxiv.org/abs/2309.14717"
+    needs_shape = True
     compared = frozenset({"shape", "qalora_group_size"})
 
     def check(self, update: Update) -> None:

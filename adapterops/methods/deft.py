@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from adapterops.adapter import Update
 from adapterops.errors import BrokenAdapter, CannotRepresent
-from adapterops.methods.base import Change, Method, Own, need, setting
+from adapterops.methods.base import Change, Method, Own, need, need_own, setting
 from adapterops.methods.own import fitting
 
 if TYPE_CHECKING:
@@ -35,6 +35,8 @@ class Deft(Method):
     name = "deft"
     title = "DEFT (a subspace of the outputs replaced; PaRa)"
     source = "peft tuners/deft/layer.py"
+    formula = "W' = (I − Q·Kᵀ)·W + s·Q·R, Q and K of P; without R, PaRa's"
+    form = "with the base's weight: Q and s·R − Kᵀ·W, rank r"
     needs_weight = True
 
     def check(self, update: Update) -> None:
@@ -71,15 +73,19 @@ class Deft(Method):
         )
 
     def change(self, update: Update, own: Own | None = None) -> Change:
+        q, added = self.low_rank_of(update, need_own(update, own))
+        return Change((q @ added).float())
+
+    def low_rank_of(self, update: Update, own: Own) -> tuple[torch.Tensor, torch.Tensor]:
         own = fitting(self, update, own)
         q, k = self._project(update)
         taken = k.T @ own.weight.double()
         injected = update.tensors.get("R")
         if injected is None:
-            return Change((-q @ taken).float())
+            return q, -taken
         alpha = update.options.get("alpha")
         scale = alpha / self.rank(update) if alpha else 1.0
-        return Change((q @ (scale * injected.torch().double() - taken)).float())
+        return q, scale * injected.torch().double() - taken
 
     def _project(self, update: Update) -> tuple[torch.Tensor, torch.Tensor]:
         """Q and K (out, r) in float64."""

@@ -67,10 +67,26 @@ class Kasa(Lora):
         Raises `CannotRepresent` without `own`; `BrokenAdapter` where W is of another size, or has no more singular values
         than are dropped (peft refuses that, too).
         """
-        import torch
-
         own = need_own(update, own)
         added = super().change(update, own)
+        u, vh = self._dropped(update, own)
+        assert added.weight is not None
+        return Change((as_shaped(update, added.weight, own).double() - u @ vh).float(), added.bias)
+
+    def low_rank_of(self, update: Update, own: Own) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """ΔW's factors beside those of what is taken away: rank 2r."""
+        import torch
+
+        if "bias" in update.tensors:
+            return None
+        b, a = (torch.from_numpy(factor) for factor in self.factors(update))
+        u, vh = self._dropped(update, own)
+        return torch.cat([b, -u], 1), torch.cat([a, vh])
+
+    def _dropped(self, update: Update, own: Own) -> tuple[torch.Tensor, torch.Tensor]:
+        """W − W_k as (out, r) and (r, in), in float64."""
+        import torch
+
         weight, rank = own.weight.double(), self.rank(update)
         if rank >= min(weight.shape):
             raise BrokenAdapter(
@@ -78,6 +94,4 @@ class Kasa(Lora):
                 f"{list(weight.shape)}, which has no more ({update.name})"
             )
         u, s, vh = torch.linalg.svd(weight, full_matrices=False)
-        dropped = (u[:, -rank:] * s[-rank:]) @ vh[-rank:]
-        assert added.weight is not None
-        return Change((as_shaped(update, added.weight, own).double() - dropped).float(), added.bias)
+        return u[:, -rank:] * s[-rank:], vh[-rank:]

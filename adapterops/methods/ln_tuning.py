@@ -24,6 +24,7 @@ class LnTuning(Method):
     name = "ln_tuning"
     title = "LN tuning (norms replaced)"
     source = "https://arxiv.org/abs/2312.11420"
+    formula = "W' = weight, b' = bias"
     needs_weight = True
     rows = frozenset({"weight", "bias"})
 

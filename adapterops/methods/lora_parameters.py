@@ -30,7 +30,7 @@ from math import prod, sqrt
 from typing import TYPE_CHECKING, Any
 
 from adapterops.adapter import Update
-from adapterops.errors import AmbiguousFormat, BrokenAdapter, CannotRepresent
+from adapterops.errors import AmbiguousFormat, BrokenAdapter
 from adapterops.methods.base import Change, Method, Own, need, setting
 from adapterops.methods.lora import as_shaped, factor_norm, product_error
 from adapterops.methods.products import Rows, alpha_over_rank, known
@@ -51,7 +51,7 @@ class LoraParameters(Method):
     source = "peft tuners/lora/layer.py (ParamWrapper)"
     scaled = True
     needs_shape = True
-    compared = frozenset({"shape", "num_experts", "r", "is_transposed"})
+    compared = frozenset({"shape", "num_experts", "r", "is_transposed", "target_parameters"})
 
     def check(self, update: Update) -> None:
         need(update, "A", "B")
@@ -238,13 +238,3 @@ def which(
 
 def _listed(names: Sequence[str]) -> str:
     return " then ".join(names)
-
-
-def nesting(key: str) -> tuple[str, int]:
-    """A module's name without the `base_layer` steps of nested parameters at its end, and how many there were."""
-    steps = 0
-    while key.endswith(".base_layer"):
-        key, steps = key.removesuffix(".base_layer"), steps + 1
-    if not key or key == "base_layer":
-        raise CannotRepresent(f"{key!r} names no module below its base_layer")
-    return key, steps

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from adapterops.adapter import Update
 from adapterops.errors import BrokenAdapter, CannotRepresent
-from adapterops.methods.base import Change, Method, Own, need
+from adapterops.methods.base import Change, Method, Own, need, need_own
 from adapterops.methods.own import fitting
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ class Osf(Method):
     name = "osf"
     title = "OSF (the smallest singular values retrained)"
     source = "https://arxiv.org/abs/2504.07097"
+    formula = "ΔW = U·diag(S)·V − the part of W with its r smallest singular values"
+    form = "with the base's weight: rank 2r"
     needs_weight = True
 
     def check(self, update: Update) -> None:
@@ -79,6 +81,14 @@ class Osf(Method):
         )
 
     def change(self, update: Update, own: Own | None = None) -> Change:
+        b, a = self._factors(update, need_own(update, own))
+        return Change((b @ a).float())
+
+    def low_rank_of(self, update: Update, own: Own) -> tuple[torch.Tensor, torch.Tensor] | None:
+        return None if self.is_nothing(update) else self._factors(update, own)
+
+    def _factors(self, update: Update, own: Own) -> tuple[torch.Tensor, torch.Tensor]:
+        """(out, 2r) and (2r, in)."""
         import torch
 
         own = fitting(self, update, own)
@@ -88,5 +98,5 @@ class Osf(Method):
         before_u, before_s, before_v = parts[0][:, kept:], parts[1][kept:], parts[2][kept:]
         if narrow:
             before_u, before_s, before_v = (t.to(own.weight.dtype) for t in (before_u, before_s, before_v))
-        before = (before_u.double() * before_s.double()) @ before_v.double()
-        return Change(((u * s.reshape(-1)) @ v - before).float())
+        b = torch.cat([u * s.reshape(-1), -before_u.double() * before_s.double()], dim=1)
+        return b, torch.cat([v, before_v.double()])

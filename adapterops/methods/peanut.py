@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from adapterops.adapter import Update
 from adapterops.errors import BrokenAdapter, CannotRepresent
-from adapterops.methods.base import Change, Method, Own, need, setting
+from adapterops.methods.base import Change, Method, Own, need, need_own, setting
 from adapterops.methods.own import fitting
 from adapterops.storage.tensor import is_zero
 
@@ -35,6 +35,8 @@ class Peanut(Method):
     name = "peanut"
     title = "PEANuT (a network of the base's weight)"
     source = "peft tuners/peanut/layer.py"
+    formula = "ΔW = s·B·yᵀ, y what a network of A, encoders and decoders makes of Wᵀ"
+    form = "with the base's weight: s·B and yᵀ, rank r"
     needs_weight = True
 
     def check(self, update: Update) -> None:
@@ -82,6 +84,10 @@ class Peanut(Method):
         )
 
     def change(self, update: Update, own: Own | None = None) -> Change:
+        b, a = self.low_rank_of(update, need_own(update, own))
+        return Change((b @ a).float())
+
+    def low_rank_of(self, update: Update, own: Own) -> tuple[torch.Tensor, torch.Tensor]:
         own = fitting(self, update, own)
         name, scale = setting(update, "act_fn"), float(setting(update, "scaling"))
         act = activations().get(name)
@@ -98,7 +104,7 @@ class Peanut(Method):
             state = act(state @ t[f"encoders.{i}"].T)
         for i in range(depth):
             state = act(state @ t[f"decoders.{i}"].T) + inputs[depth - 1 - i]
-        return Change((scale * (t["B"] @ state.T)).float())
+        return scale * t["B"], state.T
 
 
 def activations() -> dict[str, Activation]:

@@ -37,6 +37,7 @@ class Supertuning(Method):
     name = "supertuning"
     title = "Super-Tuning (sparse entries; Supra: with a LoRA)"
     source = "https://arxiv.org/abs/2607.09287"
+    formula = "ΔW = values at indices (without these, at W's largest entries), Supra: + lora_alpha/r·lora_B·lora_A"
     needs_shape = True
     compared = frozenset({"shape", "sparsity", "select_top"})
 

@@ -24,6 +24,17 @@ AS_THEY_ARE = ("saved", "trainable_tokens", "bundled")
 """Methods whose updates stand beside a LoRA unchanged."""
 
 
+_TRAINING = ("monteclora_sampler.", "velora_embed")
+"""The beginnings of the roles that only training reads."""
+
+
+def _after_training(update: Update) -> Update:
+    """The update without what only training reads."""
+    tensors = {role: t for role, t in update.tensors.items() if not role.startswith(_TRAINING)}
+    own = {k: v for k, v in update.options.items() if k not in ("monteclora_config", "velora_config")}
+    return replace(update, tensors=tensors, options=own)
+
+
 @dataclass(frozen=True, slots=True)
 class ModuleReport:
     """What became of one module.
@@ -56,6 +67,11 @@ class Maker:
         method = METHODS[update.method]
         if update.method in AS_THEY_ARE:
             return [self._rounded(update)], ModuleReport(update.component, update.module, update.method, None)
+        if update.method == "lora_parameters":
+            return [self._rounded(update)], self._of_parameters(update)
+        if update.method == "lora" and any(role.startswith(_TRAINING) for role in update.tensors):
+            self.changed = True
+            update = _after_training(update)
         plain = update.method == "lora" and "mid" not in update.tensors
         if plain and (self._budget.everything or self._small(update)):
             rank = method.rank(update)
@@ -71,6 +87,16 @@ class Maker:
         return [made], ModuleReport(
             update.component, update.module, update.method, factors.rank, factors.kept, factors.error
         )
+
+    def _of_parameters(self, update: Update) -> ModuleReport:
+        """A LoRA on a bare parameter is one already.  Raises `CannotRepresent` where the budget would make it smaller."""
+        rank = METHODS[update.method].rank(update)
+        if not self._budget.everything and not self._small(update):
+            raise CannotRepresent(
+                f"{update.name}: is LoRA on a stack of {rank} ranks for each expert (tensor {update.tensors['A'].key!r}), which "
+                "this version does not make smaller; leave --rank, --energy and --error out, or --rank larger"
+            )
+        return ModuleReport(update.component, update.module, update.method, rank)
 
     def _small(self, update: Update) -> bool:
         rank = METHODS[update.method].rank(update)

@@ -152,7 +152,7 @@ def as_lora(
         updates += made
         reports.append(report)
     progress(total, total)
-    if not any(u.method == "lora" for u in updates):
+    if not any(u.method in ("lora", "lora_parameters") for u in updates):
         raise CannotRepresent(
             f"{adapter.provenance.path}: nothing in it is a change of a weight that a LoRA could make"
         )

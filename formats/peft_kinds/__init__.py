@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from adapterops_formats.peft_kinds.row import PeftMethod
 
 _ROWS = {
-    "LORA": ("lora:LORA", ("lora", "kasa", "bdlora", "qalora", "alora", "arrow", "lora_merged")),
+    "LORA": ("lora:LORA", ("lora", "kasa", "bdlora", "qalora", "alora", "arrow", "lora_merged", "lora_parameters")),
     "ADALORA": ("adalora:ADALORA", ("adalora",)),
     "LOHA": ("lycoris:LOHA", ("loha",)),
     "LOKR": ("lycoris:LOKR", ("lokr",)),

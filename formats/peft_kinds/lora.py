@@ -22,8 +22,8 @@ LORA = PeftMethod(
         *("lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying"),
     ),
     legacy=("enable_lora", "merge_weights"),
+    bare=("lora_parameters",),
     refused={
-        "target_parameters": "its factors act on bare parameters, not on modules",
         "megatron_config": "the factors are those of Megatron's parallel layers",
     },
     defaults=defaults(

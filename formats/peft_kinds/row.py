@@ -147,6 +147,8 @@ class PeftMethod:
     now: str = ""
     """The `peft_type` that today's peft has in its place, with at least its fields; it is read only then."""
     known: tuple[str, ...] = ()
+    bare: tuple[str, ...] = ()
+    """Methods whose updates act on bare parameters of a module, which `target_modules` does not name."""
     legacy: tuple[str, ...] = ()
     """Fields of earlier releases, and facts of other writers, that say how tensors are read and are never written."""
     refused: Mapping[str, str] = field(default_factory=dict)

@@ -14,7 +14,7 @@ from adapterops.adapter import Update
 from adapterops.methods import METHODS
 from adapterops.methods.base import Own
 
-__all__ = ["base_of", "made", "outputs_agree", "tuned"]
+__all__ = ["base_of", "factors_agree", "made", "outputs_agree", "tuned"]
 
 
 def tuned(layer: nn.Module, config: PeftConfig, part: str, dtype: torch.dtype = torch.float64) -> Any:
@@ -49,3 +49,15 @@ def outputs_agree(one: Update, model: Any, own: Own) -> None:
             found = found + (added.double() if part is None else part @ added.double().T)
     error = float((found - wanted).norm() / wanted.norm())
     assert error < 1e-5, error
+
+
+def factors_agree(one: Update, own: Own) -> None:
+    """Hold the factors that the base's weight makes exact against the change, which peft's forward was held against."""
+    method = METHODS[one.method]
+    found, change = method.low_rank_of(one, own), method.change(one, own)
+    assert found is not None
+    assert change.weight is not None
+    assert change.bias is None
+    b, a = found
+    assert b.dtype == a.dtype == torch.float64
+    torch.testing.assert_close((b @ a).float(), change.weight)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from method_updates import lazy, update
-from odd_layers import base_of, made, outputs_agree, tuned
+from odd_layers import base_of, factors_agree, made, outputs_agree, tuned
 from torch import nn
 
 from adapterops.adapter import Update
@@ -40,6 +40,10 @@ def test_the_change_is_pefts(biased: bool, fields: dict[str, Any]) -> None:
     one, model = adamss(biased, **fields)
     own = base_of(model)
     outputs_agree(one, model, own)
+    if biased:
+        assert ADAMSS.low_rank_of(one, own) is None
+    else:
+        factors_agree(one, own)
     change, layer = ADAMSS.change(one, own), model.base_model.model.layer
     assert change.weight is not None
     assert (change.bias is not None) is biased
@@ -105,6 +109,7 @@ def test_rows_go_where_the_clusters_are() -> None:
     one, own = by_hand()
     ADAMSS.check(one)
     assert ADAMSS.rank(one) == 3
+    factors_agree(one, own)
     change = ADAMSS.change(one, own)
     assert change.bias is None
     assert change.weight is not None

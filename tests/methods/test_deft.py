@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from method_updates import lazy
-from odd_layers import base_of, made, outputs_agree, tuned
+from odd_layers import base_of, factors_agree, made, outputs_agree, tuned
 from peft import DeftConfig
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -41,6 +41,7 @@ def test_the_change_is_pefts(layer: str, method: str, fields: dict[str, Any]) ->
     assert ("R" in one.tensors) is not fields.get("para", False)
     own = base_of(model)
     outputs_agree(one, model, own)
+    factors_agree(one, own)
     change = DEFT.change(one, own).weight
     assert change is not None
     assert int(torch.linalg.matrix_rank(change, rtol=1e-5)) <= DEFT.rank(one) == min(fields.get("r", 4), 12)

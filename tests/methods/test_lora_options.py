@@ -382,3 +382,14 @@ def test_an_unknown_alpha_is_said() -> None:
     for method in ("lora", "bdlora"):
         with pytest.raises(CannotRepresent, match="--alpha"):
             METHODS[method].change(replace(one, alpha=None))
+
+
+def test_kasa_has_exact_factors_of_all_that_it_changes() -> None:
+    torch.manual_seed(0)
+    tensors = {"A": torch.randn(4, 12), "B": torch.randn(8, 4), "diag": torch.randn(4)}
+    one, before = made("linear", tensors, "kasa"), Own(torch.randn(8, 12))
+    pair, change = METHODS["kasa"].low_rank_of(one, before), METHODS["kasa"].change(one, before).weight
+    assert pair is not None
+    assert pair[0].shape == (8, 8)
+    assert change is not None
+    assert relative(change, pair[0] @ pair[1]) < 1e-6

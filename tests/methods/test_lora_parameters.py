@@ -14,7 +14,7 @@ from torch import nn
 from adapterops.adapter import Update
 from adapterops.errors import AmbiguousFormat, BrokenAdapter, CannotRepresent
 from adapterops.methods.base import Own
-from adapterops.methods.lora_parameters import LORA_PARAMETERS, nesting, which
+from adapterops.methods.lora_parameters import LORA_PARAMETERS, which
 
 
 class Experts(nn.Module):
@@ -63,7 +63,8 @@ def tuned(experts: Experts, names: list[str], **config: Any) -> tuple[Any, list[
     levels: dict[int, dict[str, torch.Tensor]] = {}
     for key, tensor in get_peft_model_state_dict(model).items():
         module, _, role = key.removeprefix("base_model.model.").removesuffix(".weight").rpartition(".lora_")
-        name, steps = nesting(module)
+        steps = module.count(".base_layer")
+        name = module.removesuffix(".base_layer" * steps)
         assert name == "experts"
         levels.setdefault(steps, {})[role] = tensor.clone()
     rslora = bool(config.get("use_rslora"))
@@ -209,10 +210,3 @@ def test_which_parameter() -> None:
         which([one], {"norm": (8,), "w": (3, 8, 13)})
     ranked = replace(one, options={"r": 3})
     assert which([ranked], {"w1": (3, 8, 12), "w2": (2, 8, 12)}) == ["w2"]
-
-
-def test_nested_names() -> None:
-    assert nesting("a.experts.base_layer.base_layer") == ("a.experts", 2)
-    assert nesting("a.experts") == ("a.experts", 0)
-    with pytest.raises(CannotRepresent, match="names no module"):
-        nesting("base_layer")

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from method_updates import lazy
-from odd_layers import base_of, made, outputs_agree, tuned
+from odd_layers import base_of, factors_agree, made, outputs_agree, tuned
 from peft import OSFConfig
 from torch import nn
 
@@ -31,6 +31,7 @@ def test_the_change_is_pefts(shape: tuple[int, int], fields: dict[str, Any]) -> 
     one, model = osf(shape, **fields)
     own = base_of(model)
     outputs_agree(one, model, own)
+    factors_agree(one, own)
     kept = model.base_model.model.layer.effective_rank["default"]
     assert OSF.effective_rank(one) == kept
     assert OSF.rank(one) == 12 - kept

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from method_updates import lazy
-from odd_layers import base_of, made, outputs_agree, tuned
+from odd_layers import base_of, factors_agree, made, outputs_agree, tuned
 from peft import PeanutConfig
 from torch import nn
 from transformers.activations import ACT2CLS, ACT2FN
@@ -33,6 +33,7 @@ def test_the_change_is_pefts(depth: int, act: str) -> None:
     one, model = peanut(depth=depth, act_fn=act)
     own = base_of(model)
     outputs_agree(one, model, own)
+    factors_agree(one, own)
     assert PEANUT.depth(one) == depth
     change = PEANUT.change(one, own).weight
     assert change is not None
