@@ -420,11 +420,11 @@ def default_output(source: PathLike, form: Format, dialect: Dialect, ending: str
 
 
 def known_dtypes(updates: Iterable[Update]) -> dict[str, int]:
-    """How many tensors there are of each dtype, widest first."""
+    """How many tensors there are of each dtype, widest first; one that several updates share counts once."""
+    own = {(t.source.path, t.key, t.start): t.dtype for update in updates for t in update.tensors.values()}
     out: dict[str, int] = {}
-    for update in updates:
-        for tensor in update.tensors.values():
-            out[tensor.dtype] = out.get(tensor.dtype, 0) + 1
+    for dtype in own.values():
+        out[dtype] = out.get(dtype, 0) + 1
     return dict(sorted(out.items(), key=lambda item: (-dtypes.BITS[item[0]], item[0])))
 
 

@@ -99,6 +99,10 @@ class Loralib(Format):
             return ScaleRule(alpha, certainty=Certainty.READ, source=f"{source.path}: header entry {ENTRY}")
 
         def settle(groups: list[Group]) -> list[Group]:
+            factors = {g.name for g in groups if g.method != "saved"}
+            for entry in groups:
+                if entry.method == "saved" and entry.name in factors:
+                    entry.options["kind"] = "wrapped"  # the layer's own parameter, beside its factors
             groups = [_meant(g, request.architecture, enabled, said) for g in groups]
             component = component_by_names(groups, request.architecture) or said.component or "model"
             places: dict[Place, Place] = {}
@@ -256,7 +260,7 @@ def _with_reason(update: Update) -> Update:
     """The update; where its alpha is unknown, with the reason that holds here."""
     if update.alpha is None or update.alpha.value is not None:
         return update
-    reason = "loralib stores none: it is the lora_alpha that the layers were built with"
+    reason = "loralib stores no alpha: it is the lora_alpha that the layers were built with"
     return replace(update, alpha=replace(update.alpha, source=reason))
 
 

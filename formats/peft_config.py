@@ -377,6 +377,7 @@ def from_updates(
         fields |= _rank_fields(own, base, method)
     if method.alpha:
         fields |= _scale_fields(own, base, method)
+    _insist_on_settings(own, method)
     for setting in method.settings:
         fields |= _setting_fields(own, base, method, setting)
     for name, role in method.roles:
@@ -430,18 +431,27 @@ def _rank_fields(updates: Sequence[Update], base: Base, method: PeftMethod) -> d
     return {method.rank: r}
 
 
+def _insist_on_settings(updates: Sequence[Update], method: PeftMethod) -> None:
+    """Raise `UnknownFact` for settings that nothing has said, all at once."""
+    silent = [(s, u) for s in method.settings for u in updates if s.asked and s.name not in u.options]
+    if not silent:
+        return
+    asked = {s.name: s for s, _ in silent}
+    names = " and ".join(asked)
+    told = "; ".join(f"{s.name}: {s.about}" for s in asked.values())
+    raise errors.UnknownFact(
+        f"{next(iter(silent[0][1].tensors.values())).where}: {names} of {method.title} {'is' if len(asked) == 1 else 'are'} "
+        f"not in the tensors, and no config says {'it' if len(asked) == 1 else 'them'} ({told}); say "
+        + " ".join(f"--set {name}=VALUE" for name in asked)
+    )
+
+
 def _setting_fields(updates: Sequence[Update], base: Base, method: PeftMethod, setting: Setting) -> dict[str, Any]:
     """What the config must say of a setting.
 
-    Raises `UnknownFact` for one that nothing has said, `CannotRepresent` for exceptions that the config cannot say.
+    Raises `CannotRepresent` for exceptions that the config cannot say.
     """
     values = {u.module: u.options.get(setting.name, setting.default) for u in updates}
-    silent = next((u for u in updates if setting.asked and setting.name not in u.options), None)
-    if silent is not None:
-        raise errors.UnknownFact(
-            f"{next(iter(silent.tensors.values())).where}: {setting.name} of {method.title} is not in the tensors, and no "
-            f"{'config'} says it: {setting.about}; say it with --set {setting.name}=VALUE"
-        )
     hashable = {module: _frozen(value) for module, value in values.items()}
     if len(set(hashable.values())) < 2:
         value = next(iter(values.values()))

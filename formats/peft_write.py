@@ -74,7 +74,7 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
                 config["target_modules"] = shorter
             config = _own_words(own, config, updates, method, base)
             config = {**{name: value for name, value in before.items() if value in _LEAST}, **config}
-        elif own:
+        elif own.keys() - _COMMON:
             notes.append("config fields that do not fit the tensors or the names of their modules are derived anew")
     transposed = any(base.kinds.get(u.module) == "transposed" for u in adapted(updates, method))
     if "fan_in_fan_out" in method.flags and transposed:
@@ -146,11 +146,14 @@ def _unsaid(method: PeftMethod) -> dict[str, Any]:
     return out
 
 
+_COMMON = frozenset({"task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode"})
+"""What every config says, whatever its method."""
+
+
 def _travelling(own: Mapping[str, Any], method: PeftMethod) -> dict[str, Any]:
     """The fields of a config that the tensors do not decide; of another method's, only what every method has."""
     if str(own.get("peft_type") or method.kind).upper() != method.kind:
-        common = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode")
-        return {k: v for k, v in own.items() if k in common}
+        return {k: v for k, v in own.items() if k in _COMMON}
     void = {*method.derived, *method.narrowing, *method.refused, "peft_type"}
     return {k: v for k, v in own.items() if k not in void}
 

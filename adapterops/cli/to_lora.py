@@ -37,6 +37,19 @@ _ROUNDING = 1e-6
     type=click.Path(),
     help="The base model's weights (a file, or a model's or pipeline's folder), for methods that act on them.",
 )
+@click.option(
+    "--initial",
+    metavar="INIT",
+    type=click.Path(),
+    help="PiSSA, OLoRA, CorDA, LoRA-GA: the adapter as it was before its training.",
+)
+@click.option(
+    "--residual-base",
+    metavar="DIR",
+    type=click.Path(),
+    help="The base as that start changed it; with --base-weights, the published one.",
+)
+@click.option("--accept-approximate", is_flag=True, help="Estimate a random start (pissa_niter_N) from --base-weights.")
 @click.option("--to", metavar="FORMAT", help="Format or dialect to write. [default: the source's]")
 @reading
 @click.option("-v", "--verbose", is_flag=True, help="List every module.")
@@ -48,6 +61,9 @@ def to_lora(
     error: float | None,
     target_rank: int | None,
     base_weights: str | None,
+    initial: str | None,
+    residual_base: str | None,
+    accept_approximate: bool,
     to: str | None,
     source_format: str | None,
     arch: str | None,
@@ -75,6 +91,8 @@ def to_lora(
       adapterops to-lora adalora-folder -o lora
       adapterops to-lora style-lokr.safetensors --rank 32
       adapterops to-lora oft-folder --energy 0.99 --base-weights model/
+      adapterops to-lora pissa-folder --initial pissa-before-training
+      adapterops to-lora olora-folder --base-weights model/ --rank 16
       adapterops to-lora fourierft.safetensors --error 0.1 --base model/config.json --set random_loc_seed=777
     """
     from adapterops.operations.to_lora import to_lora as run
@@ -93,6 +111,9 @@ def to_lora(
             error=error,
             target_rank=target_rank,
             base_weights=base_weights,
+            initial=initial,
+            residual_base=residual_base,
+            accept_approximate=accept_approximate,
             reading={name: value for name, value in options.items() if value is not None},
             dtype=dtype,
             allow_drop=allow_drop,

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any
 from adapterops.adapter import Adapter, Certainty, Fact, Update
 from adapterops.errors import CannotRepresent
 from adapterops.methods import METHODS
+from adapterops.operations.kept import Keeper
 from adapterops.operations.lora_factors import Budget, Factors, kernel_shape, of_factors, of_matrix
 from adapterops.operations.own_parameters import OwnParameters
 from adapterops.proof import check_finite
-from adapterops.storage import dtypes
-from adapterops.storage.spool import Spool
 from adapterops.storage.tensor import TORCH_NAMES, LazyTensor
 
 if TYPE_CHECKING:
@@ -56,11 +55,11 @@ class Maker:
     """Makes LoRAs of updates."""
 
     def __init__(
-        self, budget: Budget, own: OwnParameters | None, spool: Spool, dtype: str | None, adapter: Adapter
+        self, budget: Budget, own: OwnParameters | None, keeper: Keeper, dtype: str | None, adapter: Adapter
     ) -> None:
-        self._budget, self._own, self._spool, self._dtype, self._adapter = budget, own, spool, dtype, adapter
+        self._budget, self._own, self._keeper, self._dtype, self._adapter = budget, own, keeper, dtype, adapter
         self.changed = False
-        """Whether any update is another one now."""
+        """Whether any update is of another method now."""
 
     def make(self, update: Update) -> tuple[list[Update], ModuleReport]:
         """The LoRA of an update (or what stands beside it), and a report."""
@@ -76,7 +75,7 @@ class Maker:
         if plain and (self._budget.everything or self._small(update)):
             rank = method.rank(update)
             return [self._rounded(update)], ModuleReport(update.component, update.module, update.method, rank)
-        self.changed = True
+        self.changed = self.changed or update.method != "lora"
         check_finite([update])
         update = self._sized(update)
         if not method.linear:
@@ -197,27 +196,15 @@ class Maker:
         if shape is not None and not embedding:
             a = a.reshape(kernel_shape(a, shape))
             b = b.reshape(*b.shape, *(1,) * (a.dim() - 2))
-        tensors = {"A": self._keep(f"{update.module}.A", a), "B": self._keep(f"{update.module}.B", b)}
+        tensors = {"A": self._keeper.keep(f"{update.module}.A", a), "B": self._keeper.keep(f"{update.module}.B", b)}
         if bias is not None:
-            tensors["bias"] = self._keep(f"{update.module}.bias", (bias / factors.scale).to(b.dtype))
+            tensors["bias"] = self._keeper.keep(f"{update.module}.bias", (bias / factors.scale).to(b.dtype))
         tensors |= {role: tensor.mapped(self._dtype) for role, tensor in beside.items()}
         options: dict[str, Any] = {"dora_axis": update.options["dora_axis"]} if beside else {}
         if embedding:
             options["kind"] = "embedding"
         alpha: Fact[float | None] = Fact(factors.scale * factors.rank, Certainty.DERIVED, "to-lora")
         return Update(update.component, update.module, "lora", tensors, alpha, False, options)
-
-    def _keep(self, key: str, values: torch.Tensor) -> LazyTensor:
-        import torch
-
-        kept = values.detach().contiguous()
-        dtype = next(name for name, own in TORCH_NAMES.items() if getattr(torch, own) == kept.dtype)
-        place = self._spool.reserve(key, dtype, tuple(kept.shape))
-        if kept.numel():
-            data = kept.reshape(-1).view(torch.uint8).numpy()
-            self._spool.write(place, data.data)
-            _insist_held(place, data.tobytes())
-        return place
 
     def _rounded(self, update: Update) -> Update:
         if self._dtype is None:
@@ -230,21 +217,13 @@ class Maker:
 
         updates = list(updates)
         having = {u.component for u in updates if u.method == "lora" and "bias" in u.tensors}
-        if not having or not self.changed:
+        if not having:
             return updates
         out = []
         for update in updates:
             if update.method == "lora" and update.component in having and "bias" not in update.tensors:
                 rows = update.tensors["B"].shape[0]
-                zeros = self._keep(f"{update.module}.bias", torch.zeros(rows))
+                zeros = self._keeper.keep(f"{update.module}.bias", torch.zeros(rows))
                 update = replace(update, tensors={**update.tensors, "bias": zeros.mapped(update.tensors["B"].dtype)})
             out.append(update)
         return out
-
-
-def _insist_held(tensor: LazyTensor, data: bytes) -> None:
-    if dtypes.has_non_finite(tensor.dtype, data):
-        raise CannotRepresent(
-            f"{tensor.key}: {tensor.dtype} cannot hold the LoRA's factors: they became NaN or infinity; choose --dtype "
-            "bfloat16 or float32"
-        )

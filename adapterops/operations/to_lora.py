@@ -10,6 +10,8 @@ from typing import Any
 from adapterops import api, registry
 from adapterops.adapter import Adapter, Update
 from adapterops.errors import CannotRepresent, UsageError
+from adapterops.operations.demutate import Sources, demutated
+from adapterops.operations.kept import Keeper
 from adapterops.operations.lora_factors import Budget
 from adapterops.operations.lora_maker import Maker, ModuleReport
 from adapterops.operations.own_parameters import OwnParameters
@@ -40,7 +42,10 @@ def to_lora(
     energy: float | None = None,
     error: float | None = None,
     target_rank: int | None = None,
+    initial: str | os.PathLike[str] | None = None,
     base_weights: str | os.PathLike[str] | None = None,
+    residual_base: str | os.PathLike[str] | None = None,
+    accept_approximate: bool = False,
     reading: Mapping[str, Any] | None = None,
     dtype: str | None = None,
     allow_drop: bool = False,
@@ -55,6 +60,9 @@ def to_lora(
       kept; without any of them the result is exact, or the adapter is refused;
     - `target_rank` first re-allocates the triplets of an AdaLoRA: so many on average stay in a module, the strongest of all;
     - `base_weights` are the base's own weights, which some methods act on;
+    - an adapter that was trained on a changed base (PiSSA, OLoRA, CorDA, LoRA-GA) becomes relative to the published one:
+      by `initial`, the adapter before its training; by `base_weights` where the start follows from them; or by these and
+      `residual_base`, the changed base.  `accept_approximate` lets a random start be estimated;
     - `to` is the format, by default that of the source where it can hold a LoRA; `reading` are the options of `ao.load`.
 
     Raises `UsageError` for options that do not go together, `CannotRepresent` where something would be lost (each with the
@@ -66,11 +74,13 @@ def to_lora(
     place = output if output is not None else api.default_output(source, form, dialect, "lora")
     if target_rank is not None:
         adapter = with_target_rank(adapter, target_rank)
+    first = api.load(initial, allow_drop=allow_drop, **dict(reading or {})) if initial is not None else None
     folder = os.path.dirname(os.path.abspath(api.place_of(os.fspath(place), form)))
     spool_folder = folder if os.path.isdir(folder) else ""
     made, modules, dropped = as_lora(
-        adapter, budget, base_weights, dtype=dtype, allow_drop=allow_drop, folder=spool_folder, progress=progress
-    )
+        adapter, budget, base_weights, initial=first, residual_base=residual_base, accept_approximate=accept_approximate,
+        dtype=dtype, allow_drop=allow_drop, folder=spool_folder, progress=progress,
+    )  # fmt: skip
     fields = dict((reading or {}).get("fields") or {})
     written = api.save(
         made,
@@ -119,6 +129,9 @@ def as_lora(
     budget: Budget = Budget(),  # noqa: B008  (frozen)
     base_weights: str | os.PathLike[str] | None = None,
     *,
+    initial: Adapter | None = None,
+    residual_base: str | os.PathLike[str] | None = None,
+    accept_approximate: bool = False,
     dtype: str | None = None,
     allow_drop: bool = False,
     folder: str = "",
@@ -128,14 +141,15 @@ def as_lora(
 
     Raises `CannotRepresent` where an update has no LoRA, or none without a budget or the base's weights.
     """
-    if adapter.mutated_init:
-        raise CannotRepresent(
-            f"{adapter.provenance.path}: was trained from {adapter.mutated_init}, which changed the base weights: its factors "
-            "are right on that changed base only, and this version does not undo that"
-        )
     own = OwnParameters(open_base(base_weights, adapter.components), adapter) if base_weights is not None else None
-    spool = Spool("the LoRA", folder)
-    maker = Maker(budget, own, spool, api.dtype_named(dtype), adapter)
+    keeper = Keeper(Spool("the LoRA", folder))
+    if adapter.mutated_init or initial is not None or residual_base is not None:
+        residual = open_base(residual_base, adapter.components) if residual_base is not None else None
+        changed = OwnParameters(residual, adapter) if residual is not None else None
+        adapter, said = demutated(adapter, Sources(initial, own, changed, accept_approximate), keeper)
+        provenance = replace(adapter.provenance, notes=(*_other_notes(adapter), *said))
+        adapter = replace(adapter, provenance=provenance)
+    maker = Maker(budget, own, keeper, api.dtype_named(dtype), adapter)
     updates: list[Update] = []
     reports: list[ModuleReport] = []
     dropped: list[str] = []
@@ -146,7 +160,8 @@ def as_lora(
             made, report = maker.make(update)
         except CannotRepresent as error:
             if not allow_drop:
-                raise
+                path = adapter.provenance.path
+                raise (error if path in str(error) else CannotRepresent(f"{path}: {error}")) from error
             dropped.append(str(error))
             continue
         updates += made
@@ -159,6 +174,11 @@ def as_lora(
     updates = maker.with_biases(updates)
     config = {name: _travelling(fields, maker.changed) for name, fields in adapter.config.items()}
     return replace(adapter.with_updates(updates), config=config), reports, dropped
+
+
+def _other_notes(adapter: Adapter) -> list[str]:
+    """The notes that still hold of an adapter that is relative to the published base."""
+    return [note for note in adapter.provenance.notes if "changed the base weights" not in note]
 
 
 def _travelling(fields: Mapping[str, Any], changed: bool) -> dict[str, Any]:

@@ -103,7 +103,7 @@ def _flat() -> dict[str, tuple[str, ...]]:
 
 
 _ENDS = re.compile(
-    r"\.(lora_(?:down|up|A|B)(?:\.weight|\.bias)|lora\.(?:down|up)\.weight|(?:down|up)\.weight|alpha|dora_scale|"
+    r"\.(lora_(?:down|up|A|B)(?:\.weight|\.bias)|lora_[AB]|lora\.(?:down|up)\.weight|(?:down|up)\.weight|alpha|dora_scale|"
     r"lora_magnitude_vector(?:\.weight)?|hada_\w+|lokr_\w+|diff|diff_b|scale|weight)$"
 )
 
@@ -148,6 +148,10 @@ def _config(path: Path) -> dict[str, Any]:
     if path.is_dir():
         config: dict[str, Any] = json.loads((path / "adapter_config.json").read_text())
         return config
+    own = json.loads(metadata(path).get("loralib", "{}"))
+    if own:
+        alphas = own["lora_alpha"]
+        return {"alpha_pattern": alphas} if isinstance(alphas, dict) else {"lora_alpha": alphas}
     header = json.loads(metadata(path).get("lora_adapter_metadata", "{}"))
     return {key.removeprefix("transformer."): value for key, value in header.items()}
 
@@ -159,7 +163,7 @@ def _scale(config: Mapping[str, Any], name: str, rank: int, alpha: torch.Tensor 
                 return float(value)
         return default
 
-    assert not config or pattern("rank_pattern", config["r"]) == rank, name
+    assert "r" not in config or pattern("rank_pattern", config["r"]) == rank, name
     if alpha is not None:
         return float(alpha) / rank
     value = pattern("alpha_pattern", float(config.get("lora_alpha", rank)))
@@ -194,7 +198,14 @@ def _weight(got: Mapping[str, torch.Tensor], config: Mapping[str, Any], name: st
     return full if dense else full @ probe(full.shape[1])
 
 
-_ROLES = {"lora_A.weight": "down", "lora_B.weight": "up", "lora_B.bias": "bias", "diff_b": "bias"}
+_ROLES = {
+    "lora_A.weight": "down",
+    "lora_B.weight": "up",
+    "lora_A": "down",
+    "lora_B": "up",
+    "lora_B.bias": "bias",
+    "diff_b": "bias",
+}
 
 
 def _role(suffix: str) -> str:

@@ -20,7 +20,8 @@ import adapterops as ao
 from adapterops import registry
 from adapterops.errors import BrokenAdapter, CannotRepresent, UnknownModule, UsageError
 
-DIALECTS = [d.name for form in registry.formats().values() for d in form.dialects]
+# What is called after a method holds no other.
+DIALECTS = [d.name for form in registry.formats().values() for d in form.dialects if d.name != "miss"]
 UNETS = {"diffusers-lora", "diffusers-mixed", "diffusers-attn", "diffusers-attn-bare"}
 """Spellings that UNets and text encoders alone have."""
 NO_ALPHA = {"bfl", "bfl-peft", "xlabs"}
@@ -68,7 +69,7 @@ def all_dialects(source: Path, folder: Path, refused: Mapping[str, str], **optio
 
 
 _ATTENTION = r"double.*(qkv|proj)$|linear2$"
-_NO_MAGNITUDE = dict.fromkeys(NO_ALPHA, "magnitude")
+_NO_MAGNITUDE = dict.fromkeys((*NO_ALPHA, "loralib"), "magnitude")
 _NO_SCALE = dict.fromkeys(NO_ALPHA, "its scale is 0.5")
 _TAILS = {"xlabs": "can hold only modules that end in"}
 CASES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
@@ -89,7 +90,7 @@ def test_every_spelling_says_the_same(name: str, base: Path, tmp_path: Path) -> 
 
 def test_a_control_adapter_goes_where_biases_and_norms_can(base: Path, tmp_path: Path) -> None:
     held = {"bfl", "diffusers", "diffusers-alpha", "peft"}
-    words = dict.fromkeys(DIALECTS, "norm_k") | dict.fromkeys(("comfy", "comfy-down"), "bias")
+    words = dict.fromkeys(DIALECTS, "norm_k") | dict.fromkeys(("comfy", "comfy-down", "loralib"), "bias")
     source = ff.control(tmp_path / "control.safetensors")
     all_dialects(source, tmp_path, {d: w for d, w in words.items() if d not in held}, base=base)
 

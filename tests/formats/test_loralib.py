@@ -102,6 +102,7 @@ def test_linear_layers(kind: str, tmp_path: Path) -> None:
     assert (config["r"], config["lora_alpha"], config["bias"]) == (R, ALPHA, "lora_only")
     loaded = pm.load(Line(), tmp_path / "peft")
     assert pm.adapted(loaded) == {"one", "two"}
+    torch.testing.assert_close(loaded.base_model.model.one.base_layer.bias, tensors["one.bias"])
     ao.convert(tmp_path / "peft", to="loralib", output=tmp_path / "back.safetensors")
     pm.same_tensors(load_file(tmp_path / "back.safetensors"), tensors)
 

@@ -599,8 +599,7 @@ CONTRADICTIONS: dict[str, tuple[Case, dict[str, Any], type[Exception], str, dict
     "flag of the wrong type": (
         PLAIN, {"use_rslora": "no"}, errors.UnreadableFile, "use_rslora is", {"use_rslora": False},
     ),
-    "QA-LoRA": (PLAIN, {"use_qalora": True}, errors.UnsupportedFormat, "use_qalora is set", {}),
-    "bare parameters": (PLAIN, {"target_parameters": ["x"]}, errors.UnsupportedFormat, "target_parameters is set", {}),
+    "bare parameters": (PLAIN, {"target_parameters": ["x"]}, errors.Conflict, "target_parameters", {"target_parameters": None}),
     "another method": (
         PLAIN, {"peft_type": "LOHA"}, errors.Conflict, "tensor of LoRA, but .* peft_type LOHA.*--set peft_type=LORA",
         {"peft_type": "LORA"},

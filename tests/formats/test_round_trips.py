@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,10 @@ def holders(adapter: Adapter) -> set[str]:
         flat.add("onetrainer")
     if any(u.options.get("dora_axis") == "in" for u in adapter):
         return {*flat, "comfy"}
+    kernels = any(prod(t.shape[2:]) != 1 for u in adapter if u.method == "lora" for t in u.tensors.values())
+    beside = {"saved": {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}, "lora": {"A", "B"}}
+    if len(parts) == 1 and not kernels and all(set(u.tensors) <= beside.get(u.method, set()) for u in adapter):
+        out.add("loralib")
     if any(u.method != "lora" for u in adapter):
         return out
     plain = all(set(u.tensors) == {"A", "B"} and not u.options.get("kind") for u in adapter)

@@ -321,8 +321,13 @@ VARIANTS = {
     "kasa": {"A": (4, 12), "B": (8, 4), "diag": (4,)},
     "bdlora": {"A": (4, 6), "B": (8, 4)},
     "qalora": {"A": (4, 6), "B": (8, 4)},
+    "lora_merged": {"A": (4, 12), "B": (8, 4)},
 }
-OPTIONS: dict[str, dict[str, Any]] = {"bdlora": {"nblocks": 2}, "qalora": {"qalora_group_size": 2}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bdlora": {"nblocks": 2},
+    "qalora": {"qalora_group_size": 2},
+    "lora_merged": {"enable_lora": [True, False]},
+}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
@@ -367,6 +372,17 @@ def test_factors_deltas_and_norms_agree(method: str, dtype: torch.dtype) -> None
         ("qalora", {"A": (4, 3), "B": (8, 5)}, {}, r"rank 5.*rank 4"),
         ("qalora", {"A": (4, 3), "B": (8, 4)}, {"qalora_group_size": 2, "shape": (8, 12)}, "for 6 inputs.*has 12"),
         ("qalora", {"A": (4, 3), "B": (8, 4)}, {"qalora_group_size": 0}, "groups of 0"),
+        ("lora_merged", {"A": (8, 12)}, {}, "counterpart B"),
+        ("lora_merged", {"A": (8, 12), "B": (8, 3)}, {}, "not shared out evenly"),
+        ("lora_merged", {"A": (8, 12), "B": (9, 4)}, {}, "not shared out evenly"),
+        ("lora_merged", {"A": (8, 12), "B": (8, 4, 3)}, {}, "grouped LoRA"),
+        ("lora_merged", {"A": (8, 12), "B": (8, 4)}, {"enable_lora": [True, True, True]}, "not for 3 parts"),
+        (
+            "lora_merged",
+            {"A": (8, 12), "B": (8, 4)},
+            {"enable_lora": [True, True], "shape": (9, 12)},
+            "for 8 outputs.*has 9",
+        ),
     ],
 )
 def test_shapes_that_cannot_belong_together(
