@@ -117,10 +117,11 @@ class Loralib(Format):
         return replace(adapter, metadata={k: v for k, v in adapter.metadata.items() if k != ENTRY})
 
     def write(self, adapter: Adapter, target: Target) -> Output:
-        if len(adapter.components) > 1:
+        first = next((u for u in adapter if u.component != adapter.components[0]), None)
+        if first is not None:
             raise errors.CannotRepresent(
-                f"the adapter has {', '.join(adapter.components)}, and loralib's names say no component; split it into a file "
-                "each"
+                f"{first.name}: loralib's names say no component, and the adapter has {' and '.join(adapter.components)}; "
+                "split it into a file each"
             )
         updates: list[Update] = []
         dropped: list[str] = []

@@ -152,8 +152,9 @@ class Peft(Format):
                 _insist_on_kind(entry, config)
             if config is not None:
                 refuse_unknown(config)
-            groups += _unlisted(groups, config, method, request)
-            groups = arranged(groups, method, config, request, said)
+            about = _about(request, component)
+            groups += _unlisted(groups, config, method, about)
+            groups = arranged(groups, method, config, about, said)
             name = component or component_by_names(groups, request.architecture) or "model"
             return _placed(groups, name)
 
@@ -214,6 +215,14 @@ class Peft(Format):
             files.append(OutputFile(folder + WEIGHTS, spelled.tensors, _header(part, component)))
             files.append(OutputFile(folder + CONFIG, text=json.dumps(config, indent=2, sort_keys=True) + "\n"))
         return Output(tuple(files), tuple(kept), tuple(dropped), tuple(dict.fromkeys(notes)))
+
+
+def _about(request: Request, component: str) -> Request:
+    """The request with the base's one component that the file is for: others may have modules of the same names."""
+    base = request.architecture
+    if base is None or component not in base.components or len(base.components) == 1:
+        return request
+    return replace(request, architecture=replace(base, components={component: base.components[component]}))
 
 
 def _contradicted(sentence: str) -> None:

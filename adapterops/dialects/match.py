@@ -201,6 +201,10 @@ def _saved(key: str, start: int, place: Place) -> Claim | None:
     return Claim(key, place, name, Suffix("." + parameter, "saved", parameter), key[:start] + name)
 
 
+_MOST_NAMES = 8
+"""Adapter names that are tried: a file holds one adapter, and a stranger's may be made to hold thousands of names."""
+
+
 def _adapter_names(dialect: Dialect, keys: tuple[str, ...]) -> list[str]:
     """The adapter names that the keys may hold, "" (none) first."""
     stems = {
@@ -218,7 +222,8 @@ def _adapter_names(dialect: Dialect, keys: tuple[str, ...]) -> list[str]:
         if match:
             name = next(g for g in match.groups() if g is not None)
             found[name] = found.get(name, 0) + 1
-    return ["", *sorted((n for n in found if n), key=lambda n: -found[n])]
+    names = sorted((n for n in found if n and n not in PARAMETERS), key=lambda n: -found[n])
+    return ["", *names[:_MOST_NAMES]]
 
 
 @dataclass(frozen=True, slots=True)

@@ -191,7 +191,7 @@ def _no_tail(dialect: Dialect, place: Place, update: Update) -> CannotRepresent:
     )
 
 
-_EXCHANGED = frozenset({"lora", "loha", "lokr", "ia3", "diff", "saved", "trainable_tokens", "bundled"})
+EXCHANGED = frozenset({"lora", "loha", "lokr", "ia3", "diff", "saved", "trainable_tokens", "bundled"})
 """Methods that more than one library's files have."""
 
 
@@ -221,7 +221,7 @@ def _suffix(dialect: Dialect, place: Place, update: Update, role: str) -> Suffix
     if update.method == "saved" and (update.module.endswith(saved) if isinstance(saved, tuple) else saved):
         return Suffix("." + role, "saved", role)
     what = f"{METHODS[update.method].title}: {role}" + (f" of an {kind}" if kind == "embedding" else "")
-    if update.method not in _EXCHANGED:
+    if update.method not in EXCHANGED:
         way = (
             "adapterops to-lora makes the plain LoRA of it"
             if METHODS[update.method].linear

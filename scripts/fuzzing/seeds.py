@@ -14,12 +14,13 @@ from math import prod
 from pathlib import Path
 
 import numpy as np
+from adapterops_formats.peft_kinds import KIND_OF, KINDS
 
 import adapterops as ao
 from adapterops import architectures, registry
 from adapterops.architectures import Architecture
 from adapterops.dialects.resolve import applies, book
-from adapterops.dialects.table import AlphaIn, Dialect, Place, Suffix
+from adapterops.dialects.table import Dialect, Place, Suffix
 from adapterops.plugin import Format
 from fuzzing.sample import Sample, Tensor, numbers, read_pickle, read_safetensors, safetensors_bytes
 
@@ -40,7 +41,6 @@ RECIPES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "diff": (("weight", "bias"),),
 }
 """The roles that stand together in an update; of a method that is not here, all of its roles do."""
-_PEFT_TYPES = {"trainable_tokens": "LORA", "saved": "LORA"}
 _FREE = {
     "model.layers.0.self_attn.q_proj": (12, 8),
     "model.layers.0.self_attn.v_proj": (6, 8),
@@ -146,12 +146,14 @@ def from_table(
     if not tensors:
         return None
     config = None
-    if dialect.alpha is AlphaIn.CONFIG and any(p.component == "*" for p in dialect.places):
-        config = {
-            "peft_type": _PEFT_TYPES.get(method, method.upper()), "r": RANK, "lora_alpha": 4, "alpha": 4, "bias": "none",
+    if registry.find(dialect.name)[0].is_folder:
+        kind = KINDS[KIND_OF.get(method, "LORA")]
+        said = {
+            "peft_type": kind.kind, "r": RANK, "lora_alpha": 4, "alpha": 4, "bias": "none",
             "task_type": None, "target_modules": sorted({n.rpartition(".")[2] for n in _FREE}), "rank_pattern": {},
             "alpha_pattern": {}, "use_dora": "magnitude" in (roles or ()), "feedforward_modules": [],
         }  # fmt: skip
+        config = {name: value for name, value in said.items() if name in kind.all_fields}
     base = architecture.name if architecture else "free names"
     return Sample(
         f"{dialect.name}/{base}/{method}{'' if roles is None else ' of ' + ' '.join(roles)}", tensors, {}, config
@@ -211,6 +213,7 @@ def _shape(role: str, weight: tuple[int, ...], kronecker: bool) -> tuple[int, ..
         "w2_a": (outputs // part, RANK),
         "w2_b": (RANK, inputs // part * prod(kernel)),
         "vector": (outputs,),
+        "block": (RANK, outputs),
     }
     return known.get(role, weight)
 

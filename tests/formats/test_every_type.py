@@ -208,6 +208,7 @@ def test_no_change_is_claimed_where_there_is_none(name: str, tmp_path: Path) -> 
     update = next(
         u for u in ao.load(folder, base=architecture_of(base)) if u.method not in ("saved", "trainable_tokens")
     )
+    module = base.get_submodule(update.module) if update.module else base
+    parameters = own(module) if hasattr(module, "weight") else None
     with pytest.raises(errors.CannotRepresent, match=r".+"):
-        module = base.get_submodule(update.module) if update.module else base
-        METHODS[update.method].change(update, own(module) if hasattr(module, "weight") else None)
+        METHODS[update.method].change(update, parameters)
