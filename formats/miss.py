@@ -15,7 +15,7 @@ from typing import ClassVar
 
 from adapterops_formats.peft import PEFT, Peft
 
-from adapterops.plugin import METHODS, Adapter, Dialect, Output, Reading, Source, Target, errors
+from adapterops.plugin import METHODS, Adapter, Dialect, Output, Reading, Source, Target, TypeRow, errors
 
 _KEY = ".miss_block"
 MISS = replace(
@@ -39,6 +39,9 @@ class Miss(Peft):
     title = "MiSS in a PEFT folder; what Bone became"
     dialects = (MISS,)
     foreign: ClassVar = {}
+
+    def types(self) -> Sequence[TypeRow]:
+        return ()  # the PEFT format's rows hold it
 
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
         return super().recognise(source, dialects) if any(_KEY in key for key in source.tensors) else []

@@ -89,7 +89,7 @@ MODULES = (
     *_own("supertuning", "values", "indices"),
     *_own("supertuning", "lora_A", "lora_B", ends=".weight"),
     *_own("beft", "bias"),
-    *(Suffix(f".ln_tuning_layers{{adapter}}.{role}", "ln_tuning", role) for role in PARAMETERS),
+    *(Suffix(f".ln_tuning_layers{{adapter}}.{role}", "ln_tuning", role) for role in sorted(PARAMETERS)),
     *_own("adamss", "newB"),
     # More than anyone has: peft's default is five groups.
     *(Suffix(f".adamss_{role}.{n}", "adamss", f"{role}.{n}") for role in "AB" for n in range(64)),

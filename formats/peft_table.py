@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from adapterops_formats.peft_kinds import KINDS
-from adapterops_formats.peft_kinds.row import EVERYWHERE, PeftMethod
+from adapterops_formats.peft_kinds.row import PeftMethod
 from adapterops_formats.peft_names import MODULES, ONCE, TOP
 
 from adapterops.plugin import Suffix, TypeRow
@@ -28,7 +28,7 @@ def _row(kind: PeftMethod) -> TypeRow:
         title=kind.title,
         methods=kind.methods,
         recognised=tuple(dict.fromkeys(_shown(s) for s in _spelled(kind))),
-        read=tuple(dict.fromkeys((*kind.scale, *kind.narrowing, *kind.flags, *kind.known, *EVERYWHERE))),
+        read=tuple(dict.fromkeys((*kind.scale[1:], *kind.narrowing, *kind.flags, *kind.known))),
         derived=tuple(derived),
         assumed=tuple((s.name, s.default) for s in kind.settings if not s.asked),
         unknowable=tuple(

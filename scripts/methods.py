@@ -15,7 +15,8 @@ Written by `scripts/methods.py` from the table that the code reads and writes by
 
 Every type that PEFT 0.21 knows. *Derived* fields of its config follow from the tensors (with the base's modules, where it
 is given); *assumed* ones are PEFT's defaults where there is no config, and said so; *unknowable* ones are asked for, since a
-wrong value would load and compute something else; *read* ones only travel. A LoRA that is exact takes no option;
+wrong value would load and compute something else; *read* ones only travel, as `task_type`, `base_model_name_or_path`,
+`revision`, `auto_mapping`, `inference_mode` and `peft_version` of every type do. A LoRA that is exact takes no option;
 `by singular values` is the best LoRA of the rank, energy or error that `adapterops to-lora` is given.
 """
 

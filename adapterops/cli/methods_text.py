@@ -18,6 +18,8 @@ def low_rank(name: str) -> str:
     method = METHODS[name]
     if not method.linear:
         return "none"
+    if method.form.startswith("none"):
+        return method.form
     if method.form:
         return f"exact: {method.form}"
     return "by singular values"
@@ -49,7 +51,10 @@ def lines(row: TypeRow) -> Iterator[tuple[str, str]]:
     yield "assumed", ", ".join(f"{name} = {_value(value)}" for name, value in row.assumed)
     yield "unknowable", "; ".join(f"{name} ({why})" if why else name for name, why in row.unknowable)
     yield "lost", "; ".join(row.lost)
-    yield "refused", "; ".join(f"{name}: {why}" for name, why in row.refused)
+    reasons: dict[str, list[str]] = {}
+    for name, why in row.refused:
+        reasons.setdefault(why, []).append(name)
+    yield "refused", "; ".join(f"{', '.join(names)} ({why})" for why, names in reasons.items())
     yield "read", ", ".join(row.read)
     yield "source", ", ".join(dict.fromkeys(METHODS[name].source for name in row.methods))
 

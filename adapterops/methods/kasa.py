@@ -32,6 +32,8 @@ class Kasa(Lora):
     """KaSA."""
 
     name = "kasa"
+    formula = "W' = W's part above its r smallest singular values + s·B·diag·A"
+    form = "with the base's weight: rank 2·r"
     title = "KaSA (a diagonal between LoRA's factors, on a truncated base)"
     source = "https://arxiv.org/abs/2412.06071"
     rows = frozenset()  # a part's smallest singular values are not the whole's

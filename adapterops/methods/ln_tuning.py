@@ -25,6 +25,7 @@ class LnTuning(Method):
     title = "LN tuning (norms replaced)"
     source = "https://arxiv.org/abs/2312.11420"
     formula = "W' = weight, b' = bias"
+    form = "none: a norm has no matrix"
     needs_weight = True
     rows = frozenset({"weight", "bias"})
 

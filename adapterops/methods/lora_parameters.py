@@ -47,6 +47,8 @@ class LoraParameters(Method):
     """LoRA on a parameter, one pair of factors an expert."""
 
     name = "lora_parameters"
+    formula = "ΔW of each expert = s·B·A, or its transpose, on a bare parameter"
+    form = ""
     title = "LoRA on parameters (experts)"
     source = "peft tuners/lora/layer.py (ParamWrapper)"
     scaled = True

@@ -62,6 +62,8 @@ class ALora(_Routed):
     """Activated LoRA."""
 
     name = "alora"
+    formula = "as LoRA, on the tokens from the invocation tokens on"
+    form = ""
     title = "aLoRA"
     source = "https://arxiv.org/abs/2504.12397"
     why = "acts on the tokens from its invocation sequence on, and on none before"
@@ -75,6 +77,8 @@ class Arrow(_Routed):
     """The router of Arrow."""
 
     name = "arrow"
+    formula = "as LoRA, mixed with other adapters by a router"
+    form = ""
     title = "Arrow"
     source = "https://arxiv.org/abs/2405.11157"
     why = "mixes the adapters beside it anew for each token"

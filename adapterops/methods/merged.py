@@ -39,6 +39,8 @@ class Merged(Lora):
     """LoRA on parts of a fused projection."""
 
     name = "lora_merged"
+    formula = "as LoRA, on some of the parts of a fused projection"
+    form = "a block diagonal of the parts"
     title = "LoRA on parts of a projection (MergedLinear)"
     source = "microsoft/LoRA loralib/layers.py (MergedLinear)"
     pairs = ()

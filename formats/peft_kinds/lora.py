@@ -39,5 +39,6 @@ LORA = PeftMethod(
     options=peft_lora.options,
     meant=peft_lora.meant,
     fitted=peft_lora.fitted,
+    needs="lora_alpha (--alpha); for KaSA's whole change the base's weight (--base-weights)",
     lost=("alora_invocation_tokens", "use_qalora or use_bdlora, where lora_A is narrow", "layer_replication"),
 )
