@@ -61,19 +61,18 @@ def samples() -> tuple[Sample, ...]:
 def fixtures() -> tuple[Sample, ...]:
     """The fixtures' adapters, whole."""
     out = []
-    for path in sorted(FIXTURES.iterdir()):
+    folders = sorted(weights.parent for weights in FIXTURES.glob("**/adapter_model.*"))
+    for path in sorted([*(p for p in FIXTURES.iterdir() if p.is_file()), *folders]):
         config = None
         weights = path
         if path.is_dir():
-            found = sorted(path.glob("adapter_model.*"))
-            if not found:
-                continue
-            weights = found[0]
+            weights = min(path.glob("adapter_model.*"))
             config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+        name = str(path.relative_to(FIXTURES))
         if weights.suffix == ".safetensors":
-            out.append(read_safetensors(path.name, weights.read_bytes(), config))
+            out.append(read_safetensors(name, weights.read_bytes(), config))
         elif weights.suffix == ".bin":
-            out.append(read_pickle(path.name, weights.read_bytes(), config))
+            out.append(read_pickle(name, weights.read_bytes(), config))
     return tuple(out)
 
 

@@ -77,6 +77,20 @@ def test_fields_of_each_config_are_known(kind: str) -> None:
     )
 
 
+FIXTURES = sorted((Path(__file__).parents[2] / "fixtures" / "peft-types").iterdir())
+
+
+@pytest.mark.parametrize("folder", FIXTURES, ids=lambda folder: folder.name)
+def test_fixture_of_each_type(folder: Path, tmp_path: Path) -> None:
+    result = ao.convert(folder, to="peft", output=tmp_path / "converted")
+    assert result.proof is not None
+    assert result.proof.exact
+    pm.same_tensors(pm.weights_of(tmp_path / "converted"), pm.weights_of(folder))
+    written, published = pm.config_of(tmp_path / "converted"), pm.config_of(folder)
+    assert {field: written[field] for field in published} == published
+    assert ao.inspect(folder).modules
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_with_its_config(name: str, tmp_path: Path) -> None:
     case = CASES[name]
