@@ -128,6 +128,10 @@ class Format:
         """The types of adapters that the format's files name, for formats that do."""
         return ()
 
+    def completed(self, adapter: Adapter) -> Adapter:
+        """The adapter with what follows from its modules' shapes, once these are in the options of its updates."""
+        return adapter
+
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
         """The readings, by some of this format's dialects, in which at least one key is part of an update."""
         readings: list[Reading] = []

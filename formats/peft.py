@@ -122,6 +122,10 @@ class Peft(Format):
 
         return rows()
 
+    def completed(self, adapter: Adapter) -> Adapter:
+        parts = [adapter.of(component) for component in adapter.components]
+        return adapter.with_updates(u for part in parts for u in method_of(part).complete(part))
+
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
         config = source.config
         kind = str(config.get("peft_type") or "").upper() if config is not None else ""

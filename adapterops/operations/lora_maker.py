@@ -77,7 +77,6 @@ class Maker:
             return [self._rounded(update)], ModuleReport(update.component, update.module, update.method, rank)
         self.changed = self.changed or update.method != "lora"
         check_finite([update])
-        update = self._sized(update)
         if not method.linear:
             method.change(update)  # says why there is none
             raise CannotRepresent(f"{update.name}: {method.title} is no change of a weight; no LoRA does what it does")
@@ -101,11 +100,6 @@ class Maker:
         rank = METHODS[update.method].rank(update)
         return self._budget.rank is not None and rank is not None and rank <= self._budget.rank
 
-    def _sized(self, update: Update) -> Update:
-        if not METHODS[update.method].needs_shape or "shape" in update.options or self._own is None:
-            return update
-        return replace(update, options={**update.options, "shape": self._own.shape(update)})
-
     def _factors(self, update: Update) -> tuple[Factors, dict[str, LazyTensor], torch.Tensor | None]:
         """The factors of an update, tensors that stay beside them, and the change of the bias."""
         method = METHODS[update.method]
@@ -126,8 +120,9 @@ class Maker:
             bias = update.tensors.get("bias") if update.method != "diff" else None
             return factors, beside, None if bias is None else bias.torch().double().reshape(-1) * scale
         if acts_on_base and self._own is None:
+            more = " and --rank R, --energy E or --error T" if self._budget.everything and not method.form else ""
             raise CannotRepresent(
-                f"{update.name}: what {method.title} does to the weight depends on the base's own; give --base-weights BASE"
+                f"{update.name}: what {method.title} does to the weight depends on the base's own; give --base-weights BASE{more}"
             )
         own = self._own.of(update) if self._own is not None else None
         exact = method.low_rank_of(update, own) if own is not None and not dora else None

@@ -10,10 +10,11 @@ from typing import Any
 from adapterops import api, registry
 from adapterops.adapter import Adapter, Update
 from adapterops.errors import CannotRepresent, UsageError
+from adapterops.methods import METHODS
 from adapterops.operations.demutate import Sources, demutated
 from adapterops.operations.kept import Keeper
 from adapterops.operations.lora_factors import Budget
-from adapterops.operations.lora_maker import Maker, ModuleReport
+from adapterops.operations.lora_maker import AS_THEY_ARE, Maker, ModuleReport
 from adapterops.operations.own_parameters import OwnParameters
 from adapterops.storage.base_weights import open_base
 from adapterops.storage.output import Progress, nothing
@@ -149,6 +150,8 @@ def as_lora(
         adapter, said = demutated(adapter, Sources(initial, own, changed, accept_approximate), keeper)
         provenance = replace(adapter.provenance, notes=(*_other_notes(adapter), *said))
         adapter = replace(adapter, provenance=provenance)
+    if own is not None:
+        adapter = _sized(adapter, own)
     maker = Maker(budget, own, keeper, api.dtype_named(dtype), adapter)
     updates: list[Update] = []
     reports: list[ModuleReport] = []
@@ -174,6 +177,31 @@ def as_lora(
     updates = maker.with_biases(updates)
     config = {name: _travelling(fields, maker.changed) for name, fields in adapter.config.items()}
     return replace(adapter.with_updates(updates), config=config), reports, dropped
+
+
+def _sized(adapter: Adapter, own: OwnParameters) -> Adapter:
+    """The adapter with the shapes of its modules, where its tensors do not hold them, from the base's weights.
+
+    Raises `UsageError` where the weights are another model's.
+    """
+    updates, changed = [], False
+    for update in adapter:
+        method = METHODS[update.method]
+        if update.method in AS_THEY_ARE or not update.module or not method.linear:
+            updates.append(update)
+            continue
+        needed = method.needs_shape and "shape" not in update.options
+        shape = own.shape(update) if needed or own.has(update) else None
+        if shape is not None and not method.fits(update, shape):
+            tensor = next(iter(update.tensors.values()))
+            raise UsageError(
+                f"{tensor.where}: shape {list(tensor.shape)} ({method.title}) cannot act on {update.name}, whose weight in "
+                f"{own.weights.path} is {list(shape)}: it is for another base model"
+            )
+        changed = changed or needed
+        updates.append(replace(update, options={**update.options, "shape": shape}) if needed else update)
+    adapter = adapter.with_updates(updates)
+    return registry.find(adapter.provenance.dialect)[0].completed(adapter) if changed else adapter
 
 
 def _other_notes(adapter: Adapter) -> list[str]:
