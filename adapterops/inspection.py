@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping
@@ -150,6 +151,7 @@ def _component(name: str, updates: list[Update]) -> ComponentReport:
             extras["rsLoRA"] += 1
         if update.options.get("kind") == "embedding":
             extras["embedding"] += 1
+        extras.update(_settings(update))
     return ComponentReport(
         name=name,
         modules=len({u.module for u in updates}),
@@ -160,6 +162,22 @@ def _component(name: str, updates: list[Update]) -> ComponentReport:
         alpha_source=", ".join(sources),
         extras=_ordered(extras),
     )
+
+
+_INNER = frozenset(
+    {"kind", "dora_axis", "shape", "initial", "on_input", "indices", "rank", "projection", "index", "group"}
+)
+"""Options that are said elsewhere, or that are no field of any config."""
+
+
+def _settings(update: Update) -> list[str]:
+    """The facts of a config that change what the update's tensors mean."""
+    said = []
+    for name, value in update.options.items():
+        text = json.dumps(value, default=str)
+        if name not in _INNER | METHODS[update.method].compared and len(text) <= 40:
+            said.append(f"{name}={text}")
+    return said
 
 
 def _tidy(value: float | None) -> float | str:

@@ -117,6 +117,8 @@ class Format:
     file_name: ClassVar[str] = ""
     """The usual file name inside a folder; "" for formats that are folders themselves."""
     is_folder: ClassVar[bool] = False
+    for_lora: ClassVar[str] = ""
+    """The dialect that a LoRA made of one of its files is written in, where few read it in this one."""
     tells_init: ClassVar[bool] = False
     """Whether the format can say that the base weights were changed at initialisation (`Adapter.mutated_init`)."""
     variants: ClassVar[Mapping[str, tuple[str, ...]]] = {}

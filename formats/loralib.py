@@ -80,6 +80,7 @@ class Loralib(Format):
     """loralib's state dict."""
 
     name = "loralib"
+    for_lora = "peft"
     title = "loralib (microsoft/LoRA, AdaLoRA's authors)"
     dialects = (LORALIB,)
     file_name = "lora.safetensors"

@@ -36,6 +36,7 @@ class Miss(Peft):
     """The PEFT folder of MiSS."""
 
     name = "miss"
+    for_lora = "peft"
     title = "MiSS in a PEFT folder; what Bone became"
     dialects = (MISS,)
     foreign: ClassVar = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 from types import NoneType
@@ -44,10 +44,15 @@ _OF_CLASSES = frozenset(
 """Fields that say how a class runs or trains an adapter, and never what its tensors mean."""
 
 
-def check_given(fields: Config, method: PeftMethod = LORA) -> None:
-    """Raise `UsageError` for a field of `--set` that the method's config does not have, or a value it would refuse."""
+def check_given(fields: Config, method: PeftMethod = LORA, removed: Collection[str] = ()) -> None:
+    """Raise `UsageError` for a field of `--set` that the method's config does not have, or a value it would refuse.
+
+    null takes a field of `removed` out of the config that it stands in, whatever it is.
+    """
     known = method.all_fields
     for name, value in fields.items():
+        if name not in known and value is None and name in removed:
+            continue
         if name not in known:
             import difflib  # only ever needed for a message
 
@@ -102,6 +107,10 @@ class PeftConfig:
             setting.check(fields.get(setting.name), where)
             _check_within(fields, where, setting)
         _check_names(fields, where, method)
+        for name, table in fields.items():
+            # Patterns of whatever field, before anything is matched by them.
+            for key in table if name.endswith("_pattern") and isinstance(table, Mapping) else ():
+                _compile(where, name, f"(.*\\.)?({key})$")
         flags = (*method.flags, method.rslora, *(n for n, _ in method.roles), "use_effective_conv2d", "decompose_both")
         for name in flags:
             if not isinstance(fields.get(name, False), (bool, NoneType)):
@@ -116,11 +125,12 @@ class PeftConfig:
         """Whether the config says an alpha at all, or needs none."""
         return not self.method.alpha or self.method.alpha in self.fields
 
-    def rank(self, module: str) -> int:
-        """The rank of a module."""
+    def rank(self, module: str) -> int | None:
+        """The rank of a module; None where the field is null, which leaves it to the tensors."""
         method = self.method
         patterns = (self.fields.get(method.ranks_in) if method.ranks_in else None) or {}
-        return int(looked_up(patterns, module, self.fields.get(method.rank, method.rank_default)))
+        found = looked_up(patterns, module, self.fields.get(method.rank, method.rank_default))
+        return None if found is None else int(found)
 
     def setting(self, setting: Setting, module: str) -> Any:
         """What the config says of a module's `setting`; peft's default where it says nothing."""
@@ -185,18 +195,27 @@ def alpha_of(update: Update, method: PeftMethod) -> tuple[float | None, bool]:
     return update.alpha.value, update.rslora
 
 
-def kind_named(kind: object, where: str) -> PeftMethod:
-    """The row of a `peft_type`.  Raises `UnsupportedFormat` for one that PEFT does not have."""
+def kind_named(kind: object, where: str, shown: PeftMethod | None = None) -> PeftMethod:
+    """The row of a `peft_type`; `shown` is the one whose tensors the file has, where they show one.
+
+    Raises `UnsupportedFormat` for one that PEFT does not have.
+    """
     name = str(kind).upper()
     if name in KINDS:
         return KINDS[name]
-    import difflib  # only ever needed for a message
+    if shown is not None:
+        hint = (
+            f"; the names of its tensors are {shown.title}'s: if they mean what {shown.title}'s do, "
+            f"--set peft_type={shown.kind} reads them so"
+        )
+    else:
+        import difflib  # only ever needed for a message
 
-    near = difflib.get_close_matches(name, KINDS, n=1)
+        near = difflib.get_close_matches(name, KINDS, n=1, cutoff=0.8)
+        hint = f"; did its writer mean {near[0]}? --set peft_type={near[0]}" if near else ""
     raise errors.UnsupportedFormat(
-        f"{where}: peft_type is {name[:40]}, which is no method of peft 0.21 (a fork's, or a later peft's)"
-        + (f"; did its writer mean {near[0]}? --set peft_type={near[0]}" if near else "")
-        + "; adapterops methods lists those that are known"
+        f"{where}: peft_type is {name[:40]}, which is no method of peft 0.21 (a fork's, or a later peft's){hint}; "
+        "adapterops methods lists those that are known"
     )
 
 
@@ -208,8 +227,8 @@ def refuse_unknown(config: PeftConfig) -> None:
             raise errors.UnsupportedFormat(
                 f"{config.where}: {str(name)[:60]} is {json.dumps(value, default=str)[:60]}, a field that the "
                 f"{config.method.title} config of PEFT 0.21 "
-                "does not have (a later version's, or a fork's); what it does to the tensors is not known: take it out of "
-                "the config if it does nothing"
+                "does not have (a later version's, or a fork's); what it does to the tensors is not known; if it does "
+                f"nothing to them, --set {str(name)[:60]}=null takes it out"
             )
 
 
@@ -225,7 +244,7 @@ def _check_within(fields: Config, where: str, setting: Setting) -> None:
 
 def _check_scale(fields: Config, where: str, method: PeftMethod) -> None:
     rank = fields.get(method.rank, method.rank_default) if method.rank else 1
-    if type(rank) is not int or rank <= 0:
+    if rank is not None and (type(rank) is not int or rank <= 0):
         raise _bad(where, method.rank, rank, "a positive number")
     alpha = fields.get(method.alpha, 8) if method.alpha else 1
     if not _is_number(alpha):
@@ -315,6 +334,18 @@ def _is_list_of(value: object, kind: type) -> bool:
 
 def _is_names(value: object) -> bool:
     return _is_list_of(value, str)
+
+
+def plural(count: int) -> str:
+    """A number of modules, in words."""
+    return f"{count} module" + ("s" if count != 1 else "")
+
+
+def in_short(sentence: str) -> str:
+    """What a sentence of `describes` says of a tensor, without the file's path and what to do about it."""
+    told = sentence.partition("; --set")[0].partition(", but ")[0]
+    at = told.find(": tensor ")
+    return told if at < 0 else told[at + 2 :]
 
 
 def number(value: float) -> int | float:
@@ -457,12 +488,23 @@ def _setting_fields(updates: Sequence[Update], base: Base, method: PeftMethod, s
         value = next(iter(values.values()))
         return {} if value is None else {setting.name: value, **({setting.within: {}} if setting.within else {})}
     if not setting.within:
-        (one, a), (two, b) = list({v: (m, v) for m, v in hashable.items()}.values())[:2]
+        one, two = list({v: m for m, v in hashable.items()}.values())[:2]
         raise errors.CannotRepresent(
-            f"{one} has {setting.name} {a!r} and {two} {b!r}; a config of {method.title} says one for all"
+            f"{one} has {setting.name} {as_json(values[one])} and {two} {as_json(values[two])}; a config of {method.title} says one for all"
         )
     usual, table = pattern_table(values, base)
     return {setting.name: usual, setting.within: table}
+
+
+def as_json(value: Any) -> str:
+    """A value as a config has it."""
+    return json.dumps(value, default=str, ensure_ascii=False)
+
+
+def as_argument(value: Any) -> str:
+    """A value as `--set` takes it on a command line."""
+    text = as_json(value)
+    return f"'{text}'" if isinstance(value, (list, tuple, dict)) or " " in text else text
 
 
 def _frozen(value: Any) -> Any:
@@ -485,10 +527,12 @@ def describes(
     for update in own:
         tensor = update.tensors["B"] if method is LORA else next(iter(update.tensors.values()))
         rank = METHODS[update.method].rank(update)
-        if rank is not None and method.rank and view.rank(update.module) != rank:
+        stated = view.rank(update.module) if method.rank else None
+        if rank is not None and stated not in (None, rank):
+            names = " or ".join(filter(None, (method.rank, method.ranks_in)))
+            more = f", or --set {method.ranks_in}='{{\"…\": {rank}}}'" if method.ranks_in else ""
             problem(
-                f"{tensor.where} has rank {rank}, but {where} says {view.rank(update.module)} for it "
-                f"(r or rank_pattern); --set r={rank}, or --set rank_pattern='{{\"…\": {rank}}}'"
+                f"{tensor.where} has rank {rank}, but {where} says {stated} for it ({names}); --set {method.rank}={rank}{more}"
             )
         if update.module and update.method not in method.bare and not view.targets(update.module):
             narrowing = ", ".join(("target_modules", *method.narrowing[:1])) + (
@@ -502,7 +546,8 @@ def describes(
             said, has = view.setting(setting, update.module), update.options.get(setting.name)
             if setting.name in update.options and _frozen(said) != _frozen(has):
                 problem(
-                    f"{tensor.where}: {setting.name} is {has!r}, but {where} says {said!r}; --set {setting.name}={has}"
+                    f"{tensor.where}: {setting.name} is {as_json(has)}, but {where} says {as_json(said)}; "
+                    f"--set {setting.name}={as_argument(has)}"
                 )
         for name, role in method.roles:
             if bool(config.get(name, False)) != (role in update.tensors):

@@ -159,6 +159,8 @@ def problems(config: Any, updates: Sequence[Update], base: Base) -> Iterator[str
             )
             continue
         rank = config.rank(one.update.module)
+        if rank is None:
+            continue  # it is derived anew, so that it makes these factors
         made = one.makes_whole(rank, bool(both), i2)
         for at, remedy in enumerate(("--set decompose_both=null derives it anew", "the config is not this file's")):
             if made[at] != one.whole[at] and (at or both is not None):
@@ -180,12 +182,12 @@ def options(entry: Group, config: Any, given: Mapping[str, Any], weight: tuple[i
         return {}
     alpha = config.rule(entry.name).alpha if config is not None else None
     alpha = given.get("alpha") if alpha is None else alpha
-    if config is None or (config.certainty is Certainty.GIVEN and "r" not in config.fields):
+    rank = config.rank(entry.name) if config is not None else None
+    if rank is None or (config.certainty is Certainty.GIVEN and "r" not in config.fields):
         if alpha is None:
             return {}
         raise errors.UnknownFact(
             f"{entry.tensors['w1'].where}: peft scales by alpha / r, and with two whole factors ({entry.name}) r stands in "
-            "the config only, which is not here; say it beside alpha with --set r=R"
+            "the config only, which does not say it; say it beside alpha with --set r=R"
         )
-    rank = config.rank(entry.name)
     return {} if alpha == rank else {"rank": rank}

@@ -115,7 +115,8 @@ def _rank(entry: Group, parameter: str, config: Any) -> dict[str, Any]:
         return {}
     if config.fields.get("rank_pattern") and not parameter:
         return {}
-    return {"r": config.rank(f"{nesting(entry.name)[0]}.{parameter}" if parameter else entry.name)}
+    rank = config.rank(f"{nesting(entry.name)[0]}.{parameter}" if parameter else entry.name)
+    return {} if rank is None else {"r": rank}
 
 
 def key_name(update: Update) -> str:

@@ -76,11 +76,19 @@ def shuts_out(modules_to_save: Iterable[str], module: str) -> bool:
 # ---- from a set of modules to patterns ----------------------------------------------------------------------
 
 
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """A key that sorts dotted names by their segments, numbers by their value."""
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in name.split(".")]
+
+
 def names_regex(names: Iterable[str]) -> str:
-    """A regular expression that matches exactly `names`: a trie by dotted segments, equal branches joined."""
+    """A regular expression that matches exactly `names`: a trie by dotted segments, equal branches joined.
+
+    It is the same whatever order the names come in.
+    """
     branches: dict[str, list[str]] = {}
     ends = False
-    for name in names:
+    for name in sorted(set(names), key=natural):
         if name == "":
             ends = True
             continue
@@ -88,10 +96,9 @@ def names_regex(names: Iterable[str]) -> str:
         branches.setdefault(first, []).append(rest)
     joined: dict[str, list[str]] = {}
     for first, rests in branches.items():
-        joined.setdefault(names_regex(set(rests)), []).append(first)
+        joined.setdefault(names_regex(rests), []).append(first)
     parts = []
     for rest, firsts in joined.items():
-        firsts.sort(key=lambda s: (0, int(s), "") if s.isdigit() else (1, 0, s))
         head = re.escape(firsts[0]) if len(firsts) == 1 else "(?:" + "|".join(map(re.escape, firsts)) + ")"
         if rest.startswith("?"):
             parts.append(head + f"(?:\\.{rest[1:]})?")
@@ -158,7 +165,7 @@ def target_modules(adapted: set[str], base: Base) -> list[str] | str:
 
 def whole_names(modules: set[str], base: Base) -> str:
     """A pattern of the full names of `modules`."""
-    return optional(names_regex(sorted(modules)), base.optional_prefix)
+    return optional(names_regex(modules), base.optional_prefix)
 
 
 def optional(pattern: str, prefix: str) -> str:

@@ -10,10 +10,13 @@ from adapterops_formats.peft_config import (
     MUTATING,
     PeftConfig,
     adapted,
+    as_json,
     check_given,
     describes,
     from_updates,
+    in_short,
     method_of,
+    plural,
 )
 from adapterops_formats.peft_kinds.row import PeftMethod
 from adapterops_formats.peft_patterns import Base, named, shuts_out, with_parents
@@ -41,6 +44,8 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
     check_given(target.fields, method)
     derived = from_updates(updates, base, method=method)
     own = dict(adapter.config.get(component, {}))
+    if method.rank and method.rank in own and own[method.rank] is None:
+        own |= {name: derived[name] for name in (method.rank, method.ranks_in) if name in derived}
     heads = _HEADS.get(str(target.fields.get("task_type", own.get("task_type"))), ())
     saved, notes = _saved_fields(updates, part, method, heads)
     if adapter.mutated_init is None and str(own.get("init_lora_weights", "")).lower().startswith(MUTATING):
@@ -74,7 +79,7 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
                 config["target_modules"] = shorter
             config = _own_words(own, config, updates, method, base)
             config = {**{name: value for name, value in before.items() if value in _LEAST}, **config}
-        elif own.keys() - _COMMON:
+        elif any(config.get(name) != value and value not in _LEAST for name, value in own.items()):
             notes.append("config fields that do not fit the tensors or the names of their modules are derived anew")
     transposed = any(base.kinds.get(u.module) == "transposed" for u in adapted(updates, method))
     if "fan_in_fan_out" in method.flags and transposed:
@@ -90,7 +95,7 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
         config.pop(name, None)
     _agrees(config, updates, base, target.fields, method)
     if own and target.repair:
-        notes += _changes(before, config)
+        notes += _changes(before, config, updates, method, base)
     absent = [m for m in config.get("modules_to_save") or () if not _is_saved(m, updates)]
     if absent:
         notes.append(
@@ -126,14 +131,38 @@ _LEAST: tuple[Any, ...] = (None, [], {}, "", False)
 """What a field says that says nothing."""
 
 
-def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """A note for each field that says something else now."""
+def _changes(
+    before: Mapping[str, Any], after: Mapping[str, Any], updates: list[Update], method: PeftMethod, base: Base
+) -> list[str]:
+    """A note for each field that says something else now, with the number of modules that call for it and one of them."""
     out = []
     for name in sorted({*before, *after}):
         old, new = before.get(name), after.get(name)
-        if old != new and (name in before or name not in after) and not (old in _LEAST and new in _LEAST):
-            out.append(f"repaired {name}: {json.dumps(old, default=str)[:160]} → {json.dumps(new, default=str)[:160]}")
+        if old == new or (name not in before and name in after) or (old in _LEAST and new in _LEAST):
+            continue
+        problems = _problems({**after, name: old}, updates, method, base)
+        why = f" ({plural(len(problems))}; e.g. {in_short(problems[0])})" if problems else ""
+        out.append(f"repaired {name}: {_shown(old)} → {_shown(new)}{why}")
     return out
+
+
+def _problems(config: Mapping[str, Any], updates: list[Update], method: PeftMethod, base: Base) -> list[str]:
+    """Why a config is not that of the updates, as far as that can be said."""
+    problems: list[str] = []
+    try:
+        describes(config, "the config", updates, problems.append, method, base)
+    except errors.AdapterOpsError:
+        return []  # it is no config at all
+    return problems
+
+
+_LONGEST = 80
+"""How much of a value a note shows."""
+
+
+def _shown(value: Any) -> str:
+    text = as_json(value)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
 
 
 def _unsaid(method: PeftMethod) -> dict[str, Any]:
@@ -193,7 +222,7 @@ def _is_saved(entry: str, updates: list[Update]) -> bool:
 
 def _answered(name: str, value: Any, config: Mapping[str, Any], method: PeftMethod) -> bool:
     """Whether a field that the user gave only asked for what stands in the config now, or says the same in short."""
-    if name in method.derived and value is None:
+    if value is None and (name in method.derived or name not in method.all_fields):
         return True
     return name == "trainable_token_indices" and list((config.get(name) or {}).values()) == [value]
 

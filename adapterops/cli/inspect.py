@@ -9,7 +9,7 @@ import click
 
 from adapterops.cli.main import print_json
 from adapterops.cli.options import reading
-from adapterops.cli.text import bytes_text, spread, table
+from adapterops.cli.text import bytes_text, plural, spread, table
 
 if TYPE_CHECKING:
     from adapterops.adapter import Adapter
@@ -117,7 +117,7 @@ def _lines(found: Inspection, show_metadata: bool) -> list[str]:
         f"architecture  {arch.value} ({arch.certainty}: {arch.source})"
         if arch.value
         else f"architecture  unknown: {arch.source}",
-        f"size          {bytes_text(found.size)}, {found.tensors} tensors, {found.modules} modules",
+        f"size          {bytes_text(found.size)}, {plural(found.tensors, 'tensor')}, {plural(found.modules, 'module')}",
         "dtypes        " + ", ".join(f"{name} ({count})" for name, count in found.dtypes.items()),
         *_merged(found),
         "",

@@ -68,15 +68,15 @@ def methods(merging: bool, verbose: bool, names: tuple[str, ...], as_json: bool)
         _merge_methods(as_json)
         return
     from adapterops import registry
-    from adapterops.cli.methods_text import lines, others, text
+    from adapterops.cli.methods_text import lines, meant, no_such, others, text
     from adapterops.methods import METHODS
 
     rows = [row for form in registry.formats().values() for row in form.types()]
     wanted = {name.lower() for name in names}
-    unknown = wanted - {row.name.lower() for row in rows} - set(METHODS)
+    unknown = [name for name in sorted(wanted) if name not in METHODS and not any(meant(row, name) for row in rows)]
     if unknown:
-        raise click.UsageError(f"no method is called {sorted(unknown)[0]!r}; adapterops methods lists them")
-    own = [row for row in rows if not wanted or row.name.lower() in wanted or wanted & set(row.methods)]
+        raise click.UsageError(no_such(unknown[0], rows))
+    own = [row for row in rows if not wanted or any(meant(row, name) for name in wanted)]
     rest = [METHODS[name] for name in others(rows) if not wanted or name in wanted]
     if as_json:
         print_json(

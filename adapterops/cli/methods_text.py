@@ -45,7 +45,13 @@ def lines(row: TypeRow) -> Iterator[tuple[str, str]]:
     for name in row.methods:
         if METHODS[name].formula:
             yield "delta" if len(row.methods) == 1 else f"delta ({name})", METHODS[name].formula
-    yield "as LoRA", "; ".join(dict.fromkeys(low_rank(name) for name in row.methods))
+    for name in row.methods:
+        why = getattr(METHODS[name], "why", "")
+        if why and not METHODS[name].linear:
+            yield "does" if len(row.methods) == 1 else f"does ({name})", why
+    forms = {name: low_rank(name) for name in row.methods}
+    for name in row.methods if len(set(forms.values())) > 1 else row.methods[:1]:
+        yield "as LoRA" if len(set(forms.values())) == 1 else f"as LoRA ({name})", forms[name]
     yield "needs", needs(row)
     yield "derived", ", ".join(row.derived)
     yield "assumed", ", ".join(f"{name} = {_value(value)}" for name, value in row.assumed)
@@ -76,3 +82,32 @@ def others(rows: Sequence[TypeRow]) -> list[str]:
     """The methods that no type is for: other formats have them."""
     named = {name for row in rows for name in row.methods}
     return [name for name in METHODS if name not in named]
+
+
+def meant(row: TypeRow, name: str) -> bool:
+    """Whether a user who says `name` (in lower case) may mean a type: by its name, a method, its title, a field."""
+    words = name.replace("_", " ").replace("-", " ")
+    names = {row.name.lower(), *row.methods}
+    titles = [row.title, *(METHODS[own].title for own in row.methods)]
+    fields = {*row.derived, *(field for field, _ in row.assumed)}
+    return (
+        name in names
+        or words in {known.replace("_", " ") for known in names}
+        or any(words in title.lower().replace("-", " ") for title in titles if len(words) > 2)
+        or any(f"use_{name}" == field or f"{name}_config" == field for field in fields)
+    )
+
+
+def no_such(name: str, rows: Sequence[TypeRow]) -> str:
+    """What to say to a name that no method has."""
+    import difflib
+
+    import adapterops.merging.methods  # noqa: F401  (fills the table)
+    from adapterops.merging.registry import ALIASES
+    from adapterops.merging.registry import METHODS as MERGES
+
+    if name in MERGES or name in ALIASES:
+        return f"{name!r} is a way to merge: adapterops methods --merge"
+    near = difflib.get_close_matches(name, [*(row.name.lower() for row in rows), *METHODS], n=1)
+    hint = f"did you mean {near[0]}?" if near else "adapterops methods lists them"
+    return f"no method is called {name!r}; {hint}"

@@ -93,7 +93,7 @@ def to_lora(
       adapterops to-lora oft-folder --energy 0.99 --base-weights model/
       adapterops to-lora pissa-folder --initial pissa-before-training
       adapterops to-lora olora-folder --base-weights model/ --rank 16
-      adapterops to-lora fourierft.safetensors --error 0.1 --base model/config.json --set random_loc_seed=777
+      adapterops to-lora fourierft.safetensors --error 0.1 --base model/config.json --set random_loc_seed=777 --set scaling=150
     """
     from adapterops.operations.to_lora import to_lora as run
 
@@ -168,7 +168,7 @@ def _row(module: ModuleReport) -> list[str]:
     where = f"{module.component}: {module.module}"
     if module.rank is None:
         return [where, module.method, "–", "–", "–"]
-    return [where, module.method, str(module.rank), f"{module.kept:.2%}", f"{module.error:.1e}"]
+    return [where, module.method, str(module.rank), f"{module.kept:.2%}", f"{module.error:.3g}"]
 
 
 def _as_dict(result: ToLoraResult) -> dict[str, Any]:

@@ -523,6 +523,11 @@ class Placing:
             what = architecture.name if architecture else "a base model that is not known"
             raise CannotRepresent(f"{update.name}: {dialect.title} has no spelling for this component of {what}")
         known = ", ".join(dict.fromkeys(p.component for p in dialect.places))
+        if update.component == "model":
+            raise CannotRepresent(
+                f"{update.name}: {dialect.title} holds the components of pipelines ({known}), and this adapter is for a model "
+                "by itself; --to peft holds it"
+            )
         raise CannotRepresent(
             f"{update.name}: {dialect.title} has no such component; it knows {known}; --allow-drop leaves it out"
         )

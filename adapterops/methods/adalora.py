@@ -44,7 +44,7 @@ class AdaLora(Method):
 
     name = "adalora"
     title = "AdaLoRA"
-    formula = "ΔW = s·B·(A ∘ E), s = alpha/(n + 1e-5)"
+    formula = "ΔW = s·B·(A ∘ E), s = alpha/(ranknum + 1e-5); peft: ranknum = init_r"
     form = "the triplets whose value is not 0"
     source = "https://arxiv.org/abs/2303.10512"
     scaled = True

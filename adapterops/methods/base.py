@@ -212,9 +212,12 @@ def setting(update: Update, name: str) -> Any:
     """An option that only a config holds.  Raises `CannotRepresent` where nothing said it."""
     value = update.options.get(name)
     if value is None:
+        from adapterops.methods import METHODS
+
+        where = f"{next(iter(update.tensors.values())).where}: " if update.tensors else ""
         raise CannotRepresent(
-            f"{update.name}: {name} of {update.method} is not in the tensors and changes what they mean; say it with "
-            f"--set {name}=VALUE"
+            f"{where}{name} of {METHODS[update.method].title} is not in the tensors ({update.name}) and changes what they mean; "
+            f"say it with --set {name}=VALUE"
         )
     return value
 

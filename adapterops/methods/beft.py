@@ -27,6 +27,7 @@ class Beft(Method):
     title = "BEFT (biases)"
     source = "https://arxiv.org/abs/2509.15974"
     formula = "b' = b + bias"
+    form = "a LoRA bias, on factors of zeros"
 
     def check(self, update: Update) -> None:
         need(update, "bias")

@@ -55,7 +55,7 @@ class FourierFt(Spectral):
     name = "fourierft"
     title = "FourierFT (sparse spectrum)"
     formula = "ΔW = scaling·Re(F⁻¹(D)), D the coefficients at random places"
-    form = "rank 2·n_frequency, where that is low"
+    form = "rank 2·n_frequency, where that is at most half of the smaller side; else by singular values"
     source = "https://arxiv.org/abs/2405.03003"
 
     def exact_rank(self, update: Update) -> int | None:

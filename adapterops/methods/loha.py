@@ -53,7 +53,7 @@ class Loha(Method):
     name = "loha"
     title = "LoHa (Hadamard product)"
     formula = "ΔW = s·(w1_a·w1_b) ∘ (w2_a·w2_b)"
-    form = "rank r², where that is low"
+    form = "rank r², where that is at most half of the smaller side; else by singular values"
     source = "https://arxiv.org/abs/2108.06098"
     scaled = True
     rows = frozenset({"w1_a", "w2_a", "magnitude"})

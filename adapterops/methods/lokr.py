@@ -54,7 +54,7 @@ class Lokr(Method):
 
     name = "lokr"
     formula = "ΔW = s·w1 ⊗ w2, either decomposed or whole (both whole: s is 1, but in peft)"
-    form = "rank i1·r where w2 is decomposed and that is low"
+    form = "rank i1·r, where w2 is decomposed and that is at most half of the smaller side; else by singular values"
     compared = frozenset({"rank"})
     title = "LoKr (Kronecker product)"
     source = "https://arxiv.org/abs/2309.14859"

@@ -43,7 +43,7 @@ class Miss(Method):
     name = "miss"
     title = "MiSS (Bone)"
     formula = "ΔW = the block repeated over inputs (mini: and outputs); bat: each block of W times its own"
-    form = "but for bat: rank r (mini: mini_r)"
+    form = "but for bat: rank r (mini: the smaller of r and mini_r)"
     source = "https://arxiv.org/abs/2409.15371"
     needs_shape = True
     compared = frozenset({"shape", "init_weights", "mini_r"})

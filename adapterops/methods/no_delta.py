@@ -31,6 +31,6 @@ class NoDelta(Method):
     def _refuse(self, update: Update) -> NoReturn:
         where = update.name if update.module else update.component
         raise CannotRepresent(
-            f"{where}: {self.title} has no weight delta: {self.why}; it is kept as it is, and only the PEFT format holds it "
-            "(--to peft)"
+            f"{where}: {self.title} has no weight delta: {self.why}; no LoRA does that, and only a PEFT folder holds it "
+            "(adapterops convert --to peft keeps it as it is)"
         )

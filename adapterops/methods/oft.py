@@ -69,7 +69,10 @@ class Oft(OfTheWeight):
 
     name = "oft"
     title = "OFT (orthogonal finetuning)"
-    formula = "W' = W · diag(Q)ᵀ; before peft 0.16 diag(s) · W · diag(Q)ᵀ, before 0.14 diag(Q)ᵀ · W"
+    formula = (
+        "W' = W · diag(Q)ᵀ, the Q Cayley transforms of the skew blocks that R holds; before peft 0.16 diag(s) · W · diag(Q)ᵀ, "
+        "before 0.14 diag(Q)ᵀ · W"
+    )
     source = "https://arxiv.org/abs/2306.07280"
     needs_shape = True
     compared = frozenset(

@@ -35,7 +35,7 @@ class Road(OfTheWeight):
 
     name = "road"
     title = "RoAd (rotations of pairs of outputs)"
-    formula = "W' = M · W, b' = M · b; M turns and stretches pairs of outputs"
+    formula = "W' = M · W, b' = M · b; M of blocks α·[[cos θ, −sin θ], [sin θ, cos θ]] on pairs of outputs"
     source = "https://arxiv.org/abs/2409.00119"
     compared = frozenset({"shape"})
 

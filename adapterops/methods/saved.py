@@ -49,6 +49,7 @@ class TrainableTokens(Method):
     name = "trainable_tokens"
     title = "trainable tokens"
     formula = "rows of the embedding replaced"
+    form = "none: the rows stand beside a LoRA"
     source = "peft tuners/trainable_tokens/layer.py"
     needs_weight = True
 

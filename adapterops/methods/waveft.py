@@ -36,7 +36,7 @@ class WaveFt(Spectral):
     name = "waveft"
     title = "WaveFT (sparse wavelet coefficients)"
     formula = "ΔW = scaling·(an inverse wavelet step of D), D the coefficients at random places"
-    form = "rank n_frequency, where that is low"
+    form = "rank n_frequency, where that is at most half of the smaller side; else by singular values"
     source = "https://arxiv.org/abs/2505.12532"
 
     def exact_rank(self, update: Update) -> int | None:

@@ -30,7 +30,7 @@ class OwnParameters:
         """Whether the base has the module's weight under one name, whole or in parts."""
         joins = self._joins(update)
         whole = self.weights.has(update.component, self._names(update, None))
-        return whole or bool(joins) and all(self.weights.has(update.component, [part]) for part, _, _ in joins)
+        return whole or (bool(joins) and all(self.weights.has(update.component, [part]) for part, _, _ in joins))
 
     def shape(self, update: Update) -> tuple[int, ...]:
         """The shape of the module's weight, (out, in, *kernel), from the header alone.

@@ -71,7 +71,8 @@ def to_lora(
     """
     budget = budget_of(rank, energy, error)
     adapter = api.load(source, allow_drop=allow_drop, **dict(reading or {}))
-    form, dialect = registry.find(to or adapter.provenance.dialect)
+    own_form = registry.find(adapter.provenance.dialect)[0]
+    form, dialect = registry.find(to or own_form.for_lora or adapter.provenance.dialect)
     place = output if output is not None else api.default_output(source, form, dialect, "lora")
     if target_rank is not None:
         adapter = with_target_rank(adapter, target_rank)
@@ -127,9 +128,12 @@ def with_target_rank(adapter: Adapter, target_rank: int) -> Adapter:
 
 def as_lora(
     adapter: Adapter,
-    budget: Budget = Budget(),  # noqa: B008  (frozen)
+    budget: Budget | None = None,
     base_weights: str | os.PathLike[str] | None = None,
     *,
+    rank: int | None = None,
+    energy: float | None = None,
+    error: float | None = None,
     initial: Adapter | None = None,
     residual_base: str | os.PathLike[str] | None = None,
     accept_approximate: bool = False,
@@ -140,8 +144,14 @@ def as_lora(
 ) -> tuple[Adapter, list[ModuleReport], list[str]]:
     """The adapter with every update a LoRA, a report for each, and what was dropped (with `allow_drop` only).
 
+    `rank`, `energy` or `error` say the budget as those of `to_lora` do.
+
     Raises `CannotRepresent` where an update has no LoRA, or none without a budget or the base's weights.
     """
+    if budget is None:
+        budget = budget_of(rank, energy, error)
+    elif not isinstance(budget, Budget):
+        raise TypeError(f"the budget is {budget!r}: give rank=, energy= or error=, or a Budget")
     own = OwnParameters(open_base(base_weights, adapter.components), adapter) if base_weights is not None else None
     keeper = Keeper(Spool("the LoRA", folder))
     if adapter.mutated_init or initial is not None or residual_base is not None:
@@ -163,8 +173,7 @@ def as_lora(
             made, report = maker.make(update)
         except CannotRepresent as error:
             if not allow_drop:
-                path = adapter.provenance.path
-                raise (error if path in str(error) else CannotRepresent(f"{path}: {error}")) from error
+                raise _explained(error, adapter) from error
             dropped.append(str(error))
             continue
         updates += made
@@ -177,6 +186,17 @@ def as_lora(
     updates = maker.with_biases(updates)
     config = {name: _travelling(fields, maker.changed) for name, fields in adapter.config.items()}
     return replace(adapter.with_updates(updates), config=config), reports, dropped
+
+
+def _explained(error: CannotRepresent, adapter: Adapter) -> CannotRepresent:
+    """The error with the file, and with whatever else nothing has said of it."""
+    path, text = adapter.provenance.path, str(error)
+    others = [
+        n for n in adapter.provenance.notes if n.startswith("unknown: ") and "--set " in text and n[9:] not in text
+    ]
+    if path in text and not others:
+        return error
+    return CannotRepresent("; ".join([text if path in text else f"{path}: {text}", *others]))
 
 
 def _sized(adapter: Adapter, own: OwnParameters) -> Adapter:

@@ -131,6 +131,20 @@ def _problems(config: Any, updates: Sequence[Update], base: Base) -> Iterator[st
             )
 
 
+def _divided(config: Any, updates: Sequence[Update]) -> dict[str, tuple[int, int]]:
+    """`init_r`, and the rank of all modules where they have one and no pattern tells that triplets were taken away."""
+    ranks, said = {METHODS[u.method].rank(u) or 0 for u in updates}, config.fields.get("init_r", _DEFAULT)
+    if len(ranks) != 1 or type(said) is not int or _masks(config):
+        return {}
+    return {u.module: (said, rank) for u in updates for rank in ranks}
+
+
+def _believed(update: Update) -> Update:
+    """The update of a module that still has all the triplets it began with."""
+    options = {name: value for name, value in update.options.items() if name != "rank_pattern"}
+    return replace(update, options={**options, "init_r": METHODS[update.method].rank(update) or 0})
+
+
 def _fitted(update: Update) -> Update:
     """The update without the tensor `ranknum`, which the authors keep and peft has as `init_r`.
 
@@ -184,5 +198,8 @@ ADALORA = PeftMethod(
     options=_options,
     meant=_meant,
     fitted=_fitted,
+    divided=_divided,
+    divisor="init_r",
+    believed=_believed,
     lost=("init_r, where modules have different ranks",),
 )

@@ -199,6 +199,17 @@ def _gralora_problems(config: Any, updates: Sequence[Update], base: Base) -> Ite
                 )
 
 
+def _gralora_divided(config: Any, updates: Sequence[Update]) -> dict[str, tuple[int, int]]:
+    """r + `hybrid_r`, of which either may be left to the tensors (null)."""
+    out = {}
+    for update in updates:
+        shown = _gralora_shown(update)
+        said = {name: config.fields.get(name, _GRALORA[name]) for name in ("r", "hybrid_r")}
+        own = [shown[name] if value is None else value for name, value in said.items()]
+        out[update.module] = (sum(own), shown["r"] + shown["hybrid_r"])
+    return out
+
+
 _GRALORA = {"r": 32, "gralora_k": 2, "hybrid_r": 0}
 """The fields that shapes show, and what peft takes where a config lacks them."""
 GRALORA = PeftMethod(
@@ -219,6 +230,8 @@ GRALORA = PeftMethod(
     ),
     fields=_gralora_fields,
     problems=_gralora_problems,
+    divided=_gralora_divided,
+    divisor="(r + hybrid_r)",
 )
 
 

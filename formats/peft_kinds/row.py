@@ -33,6 +33,11 @@ def _own_ranks(updates: Sequence[Update], base: Base) -> dict[str, int]:
     return {u.module: METHODS[u.method].rank(u) or 0 for u in updates}
 
 
+def _by_rank(config: Any, updates: Sequence[Update]) -> dict[str, tuple[int, int]]:
+    ranks = {u.module: METHODS[u.method].rank(u) for u in updates}
+    return {m: (said, rank) for m, rank in ranks.items() if rank and (said := config.rank(m)) is not None}
+
+
 def _no_options(entry: Group, config: Any, given: Mapping[str, Any], weight: tuple[int, ...]) -> dict[str, Any]:
     return {}
 
@@ -168,6 +173,14 @@ class PeftMethod:
     """The groups under the methods and names that the config and the base give them; notes go to the last argument."""
     fitted: Callable[[Update], Update] = _as_it_is
     """The update in the form that today's layers of peft have.  Raises `CannotRepresent` where they have none."""
+    divided: Callable[[Any, Sequence[Update]], dict[str, tuple[int, int]]] = _by_rank
+    """By what a config divides each module's alpha, and what its tensors show in the place of that."""
+    divisor: str = "r"
+    """What messages call that."""
+    believed: Callable[[Update], Update] = _as_it_is
+    """The update with that number as its tensors show it."""
+    level: Callable[[list[Update]], list[Update]] = _same
+    """The updates with one value where a config says one for all and another tensor can make up for it."""
     needs: str = ""
     """For the table of methods: what is needed beside the tensors, in words."""
     lost: tuple[str, ...] = ()

@@ -347,7 +347,6 @@ _NONSENSE: dict[str, tuple[Any, dict[str, Any]]] = {
     "osf, no number": (peft.OSFConfig(target_modules=_LINE), {"effective_rank": float("nan")}),
     "supertuning, infinite": (peft.SupertuningConfig(target_modules=_LINE, sparsity=0.9), {"sparsity": float("inf")}),
     "supertuning, no number": (peft.SupertuningConfig(target_modules=_LINE, sparsity=0.9), {"sparsity": float("nan")}),
-    "hira, no pattern": (peft.HiraConfig(r=3, target_modules=_LINE), {"rank_pattern": {"a(": 1}}),
     "oft, endless": (peft.OFTConfig(oft_block_size=4, target_modules=_LINE), {"num_cayley_neumann_terms": _HUGE}),
     "psoft, endless": (
         peft.PsoftConfig(r=4, target_modules=_LINE, psoft_svd="lowrank"),
@@ -365,6 +364,13 @@ def test_nonsense_in_a_config(name: str, tmp_path: Path) -> None:
     _changed(folder, **fields)
     with _seconds(3), pytest.raises(errors.AdapterOpsError, match=next(iter(fields))):
         ao.as_lora(ao.load(folder, base=architecture_of(LINE())), Budget(rank=2), _base_file(LINE(), tmp_path))
+
+
+def test_pattern_that_is_none(tmp_path: Path) -> None:
+    _, folder = Case(LINE, peft.HiraConfig(r=3, target_modules=_LINE)).adapter(tmp_path / "original")
+    _changed(folder, rank_pattern={"a(": 1})
+    with pytest.raises(errors.AdapterOpsError, match="rank_pattern"):
+        ao.load(folder)
 
 
 @pytest.mark.xfail(strict=True, reason="ValueError: torch takes seeds of 64 bits")
