@@ -66,7 +66,10 @@ def inspect(
         rename=rename,
     )
     if show_config:
-        print_json(_configs(adapter, fields))
+        config, notes = _configs(adapter, fields)
+        for note in notes:
+            click.echo(f"note: {note}", err=True)
+        print_json(config)
         return
     found = report(adapter, norms=norms, hashes=hashes)
     if as_json:
@@ -76,16 +79,17 @@ def inspect(
         click.echo(line)
 
 
-def _configs(adapter: Adapter, fields: dict[str, Any]) -> dict[str, Any]:
-    """The config of each component (of the only one, where there is one)."""
+def _configs(adapter: Adapter, fields: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The config of each component (of the only one, where there is one), and what was assumed for it."""
     from adapterops import api, registry
     from adapterops.plugin import Target
 
     api.insist_on_alphas(adapter)
     form, dialect = registry.find("peft")
-    out = form.write(adapter, Target(dialect, adapter.base, fields))
+    out = form.write(form.prepared(adapter), Target(dialect, adapter.base, fields))
     configs = {f.path.rpartition("/")[0]: json.loads(f.text) for f in out.files if f.text is not None}
-    return configs[""] if list(configs) == [""] else configs
+    notes = list(dict.fromkeys((*adapter.provenance.notes, *out.notes)))
+    return configs[""] if list(configs) == [""] else configs, notes
 
 
 def _merged(found: Inspection) -> list[str]:

@@ -87,6 +87,10 @@ def _insist_on_delta(update: Update) -> None:
         raise CannotRepresent(
             f"{where}: {method.title} changes no weight ({update.name}), so there is nothing to merge"
         )
+    if method.form.startswith("none"):
+        raise CannotRepresent(
+            f"{where}: {method.title} replaces numbers of {update.name} ({method.form}); it is not merged"
+        )
     more = update.tensors.keys() & {"bias", "vector", "magnitude"}
     if method.acts_on_base(update) or more or method.weight_shape(update) is None:
         raise CannotRepresent(

@@ -26,12 +26,15 @@ from adapterops.adapter import Update
 from adapterops.errors import BrokenAdapter, CannotRepresent
 from adapterops.methods.base import Change, Method, Own, need, need_own
 from adapterops.methods.shared import check_dimensions, check_integers, check_vector, numbers
+from adapterops.storage import dtypes
 
 if TYPE_CHECKING:
     import torch
 
 PROJECTION = ("V", "s_indices", "s_size")
 """The roles that a category shares."""
+_LOSS = 1e-3
+"""How much of a weight may be lost in the digits of its basis."""
 _DEAD = 1e-12
 """Columns of W · V⁻ᵀ that are shorter count as zero."""
 
@@ -91,6 +94,18 @@ class Frod(Method):
             f"{update.name}: FRoD takes the module's weight apart, so its delta needs the base weight (--base-weights)"
         )
 
+    def _insist_on_digits(self, update: Update, basis: torch.Tensor) -> None:
+        """Raise `CannotRepresent` for a basis of too few digits to divide by."""
+        import torch
+
+        kind = update.tensors["V"].dtype
+        lost = float(torch.linalg.cond(basis)) * dtypes.EPSILON.get(kind, 0.0)
+        if kind in ("F16", "BF16") and lost > _LOSS:
+            raise CannotRepresent(
+                f"{update.tensors['V'].where}: the basis was rounded to {kind}, and the weight taken apart on it is off by some "
+                f"{min(lost, 1.0):.0%}; a float32 file of the adapter is needed"
+            )
+
     def change(self, update: Update, own: Own | None = None) -> Change:
         import torch
 
@@ -115,6 +130,7 @@ class Frod(Method):
             )
         if bool(((places < 0) | (places >= count)).any()):
             raise BrokenAdapter(f"{update.tensors['s_indices'].where}: positions outside of ({count}, {count})")
+        self._insist_on_digits(update, basis)
         weight = weight.double()
         try:
             apart = torch.linalg.solve(basis, weight.T).T

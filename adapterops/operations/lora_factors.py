@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 _FIRST = 32
 """The rank that is tried first where an energy decides."""
 _SEED = 0
+_MOST = 1e18
+"""Numbers below this have squares that float32 holds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,10 @@ def of_factors(b: torch.Tensor, a: torch.Tensor, scale: float, budget: Budget, d
     """
     import torch
 
+    if not b.shape[1]:
+        # Nothing is left of it (every triplet of an AdaLoRA is masked): a LoRA has one rank at least.
+        kind = dtype or (torch.float32 if b.dtype == torch.float64 else b.dtype)
+        return Factors(torch.zeros(b.shape[0], 1, dtype=kind), torch.zeros(1, a.shape[1], dtype=kind))
     wide = b.shape[1] > min(b.shape[0], a.shape[1])
     if budget.everything and not wide:
         exact = b.dtype == torch.float64 or dtype is not None
@@ -96,6 +102,8 @@ def of_matrix(matrix: torch.Tensor, budget: Budget, dtype: torch.dtype | None, *
     """
     if budget.everything:
         raise CannotRepresent("is not of low rank: say how much to keep with --rank R, --energy E or --error T")
+    if not float(matrix.abs().max()) < _MOST:
+        raise CannotRepresent("adds numbers that are infinite, or nearly so: the training broke, or the file did")
     found = _leading(matrix, budget, Draw(_SEED, "to-lora", *purpose))
     b, a = _halved(found, dtype)
     size = float(matrix.double().norm())

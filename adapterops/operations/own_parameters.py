@@ -39,19 +39,29 @@ class OwnParameters:
         """
         parts, flipped = self._parts(update, "weight")
         first = parts[0].shape
+        if not first:
+            raise UsageError(f"{parts[0].where}: is one number and no weight; is it the base model of this adapter?")
         if flipped:
             return first[::-1]
         rows = sum(stop - start for _, start, stop in self._joins(update)) if len(parts) > 1 else first[0]
         return (rows, *first[1:])
 
     def of(self, update: Update) -> Own:
-        """Weight and bias, in float32.
+        """Weight and bias, in float32: the adapter's own where it replaces the base's.
 
         Raises `UsageError` where the base has no such module, or holds it quantised or damaged.
         """
         parts, flipped = self._parts(update, "weight")
-        weight = self._whole(update, parts)
-        bias = self._bias(update)
+        saved = self.adapter.updates.get((update.component, update.module, "saved"))
+        own = saved.tensors if saved is not None else {}
+        weight = _read(own["weight"]) if "weight" in own else self._whole(update, parts)
+        bias = _read(own["bias"]) if "bias" in own else self._bias(update)
+        outputs = weight.shape[-1 if flipped else 0]
+        if bias is not None and bias.numel() != outputs:
+            raise UsageError(
+                f"{parts[0].where}: its module has {outputs} outputs and a bias of {bias.numel()} numbers: the base weights "
+                "are damaged, or of several models"
+            )
         return Own(weight.T.contiguous() if flipped else weight, bias)
 
     def _bias(self, update: Update) -> torch.Tensor | None:

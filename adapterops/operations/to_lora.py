@@ -179,7 +179,10 @@ def as_lora(
         updates += made
         reports.append(report)
     progress(total, total)
-    if not any(u.method in ("lora", "lora_parameters") for u in updates):
+    left = any(u.method in ("lora", "lora_parameters") for u in updates)
+    if dropped and not left:
+        raise CannotRepresent(f"{adapter.provenance.path}: nothing would be left of it (first: {dropped[0]})")
+    if not left:
         raise CannotRepresent(
             f"{adapter.provenance.path}: nothing in it is a change of a weight that a LoRA could make"
         )
@@ -212,7 +215,8 @@ def _sized(adapter: Adapter, own: OwnParameters) -> Adapter:
             continue
         needed = method.needs_shape and "shape" not in update.options
         shape = own.shape(update) if needed or own.has(update) else None
-        if shape is not None and not method.fits(update, shape):
+        known = update.options.get("shape")
+        if shape is not None and (not method.fits(update, shape) or (known and tuple(known) != shape)):
             tensor = next(iter(update.tensors.values()))
             raise UsageError(
                 f"{tensor.where}: shape {list(tensor.shape)} ({method.title}) cannot act on {update.name}, whose weight in "

@@ -1,0 +1,117 @@
+"""Q(W): a weight as it is after quantisation by bitsandbytes, dequantised again.
+
+- nf4, fp4: blocks of `block_size` numbers of the flattened weight, each divided by its absolute maximum and rounded to one of
+  16 values (NF4: https://arxiv.org/abs/2305.14314); with `double`, the maxima are quantised too, to 8 bits;
+- int8: each row of the weight, rounded to float16, divided by its absolute maximum / 127 and rounded
+  (LLM.int8(): https://arxiv.org/abs/2208.07339).
+
+Bit for bit what `bitsandbytes.nn.Params4bit` and `Int8Params` hold (`bitsandbytes/nn/modules.py`), whatever the size of the
+parts in which it is computed here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from adapterops.errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+KINDS = ("nf4", "fp4", "int8")
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+_DEFAULT_BLOCK = 64
+_PART = 1 << 20
+"""Numbers that are quantised at a time: their copies in several types stay small.  A multiple of every block size."""
+_OF_MAXIMA = 256
+"""Block size of the quantised maxima; bitsandbytes has no other."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quantiser:
+    """A way to quantise weights.  `block_size` is None for int8, which goes by rows."""
+
+    kind: str
+    block_size: int | None = None
+    double: bool = False
+
+    def __str__(self) -> str:
+        if self.block_size is None:
+            return self.kind
+        return f"{self.kind}, blocks of {self.block_size}{', double' if self.double else ''}"
+
+    def apply_(self, weight: torch.Tensor) -> torch.Tensor:
+        """Q(`weight`) in its place; a contiguous float32 matrix (out_features, in_features), on the CPU or a CUDA device.
+
+        int8 gives NaN or infinities where a number is beyond float16.
+        """
+        if self.kind == "int8":
+            return _by_rows_(weight)
+        return self._by_blocks_(weight)
+
+    def _by_blocks_(self, weight: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        functional = bitsandbytes().functional
+        flat = weight.view(-1)
+        parts = [flat[start : start + _PART] for start in range(0, len(flat), _PART)]
+        quantised = [functional.quantize_4bit(part, blocksize=self.block_size, quant_type=self.kind) for part in parts]
+        if self.double:
+            maxima = torch.cat([state.absmax for _, state in quantised])
+            offset = maxima.mean()
+            maxima = functional.dequantize_blockwise(
+                *functional.quantize_blockwise(maxima - offset, blocksize=_OF_MAXIMA)
+            )
+            maxima += offset
+            counts = [len(state.absmax) for _, state in quantised]
+            for (_, state), own in zip(quantised, torch.split(maxima, counts), strict=True):
+                state.absmax = own.contiguous()
+        for part, (values, state) in zip(parts, quantised, strict=True):
+            part.copy_(functional.dequantize_4bit(values, state).reshape(-1))
+        return weight
+
+
+def _by_rows_(weight: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    functional = bitsandbytes().functional
+    rows = max(1, _PART // weight.shape[1])
+    for start in range(0, weight.shape[0], rows):
+        part = weight[start : start + rows]
+        values, maxima, _ = functional.int8_vectorwise_quant(part.to(torch.float16))
+        part.copy_(functional.int8_vectorwise_dequant(values, maxima))
+    return weight
+
+
+def quantiser(kind: str = "nf4", block_size: int | None = None, double: bool = False) -> Quantiser:
+    """The quantiser of these options.  Raises `UsageError` for ones that bitsandbytes has not, or where it is missing."""
+    if kind not in KINDS:
+        raise UsageError(f"--quant {kind}: is none of {', '.join(KINDS)}")
+    if kind == "int8":
+        if block_size is not None or double:
+            name = "--block-size" if block_size is not None else "--double-quant"
+            raise UsageError(f"{name}: is for nf4 and fp4; int8 has one scale a row")
+    elif block_size is not None and block_size not in BLOCK_SIZES:
+        raise UsageError(
+            f"--block-size {block_size}: is none of {', '.join(map(str, BLOCK_SIZES))}, which bitsandbytes has"
+        )
+    bitsandbytes()
+    return Quantiser(kind, None if kind == "int8" else block_size or _DEFAULT_BLOCK, double)
+
+
+def bitsandbytes() -> Any:
+    """The library.  Raises `UsageError` where it is not there or does not work."""
+    log = logging.getLogger("bitsandbytes")
+    before = log.level
+    log.setLevel(logging.ERROR)  # It warns of kernels for inference that it could do with, which are not for this.
+    try:
+        return importlib.import_module("bitsandbytes")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise UsageError(
+            f"loftq quantises with bitsandbytes, which cannot be imported ({error}): pip install 'adapterops[quant]'"
+        ) from error
+    finally:
+        log.setLevel(before)
