@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from adapterops.errors import AdapterOpsError
     from adapterops.inspection import Inspection, inspect
     from adapterops.merging.merge import MergeResult, combine, merge
+    from adapterops.operations.loftq import LoftqModule, LoftqProposal, LoftqResult, loftq
     from adapterops.operations.to_lora import ToLoraResult, as_lora, to_lora
 
 __version__ = "0.1.0"
@@ -31,6 +32,9 @@ _HOMES = {
     "Certainty": "adapter",
     "Fact": "adapter",
     "Inspection": "inspection",
+    "LoftqModule": "operations.loftq",
+    "LoftqProposal": "operations.loftq",
+    "LoftqResult": "operations.loftq",
     "MergeResult": "merging.merge",
     "Result": "api",
     "ToLoraResult": "operations.to_lora",
@@ -40,6 +44,7 @@ _HOMES = {
     "convert": "api",
     "inspect": "inspection",
     "load": "api",
+    "loftq": "operations.loftq",
     "merge": "merging.merge",
     "save": "api",
     "to_lora": "operations.to_lora",
@@ -51,6 +56,9 @@ __all__ = [
     "Certainty",
     "Fact",
     "Inspection",
+    "LoftqModule",
+    "LoftqProposal",
+    "LoftqResult",
     "MergeResult",
     "Result",
     "ToLoraResult",
@@ -62,6 +70,7 @@ __all__ = [
     "inspect",
     "integrations",
     "load",
+    "loftq",
     "merge",
     "save",
     "to_lora",

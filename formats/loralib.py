@@ -28,6 +28,8 @@ from dataclasses import replace
 from math import isfinite, prod
 from typing import Any
 
+from adapterops_formats.peft_lora import unknown_parts
+
 from adapterops.plugin import (
     METHODS,
     Adapter,
@@ -115,6 +117,9 @@ class Loralib(Format):
             return [_with_reason(u) for u in updates]
 
         adapter = read_by_table(reading, source, request, rule, refine, settle)
+        adapter = replace(
+            adapter, provenance=replace(adapter.provenance, notes=(*adapter.provenance.notes, *_unknown(adapter)))
+        )
         return replace(adapter, metadata={k: v for k, v in adapter.metadata.items() if k != ENTRY})
 
     def write(self, adapter: Adapter, target: Target) -> Output:
@@ -128,6 +133,7 @@ class Loralib(Format):
         dropped: list[str] = []
         for update in adapter:
             try:
+                _refuse_embedding(update, target.architecture)
                 updates.append(_as_layer(update))
             except errors.CannotRepresent as error:
                 if not target.allow_drop:
@@ -264,6 +270,32 @@ def _with_reason(update: Update) -> Update:
         return update
     reason = "loralib stores no alpha: it is the lora_alpha that the layers were built with"
     return replace(update, alpha=replace(update.alpha, source=reason))
+
+
+def _unknown(adapter: Adapter) -> list[str]:
+    """A note on each fact that no file of loralib's has and that nothing has said."""
+    out = []
+    if any(u.alpha is not None and u.alpha.value is None for u in adapter):
+        out.append("unknown: lora_alpha, which no tensor holds; --alpha X says it")
+    parts = [u for u in adapter if u.method == "lora_merged" and "enable_lora" not in u.options]
+    for update in parts[:1]:
+        more = f" (so in {len(parts)} modules)" if len(parts) > 1 else ""
+        out.append(f"unknown: enable_lora{more}: tensor {update.tensors['B'].key!r} {unknown_parts(update)}")
+    return out
+
+
+def _refuse_embedding(update: Update, architecture: Architecture | None) -> None:
+    """Raise `CannotRepresent` for factors of a layer on what the base says is an embedding: they would be read as its own."""
+    part = architecture.components.get(update.component) if architecture is not None else None
+    spec = part.spec(update.module) if part is not None else None
+    if spec is None or spec.kind != "embedding" or update.method not in ("lora", "lora_merged"):
+        return
+    if update.options.get("kind") != "embedding":
+        raise errors.CannotRepresent(
+            f"{next(iter(update.tensors.values())).where}: {update.module} is an embedding of the base, and the "
+            "update is one of a linear layer; loralib spells both alike, so it would be read as the embedding's: is it the "
+            "right --base?"
+        )
 
 
 def _as_layer(update: Update) -> Update:

@@ -17,17 +17,19 @@ from adapterops_formats.peft_config import (
     PeftConfig,
     check_given,
     describes,
+    in_short,
     kind_named,
     method_of,
     number,
     refuse_unknown,
+    rescaled,
 )
 from adapterops_formats.peft_conv import as_peft
 from adapterops_formats.peft_groups import arranged, chosen
 from adapterops_formats.peft_ia3 import refuse_other_start
 from adapterops_formats.peft_kinds import KIND_OF, KINDS
 from adapterops_formats.peft_kinds.lora import LORA
-from adapterops_formats.peft_kinds.row import PeftMethod
+from adapterops_formats.peft_kinds.row import PeftMethod, same_tensor
 from adapterops_formats.peft_lora import loralib_names
 from adapterops_formats.peft_names import MODULES, ONCE, TOP
 from adapterops_formats.peft_parameters import METHOD as PARAMETERS
@@ -36,6 +38,7 @@ from adapterops_formats.peft_patterns import Base
 from adapterops_formats.peft_write import write_config
 
 from adapterops.plugin import (
+    METHODS,
     Adapter,
     AlphaIn,
     Carried,
@@ -128,10 +131,11 @@ class Peft(Format):
 
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
         config = source.config
-        kind = str(config.get("peft_type") or "").upper() if config is not None else ""
-        if kind:
-            kind_named(kind, source.config_path)
         readings = [loralib_names(_unwrapped(reading)) for reading in super().recognise(source, dialects)]
+        kind = config.get("peft_type") if config is not None else None
+        if kind and not any(_shown_kinds(r) and not r.unclaimed for r in readings):
+            # Of tensors that PEFT knows, what the user says may still make a type of PEFT.
+            kind_named(kind, source.config_path, _only_kind(readings))
         if config is None:
             # Without a prefix and a config nothing tells a saved module's key from any other writer's.
             bare = [r for r in readings if r.prefix == "" and any(c.suffix.method == "saved" for c in r.claims)]
@@ -140,8 +144,11 @@ class Peft(Format):
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
         method = _method(reading, request.fields)
-        check_given(request.fields, method)
-        config = _config_of(source, request, method)
+        ignored: list[str] = []
+        config = _config_of(source, request, method, _only_kind([reading]), ignored)
+        # Where the config says every alpha, `--alpha` speaks in a repair of those that a wrong rank makes doubtful.
+        resized = request.repair and source.config is not None and config is not None and config.states_alpha
+        asked = replace(request, alpha=None) if resized and isinstance(request.alpha, float) else request
         carried = Carried.parse(source.metadata).spelling.get(PEFT.name, {})
         component = source.component or _component(source.config) or carried.get("component", "")
 
@@ -167,17 +174,31 @@ class Peft(Format):
             updates = [_with_indices(u, indices) if u.method == "trainable_tokens" else u for u in updates]
             return [_say_why_unknown(u, source, method) for u in method.complete(updates)]
 
-        adapter = read_by_table(reading, source, request, rule, refine, settle)
-        notes = [*adapter.provenance.notes, *dict.fromkeys(said)]
+        _insist_on_one_kind(source, reading, request)
+        adapter = read_by_table(reading, source, asked, rule, refine, settle)
+        _insist_on_all(adapter, reading, config.method if config is not None else method)
+        notes = [
+            *adapter.provenance.notes,
+            *_left_out(source, reading),
+            *ignored,
+            *dict.fromkeys(said),
+            *_unknown_facts(adapter, method),
+        ]
         adapter = replace(adapter, provenance=replace(adapter.provenance, notes=tuple(notes)))
         if config is None:
             return adapter
         name = adapter.components[0] if adapter.components else "model"
+        if resized:
+            adapter = rescaled(adapter, config, request)
         if source.config is not None:
             said_wrong: list[str] = []
             problem = said_wrong.append if request.repair else _contradicted
             describes(config.fields, config.where, adapter.as_stated(), problem, config.method)
-            notes += [f"contradicted by the tensors, which are believed: {sentence}" for sentence in said_wrong]
+            if said_wrong:
+                told = next(filter(None, (in_short(sentence, config.where) for sentence in said_wrong)), "")
+                notes.append(
+                    f"the config contradicts the tensors, which are believed{', e.g. of ' + told if told else ''}"
+                )
         if config.mutated_init:
             notes.append(
                 f"was trained from {config.mutated_init}, which changed the base weights: it is right on that changed base only"
@@ -194,6 +215,7 @@ class Peft(Format):
         return adapter.with_updates(KINDS[KIND_OF[u.method]].fitted(u) if u.method in KIND_OF else u for u in adapter)
 
     def write(self, adapter: Adapter, target: Target) -> Output:
+        whole = adapter
         adapter, dropped = _in_shape(adapter, target)
         components = adapter.components
         files: list[OutputFile] = []
@@ -210,6 +232,9 @@ class Peft(Format):
                 continue
             notes += spelled.notes
             left = {u.key for u in spelled.kept}
+            gone = next((u for u in whole.of(component) if u.method in method.methods and u.key not in left), None)
+            if gone is not None and dropped:
+                _refuse_part(whole, gone.module, method)
             own = [u for u in part if u.key in left]
             part = spelled.adapter.with_updates(_handed_out(spelled.adapter, own, method))
             config, said = write_config(part, component, target)
@@ -278,33 +303,109 @@ def _unwrapped(reading: Reading) -> Reading:
     """The reading with saved modules under their own names.
 
     In a state dict that was saved by hand, peft's wrapper is still there: it keeps the trained module as
-    `modules_to_save.NAME` and the base's as `original_module`, which is no part of the adapter.
+    `modules_to_save.NAME` and the base's as `original_module`, which is no part of the adapter.  So do the biases that
+    peft itself saves with bias="all".  What stands twice is read once: as the wrapper has it, which is what it computes with.
     """
-    claims, unclaimed = [], list(reading.unclaimed)
+    kept: dict[tuple[Place, str, str, str], Any] = {}
+    originals: list[tuple[Any, str]] = []
     for claim in reading.claims:
         parts = claim.name.split(".") if claim.suffix.method == "saved" else []
         if "original_module" in parts:
-            unclaimed.append(claim.key)
+            at = parts.index("original_module")
+            originals.append((claim, ".".join(parts[:at] + parts[at + 1 :])))
             continue
-        if "modules_to_save" in parts[1:]:
+        wrapped = "modules_to_save" in parts[1:]
+        if wrapped:
             at = parts.index("modules_to_save", 1)
             named = parts[at + 1 : at + 2] in (["default"], [reading.adapter_name])
             claim = claim._replace(name=".".join(parts[:at] + parts[at + 1 + named :]))
-        claims.append(claim)
-    return replace(reading, claims=tuple(claims), unclaimed=tuple(unclaimed))
+        place = (claim.place, claim.name, claim.suffix.role, "")
+        if not parts or (place in kept and wrapped == _is_wrapped(kept[place])):
+            place = (*place[:3], claim.key)  # where this stands twice it is a fault, which the reader of groups tells
+        if place not in kept or wrapped:
+            kept[place] = claim
+    alone = [c.key for c, name in originals if (c.place, name, c.suffix.role, "") not in kept]
+    return replace(reading, claims=tuple(kept.values()), unclaimed=(*reading.unclaimed, *alone))
+
+
+def _left_out(source: Source, reading: Reading) -> list[str]:
+    """A note on what `_unwrapped` does not read."""
+    read = {claim.key: claim for claim in reading.claims}
+    rest = [key for key in source.tensors if key not in read and key not in reading.unclaimed]
+    originals = [key for key in rest if "original_module" in key.split(".")]
+    notes = []
+    if originals:
+        many = f" and {len(originals) - 1} more are" if len(originals) > 1 else " is"
+        notes.append(f"tensor {originals[0]!r}{many} the base's own, which the adapter saves anew: left out")
+    for key in rest:
+        prefix, _, role = key.rpartition(".")
+        twin = next(
+            (k for k, c in read.items() if k != key and c.name and prefix.endswith(c.name) and _is_twin(c, role)), None
+        )
+        if key not in originals and twin is not None and not same_tensor(source.tensors[key], source.tensors[twin]):
+            notes.append(f"tensor {key!r} differs from {twin!r}, with which peft computes: the latter is read")
+    return notes
+
+
+def _is_twin(claim: Any, role: str) -> bool:
+    return claim.suffix.method == "saved" and claim.suffix.role == role and _is_wrapped(claim)
+
+
+def _is_wrapped(claim: Any) -> bool:
+    return "modules_to_save" in claim.key.split(".")
+
+
+def _insist_on_one_kind(source: Source, reading: Reading, request: Request) -> None:
+    """Raise `UnsupportedFormat` for two types without a config, of which one has tensors or facts for all its modules."""
+    kinds = [KINDS[kind] for kind in _shown_kinds(reading)]
+    common = any(kind.settings for kind in kinds) or any(c.place.whole for c in reading.claims)
+    if source.config is None and not request.fields.get("peft_type") and len(kinds) > 1 and common:
+        names = " and ".join(kind.title for kind in kinds)
+        count = {2: "two", 3: "three"}.get(len(kinds), str(len(kinds)))
+        raise errors.UnsupportedFormat(
+            f"{source.path}: holds {count} types of adapter ({names}), and a PEFT config is for one; split it into a file each"
+        )
+
+
+def _insist_on_all(adapter: Adapter, reading: Reading, method: PeftMethod) -> None:
+    """Raise `CannotRepresent` where a module was dropped without which the others compute something else."""
+    dropped = set(adapter.provenance.dropped)
+    gone = next((c for c in reading.claims if c.key in dropped and c.suffix.method in method.methods), None)
+    if gone is not None:
+        _refuse_part(adapter, gone.name, method)
+
+
+def _refuse_part(adapter: Adapter, gone: str, method: PeftMethod) -> None:
+    why = method.together([u for u in adapter if u.method in method.methods])
+    if why:
+        raise errors.CannotRepresent(
+            f"{adapter.provenance.path}: {gone} cannot be dropped: of {method.title} in this file {why}, so the modules that "
+            "are left would compute something else"
+        )
 
 
 def _method(reading: Reading, given: Mapping[str, Any]) -> PeftMethod:
     """The method that the user names, or whose tensors the file has; LoRA's where it has several (each is checked against
     its config)."""
     if given.get("peft_type"):
-        return kind_named(given["peft_type"], "--set")
+        return kind_named(given["peft_type"], "--set", _only_kind([reading]))
+    return _only_kind([reading]) or LORA
+
+
+def _shown_kinds(reading: Reading) -> list[str]:
+    """The types whose tensors the file has, without the tokens that are trained beside another."""
     found = dict.fromkeys(KIND_OF[c.suffix.method] for c in reading.claims if c.suffix.method in KIND_OF)
     if len(found) > 1:
         found.pop("TRAINABLE_TOKENS", None)
-    if len(found) != 1:
-        return LORA
-    method = KINDS[next(iter(found))]
+    return list(found)
+
+
+def _only_kind(readings: Sequence[Reading]) -> PeftMethod | None:
+    """The one type that the tensors show; None where they show none, or several."""
+    reading = next((r for r in readings if len(_shown_kinds(r)) == 1), None)
+    if reading is None:
+        return None
+    method = KINDS[_shown_kinds(reading)[0]]
     roles = {claim.suffix.role for claim in reading.claims} if method.shown else set()
     return next((KINDS[kind] for role, kind in method.shown if role in roles), method)
 
@@ -348,16 +449,55 @@ def _handed_out(spelled: Adapter, own: list[Update], method: PeftMethod) -> list
     return out
 
 
-def _config_of(source: Source, request: Request, method: PeftMethod) -> PeftConfig | None:
-    """The config beside the weights with the user's fields over it; the user's alone; or None."""
-    if source.config is not None:
-        return PeftConfig.parse({**source.config, **request.fields}, source.config_path, method)
+def _config_of(
+    source: Source, request: Request, method: PeftMethod, shown: PeftMethod | None, said: list[str]
+) -> PeftConfig | None:
+    """The config beside the weights with the user's fields over it; the user's alone; or None.
+
+    Where the user names the type, what a config of another type says besides is left out; that goes to `said`.
+    """
+    own = source.config
+    if own is None:
+        check_given(request.fields, method)
+    else:
+        kind = kind_named(
+            request.fields.get("peft_type") or own.get("peft_type") or method.kind, source.config_path, shown
+        )
+        foreign = [name for name in own if name not in kind.all_fields]
+        check_given(request.fields, kind, foreign)
+        removed = {name for name in foreign if name in request.fields}
+        if "peft_type" in request.fields and str(own.get("peft_type")).upper() != kind.kind:
+            removed |= set(foreign)
+            lost = sorted(name for name in foreign if own[name] not in (None, False, "", [], {}))
+            said += (
+                [f"--set peft_type={kind.kind}: fields that its config lacks are ignored: {', '.join(lost)}"]
+                if lost
+                else []
+            )
+        fields = {**own, **request.fields}
+        return PeftConfig.parse({n: v for n, v in fields.items() if n not in removed}, source.config_path, kind)
     if request.fields:
         # `--alpha` is the alpha beside which an `alpha_pattern` is given.
         given = request.alpha
         alpha = {method.alpha: number(given)} if method.alpha and isinstance(given, float) else {}
         return replace(PeftConfig.parse({**alpha, **request.fields}, "--set", method), certainty=Certainty.GIVEN)
     return None
+
+
+def _unknown_facts(adapter: Adapter, method: PeftMethod) -> list[str]:
+    """A note on each fact that nothing has said yet and that only the user knows."""
+    out = []
+    scaled = [u for u in adapter if u.alpha is not None and METHODS[u.method].rank(u) is not None]
+    if any(u.alpha is not None and u.alpha.value is None for u in scaled):
+        out.append(f"unknown: {method.alpha or 'alpha'} of {method.title}, which no tensor holds; --alpha X says it")
+    for update in adapter:
+        if update.method == "trainable_tokens" and "indices" not in update.options:
+            name = "token_indices" if update.options.get("kind") == "alone" else "trainable_token_indices"
+            count = update.tensors["delta"].shape[0]
+            out.append(
+                f"unknown: {name}, the {count} tokens that the rows of {update.module} are for; --set {name}='[…]' says it"
+            )
+    return out
 
 
 def _say_why_unknown(update: Update, source: Source, method: PeftMethod) -> Update:

@@ -10,8 +10,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
-from math import isfinite
+from dataclasses import dataclass, replace
+from math import isfinite, sqrt
 from types import NoneType
 from typing import Any
 
@@ -28,7 +28,7 @@ from adapterops_formats.peft_patterns import (
     target_modules,
 )
 
-from adapterops.plugin import METHODS, Certainty, ScaleRule, Update, errors
+from adapterops.plugin import METHODS, Adapter, Certainty, Fact, Request, ScaleRule, Update, errors
 
 Config = Mapping[str, Any]
 
@@ -186,6 +186,69 @@ class PeftConfig:
         return init if init.startswith(MUTATING) else None
 
 
+def rescaled(adapter: Adapter, config: PeftConfig, request: Request) -> Adapter:
+    """The adapter under a config whose r is not that of the tensors, with the scale that the user means.
+
+    Raises `Conflict` where the user has not said it: alpha may have been meant beside the config's r, or the tensors'.
+    """
+    method, given = config.method, request.alpha
+    stated = adapter.as_stated()
+    own = adapted(stated, method) if method.alpha else []
+    told = method.divided(config, own) if own else {}
+    wrong = {module: pair for module, pair in told.items() if pair[0] != pair[1]}
+    answered = given is not None or any(request.fields.get(n) is not None for n in (*method.scale, "r", method.divisor))
+    if wrong and not answered:
+        raise errors.Conflict(_two_scales(config, own, wrong))
+    if isinstance(given, float) and not wrong:
+        other = next((u for u in own if u.alpha is not None and u.alpha.value != given), None)
+        if other is not None:
+            raise errors.Conflict(
+                f"{next(iter(other.tensors.values())).where}: --alpha {given:g}, but {config.where} says {other.alpha} for "
+                f"{other.name}, whose rank it has right; leave --alpha out"
+            )
+    if given is None:
+        return adapter
+    out = []
+    for update, named_so in zip(adapter, stated, strict=True):
+        if update.method in method.methods and named_so.module in wrong:
+            said: Fact[float | None] | None = update.alpha
+            if isinstance(given, float):
+                said = Fact(given, Certainty.GIVEN, "--alpha")
+            update = method.believed(replace(update, alpha=said))
+        out.append(update)
+    return adapter.with_updates(out)
+
+
+def _two_scales(config: PeftConfig, updates: Sequence[Update], wrong: Mapping[str, tuple[int, int]]) -> str:
+    """What the scale was by a config, and what it would be by the tensors."""
+    method = config.method
+    first = next(u for u in updates if u.module in wrong)
+    said, has = wrong[first.module]
+    alpha, rslora = config.rule(first.module)[:2]
+    alpha = alpha or 0.0
+    root = sqrt if rslora else float
+    sign = "√" if rslora else ""
+    kept = {}
+    for module, (one, two) in wrong.items():
+        kept[module] = number(float(f"{(config.rule(module).alpha or 0.0) * root(two) / root(one):.6g}"))
+    if len({*kept.values()}) == 1:
+        keeps = f"--alpha {kept[first.module]:g} keeps the scale {alpha / root(said):.6g}"
+    elif method.alphas_in:
+        usual, table = pattern_table(
+            {u.module: kept.get(u.module, config.rule(u.module).alpha or 0.0) for u in updates}, Base()
+        )
+        keeps = f"--set {method.alpha}={usual:g} --set {method.alphas_in}={as_argument(table)} keeps the scales"
+    else:
+        keeps = "no one alpha keeps the scales of all modules"
+    name = f"({method.divisor})" if " " in method.divisor else method.divisor
+    other = f"; --set {name}={said} keeps both" if name in method.shaping else ""
+    return (
+        f"{next(iter(first.tensors.values())).where}: is of rank {has}, but {config.where} says {method.divisor} {said}: "
+        f"the scale was {method.alpha}/{sign}{name} = {alpha:g}/{sign}{said} = {alpha / root(said):.6g}; with the tensors' "
+        f"rank {has} it would be {alpha / root(has):.6g}: --alpha {alpha:g} keeps alpha, {keeps}{other}"
+    )
+
+
 def alpha_of(update: Update, method: PeftMethod) -> tuple[float | None, bool]:
     """The alpha that a config must say, and whether by √r; a config without that rule says alpha · √r."""
     if update.alpha is None or update.alpha.value is None:
@@ -341,11 +404,14 @@ def plural(count: int) -> str:
     return f"{count} module" + ("s" if count != 1 else "")
 
 
-def in_short(sentence: str) -> str:
-    """What a sentence of `describes` says of a tensor, without the file's path and what to do about it."""
+def in_short(sentence: str, where: str) -> str:
+    """What a sentence of `describes` says of a tensor, without paths and without what to do about it; "" where of none.
+
+    `where` is the config that it was asked of.
+    """
     told = sentence.partition("; --set")[0].partition(", but ")[0]
     at = told.find(": tensor ")
-    return told if at < 0 else told[at + 2 :]
+    return "" if at < 0 else told[at + 2 :].replace(where, "the config")
 
 
 def number(value: float) -> int | float:
@@ -490,7 +556,8 @@ def _setting_fields(updates: Sequence[Update], base: Base, method: PeftMethod, s
     if not setting.within:
         one, two = list({v: m for m, v in hashable.items()}.values())[:2]
         raise errors.CannotRepresent(
-            f"{one} has {setting.name} {as_json(values[one])} and {two} {as_json(values[two])}; a config of {method.title} says one for all"
+            f"{one} has {setting.name} {as_json(values[one])} and {two} {as_json(values[two])}; a config of "
+            f"{method.title} says one for all"
         )
     usual, table = pattern_table(values, base)
     return {setting.name: usual, setting.within: table}

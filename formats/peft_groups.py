@@ -5,13 +5,14 @@ Source: huggingface/peft 0.21.2 `utils/save_and_load.py`, `tuners/tuners_utils.p
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 from adapterops_formats.peft_config import PeftConfig
 from adapterops_formats.peft_kinds import KIND_OF
-from adapterops_formats.peft_kinds.row import PeftMethod, Setting
+from adapterops_formats.peft_kinds.row import PeftMethod, Setting, weight_of
 
 from adapterops.plugin import Certainty, Group, Request, errors
 
@@ -52,7 +53,7 @@ def arranged(
             continue
         for setting in method.settings:
             entry.options.update(_setting(setting, entry, config, stated))
-        entry.options.update(method.options(entry, config, given, _weight(entry, request)))
+        entry.options.update(method.options(entry, config, given, weight_of(entry, request.architecture)))
         _insist_on_sense(entry)
     if not stated:
         said += _assumed(method, config, groups)
@@ -75,7 +76,7 @@ def _assumed(method: PeftMethod, config: PeftConfig | None, groups: Sequence[Gro
     """A note on what no config said."""
     given = config.fields if config is not None else {}
     names = [
-        f"{s.name} {s.default}"
+        f"{s.name} {json.dumps(s.default)}"
         for s in method.settings
         if not s.asked and s.default is not None and s.name not in given
     ]
@@ -89,12 +90,6 @@ def _unknown(method: PeftMethod, groups: Sequence[Group]) -> list[str]:
     own = [g for g in groups if g.method in method.methods]
     missing = [s for s in method.settings if s.asked and any(s.name not in g.options for g in own)]
     return [f"unknown: {s.name} of {method.title} ({s.about}); --set {s.name}=VALUE says it" for s in missing if own]
-
-
-def _weight(entry: Group, request: Request) -> tuple[int, ...]:
-    """The shape of a group's module; () where the base is not known."""
-    parts = request.architecture.components.values() if request.architecture else ()
-    return next((spec.shape for part in parts if (spec := part.spec(entry.name)) is not None), ())
 
 
 def _insist_on_sense(entry: Group) -> None:

@@ -105,7 +105,7 @@ def _rank(one: Shown, least: int, free: int) -> int:
 def fields(updates: Sequence[Update], base: Base) -> dict[str, Any]:
     """`decompose_both`, `decompose_factor` and `use_effective_conv2d` with which peft makes exactly these factors.
 
-    Raises `CannotRepresent`, naming the module, where no config does.
+    Raises `CannotRepresent`, naming the module, where no config does, `UnknownFact` where only another r does.
     """
     all_shown = [shown(u, base) for u in updates]
     both = any(not s.whole[0] for s in all_shown)
@@ -116,6 +116,14 @@ def fields(updates: Sequence[Update], base: Base) -> dict[str, Any]:
         assert i2 is not None
         made = one.makes_whole(rank, both, i2)
         if made != one.whole:
+            least = one.least(both)
+            if all(one.whole) and rank < least:
+                name = one.update.module.rpartition(".")[2]
+                raise errors.UnknownFact(
+                    f"{one.first.where}: two whole factors ({one.update.module}), which peft makes with r of {least} and more, "
+                    f"not with r={rank}; which r it was, by which peft divides its alpha, is not in the tensors: say "
+                    f"--set rank_pattern='{{\"{name}\": {least}}}' with that r"
+                )
             at = 0 if made[0] != one.whole[0] else 1
             raise errors.CannotRepresent(
                 f"{one.update.name}: its factor w{at + 1} is {_state(one.whole[at])} at rank {rank}, and peft would make it "

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from adapterops_formats import peft_parameters
+from adapterops_formats.peft_kinds.row import weight_of
 from adapterops_formats.peft_patterns import Base
 
 from adapterops.plugin import METHODS, Architecture, Group, Reading, Suffix, Update, as_lora, errors
@@ -58,7 +59,7 @@ def _method(entry: Group, config: Any, architecture: Architecture | None) -> str
         return "lora"
     if _has_blocks(entry.name, fields.get("use_bdlora")) or _blocks(a.shape, b.shape):
         return "bdlora"
-    weight = _weight(entry, architecture)
+    weight = weight_of(entry, architecture)
     narrow = len(weight) == 2 and b.shape[0] == weight[0] and a.shape[1] < weight[1] and weight[1] % a.shape[1] == 0
     if fields.get("use_qalora") and (narrow or not weight):
         return "qalora"
@@ -84,11 +85,6 @@ def _has_blocks(name: str, stated: Any) -> bool:
         return False
     words = [*(stated.get("target_modules_bd_a") or ()), *(stated.get("target_modules_bd_b") or ())]
     return any(str(word) in name for word in words)
-
-
-def _weight(entry: Group, architecture: Architecture | None) -> tuple[int, ...]:
-    parts = architecture.components.values() if architecture is not None else ()
-    return next((spec.shape for part in parts if (spec := part.spec(entry.name)) is not None), ())
 
 
 def options(entry: Group, config: Any, given: Mapping[str, Any], weight: tuple[int, ...]) -> dict[str, Any]:
@@ -275,8 +271,26 @@ def problems(config: Any, updates: Sequence[Update], base: Base) -> Iterator[str
 
 
 def fitted(update: Update) -> Update:
-    """The update as today's peft has it: what PEFT 0.2 kept in groups is written out as plain LoRA."""
-    return as_lora(update) if update.method == "lora_merged" else update
+    """The update as today's peft has it: what PEFT 0.2 kept in groups is written out as plain LoRA.
+
+    Raises `CannotRepresent` where nothing says which parts of the module they adapt.
+    """
+    if update.method != "lora_merged":
+        return update
+    b, shape = update.tensors["B"], update.options.get("shape")
+    if "enable_lora" not in update.options and (shape is None or shape[0] != b.shape[0]):
+        raise errors.CannotRepresent(f"{b.where}: {unknown_parts(update)}")
+    return as_lora(update)
+
+
+def unknown_parts(update: Update) -> str:
+    """What is known of a grouped LoRA, and how to say the rest."""
+    a, b = update.tensors["A"], update.tensors["B"]
+    groups = max(1, a.shape[0] // max(1, b.shape[1]))
+    return (
+        f"{list(b.shape)} beside {a.key.rpartition('.')[2]} {list(a.shape)}: {groups} parts of {b.shape[0] // groups} outputs "
+        f"each are adapted, of how many is not known (GPT-2's q and v: --set enable_lora='[true, false, true]')"
+    )
 
 
 def loralib_names(reading: Reading) -> Reading:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +40,7 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
     method = method_of(updates)
     part = target.architecture.components.get(component) if target.architecture else None
     base = Base.of(part)
-    check_given(target.fields, method)
+    check_given(target.fields, method, target.fields if adapter.config else ())
     derived = from_updates(updates, base, method=method)
     own = dict(adapter.config.get(component, {}))
     if method.rank and method.rank in own and own[method.rank] is None:
@@ -52,14 +51,20 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
         # Said by the header of a file that cannot have been trained so: it would have peft change the base.
         del own["init_lora_weights"]
     before = dict(own)
+    dropped = {key.removeprefix("base_model.model.") for key in adapter.provenance.dropped}
     if own and not target.repair and _still_true(own, updates, method, base):
         # The config's own words hold, but for lists of names that would take in more, or that say nothing.
         config = {**method.defaults, **derived, **_unsaid(method), **saved, **own}
-        more = base.names is not None and _takes_more(own, updates, base.names, method)
+        if any(name not in own for name in method.shaping):
+            # Fields of `--set` alone say nothing of the others.
+            config |= {n: v for n, v in method.fields(adapted(updates, method), base).items() if n not in own}
+        lost = _takes_more(own, updates, dropped, method)
+        more = lost or _takes_more(own, updates, base.names or (), method)
         if method.targeted and (more or own.get("target_modules") is None):
             config |= {"target_modules": derived["target_modules"], **dict.fromkeys(method.narrowing)}
         if more:
-            notes.append("target_modules is made anew: the one in the config would adapt more modules of the base")
+            which = "the modules that are dropped" if lost else "more modules of the base"
+            notes.append(f"target_modules is made anew: the one in the config would adapt {which}")
         unsaid = any(name in own and own[name] is None for name in method.shaping if name not in method.nulls)
         if "feedforward_modules" in method.shaping:
             # peft would fill it in by the model's type, and insists on a part of `target_modules`.
@@ -73,10 +78,12 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
     else:
         kept = _travelling(own, method)
         config = {**method.defaults, **kept, **derived, **saved, **method.fields(adapted(updates, method), base)}
+        if not all(u.module for u in adapted(updates, method)):
+            # Tensors that stand once for all modules do not say for which.
+            names = ("target_modules", *method.narrowing) if method.targeted and _is_own(own, method) else ()
+            config |= {name: own[name] for name in names if name in own}
         if own and target.repair:
-            shorter = _used_targets(own, updates, method)
-            if shorter is not None:
-                config["target_modules"] = shorter
+            config |= _used_targets(own, config, updates, method, {*(base.names or ()), *dropped})
             config = _own_words(own, config, updates, method, base)
             config = {**{name: value for name, value in before.items() if value in _LEAST}, **config}
         elif any(config.get(name) != value and value not in _LEAST for name, value in own.items()):
@@ -84,7 +91,8 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
     transposed = any(base.kinds.get(u.module) == "transposed" for u in adapted(updates, method))
     if "fan_in_fan_out" in method.flags and transposed:
         config["fan_in_fan_out"] = True
-    config.update({k: v for k, v in target.fields.items() if not _answered(k, v, config, method)})
+    said = {k: v for k, v in target.fields.items() if not _answered(k, v, config, method)}
+    config |= {n: own[n] for n, within in _tables(method) if within in said and n in own} | said
     whole = next((u for u in adapted(updates, method) if not u.module), None)
     if method.targeted and whole is not None and not config.get("target_modules"):
         raise errors.UnknownFact(
@@ -105,14 +113,30 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
     return config, notes
 
 
-def _used_targets(own: Mapping[str, Any], updates: list[Update], method: PeftMethod) -> list[str] | None:
-    """The names of a config's list that mean a module of the file, where they mean them all; None where they do not."""
+def _tables(method: PeftMethod) -> list[tuple[str, str]]:
+    """The fields that have a table of exceptions, each with that: who says the one means it beside the other."""
+    ranked = [(method.rank, method.ranks_in)] if method.rank else []
+    scaled = [(method.alpha, method.alphas_in)] if method.alpha else []
+    return [pair for pair in (*ranked, *scaled, *((s.name, s.within) for s in method.settings)) if pair[1]]
+
+
+def _used_targets(
+    own: Mapping[str, Any], config: Mapping[str, Any], updates: list[Update], method: PeftMethod, walk: Iterable[str]
+) -> dict[str, Any]:
+    """The names of a config's list that mean a module of the file, with the fields that narrow down what they mean.
+
+    Nothing where they do not mean all modules of the file, or mean another one of `walk`.
+    """
     stated = own.get("target_modules")
     if not method.targeted or not isinstance(stated, list):
-        return None
+        return {}
     modules = {u.module for u in adapted(updates, method)}
     used = [name for name in dict.fromkeys(stated) if any(named(module, [name]) for module in modules)]
-    return used if all(named(module, used) for module in modules) else None
+    narrowed = {name: own[name] for name in method.narrowing if own.get(name) not in _NO_NAMES}
+    fields = {"target_modules": used, **narrowed}
+    view = PeftConfig.parse({**config, **fields}, "config", method)
+    exact = all(named(m, used) and view.targets(m) for m in modules)
+    return fields if exact and not _takes_more(view.fields, updates, walk, method) else {}
 
 
 def _own_words(
@@ -127,6 +151,8 @@ def _own_words(
     return config
 
 
+_NO_NAMES: tuple[Any, ...] = (None, [], "")
+"""What a field that narrows down says where it does not (0 is a layer)."""
 _LEAST: tuple[Any, ...] = (None, [], {}, "", False)
 """What a field says that says nothing."""
 
@@ -141,7 +167,9 @@ def _changes(
         if old == new or (name not in before and name in after) or (old in _LEAST and new in _LEAST):
             continue
         problems = _problems({**after, name: old}, updates, method, base)
-        why = f" ({plural(len(problems))}; e.g. {in_short(problems[0])})" if problems else ""
+        told = list(filter(None, (in_short(sentence, "the config") for sentence in problems)))
+        count = len({text.split("'")[1] for text in told})
+        why = f" ({plural(count)}; e.g. {told[0]})" if told else ""
         out.append(f"repaired {name}: {_shown(old)} → {_shown(new)}{why}")
     return out
 
@@ -179,9 +207,13 @@ _COMMON = frozenset({"task_type", "base_model_name_or_path", "revision", "auto_m
 """What every config says, whatever its method."""
 
 
+def _is_own(own: Mapping[str, Any], method: PeftMethod) -> bool:
+    return str(own.get("peft_type") or method.kind).upper() == method.kind
+
+
 def _travelling(own: Mapping[str, Any], method: PeftMethod) -> dict[str, Any]:
     """The fields of a config that the tensors do not decide; of another method's, only what every method has."""
-    if str(own.get("peft_type") or method.kind).upper() != method.kind:
+    if not _is_own(own, method):
         return {k: v for k, v in own.items() if k in _COMMON}
     void = {*method.derived, *method.narrowing, *method.refused, "peft_type"}
     return {k: v for k, v in own.items() if k not in void}

@@ -21,6 +21,7 @@ COMMANDS = {
     "convert": "Convert an adapter to another format, with proof.",
     "merge": "Make one adapter of several.",
     "to-lora": "Make a plain LoRA of an adapter of any method.",
+    "loftq": "Start a LoRA as what quantisation takes from the base.",
     "formats": "The formats and dialects that are read and written.",
     "architectures": "The base models whose module names are built in.",
     "methods": "The adapter methods that are understood (--merge: the ways to merge).",

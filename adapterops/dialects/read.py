@@ -218,7 +218,8 @@ def _align_part(groups: list[Group], architecture: Architecture) -> tuple[list[G
     if change is None:
         renamed = resolve.rename(groups, architecture)
         note = f"modules are renamed to be those of {architecture.name}"
-        return (groups, []) if renamed is None else (renamed, [note])
+        unnamed = all(g.place.free for g in groups)
+        return (groups, []) if renamed is None or unnamed else (renamed, [note])
     strip, add = change
     said = f"stripped of {strip!r}" if strip else f"given {add!r} in front"
     return (

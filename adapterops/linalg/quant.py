@@ -6,7 +6,8 @@
   (LLM.int8(): https://arxiv.org/abs/2208.07339).
 
 Bit for bit what `bitsandbytes.nn.Params4bit` and `Int8Params` hold (`bitsandbytes/nn/modules.py`), whatever the size of the
-parts in which it is computed here.
+parts in which it is computed here.  Those are rows of numbers and not matrices: where blocks do not end with a matrix's rows,
+bitsandbytes 0.50 dequantises some numbers with another block's maximum on CPUs with AVX-512 (on CUDA it does not).
 """
 
 from __future__ import annotations

@@ -94,12 +94,13 @@ class Frod(Method):
             f"{update.name}: FRoD takes the module's weight apart, so its delta needs the base weight (--base-weights)"
         )
 
-    def _insist_on_digits(self, update: Update, basis: torch.Tensor) -> None:
-        """Raise `CannotRepresent` for a basis of too few digits to divide by."""
+    def _insist_on_digits(self, update: Update, basis: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Raise `CannotRepresent` for a basis of too few digits to divide by: columns of small length would be rounding."""
         import torch
 
         kind = update.tensors["V"].dtype
-        lost = float(torch.linalg.cond(basis)) * dtypes.EPSILON.get(kind, 0.0)
+        spread = float(lengths.max()) / max(float(lengths.min()), _DEAD)
+        lost = max(float(torch.linalg.cond(basis)), spread) * dtypes.EPSILON.get(kind, 0.0)
         if kind in ("F16", "BF16") and lost > _LOSS:
             raise CannotRepresent(
                 f"{update.tensors['V'].where}: the basis was rounded to {kind}, and the weight taken apart on it is off by some "
@@ -130,13 +131,13 @@ class Frod(Method):
             )
         if bool(((places < 0) | (places >= count)).any()):
             raise BrokenAdapter(f"{update.tensors['s_indices'].where}: positions outside of ({count}, {count})")
-        self._insist_on_digits(update, basis)
         weight = weight.double()
         try:
             apart = torch.linalg.solve(basis, weight.T).T
         except RuntimeError:  # torch says so of a singular basis
             apart = weight @ torch.linalg.pinv(basis, rtol=1e-6).T
         lengths = apart.norm(dim=0)
+        self._insist_on_digits(update, basis, lengths)
         unit = torch.where(lengths > _DEAD, apart / lengths.clamp_min(_DEAD), 0.0)
         diagonal, values = (torch.from_numpy(numbers(update.tensors[role])) for role in ("lambda_l", "lambda_s_values"))
         middle = torch.diag(diagonal)

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapterops import api, registry
 from adapterops.adapter import Adapter, Update
-from adapterops.architectures import ModuleSpec
 from adapterops.errors import CannotRepresent, UsageError
+from adapterops.linalg.loftq import difference_norm, split
 from adapterops.linalg.quant import Quantiser, quantiser
 from adapterops.methods import METHODS
 from adapterops.operations.kept import Keeper
-from adapterops.operations.own_parameters import OwnParameters
+from adapterops.operations.loftq_weights import LoftqWeights
 from adapterops.storage import dtypes
 from adapterops.storage.base_copy import BaseCopy
 from adapterops.storage.base_weights import open_base
@@ -36,15 +36,6 @@ if TYPE_CHECKING:
     import torch
 
 Steps = Callable[[int, int], None]
-_TOLERANCE = 3e-5
-"""How much more than the best factors leave is allowed, as a share of it: a residual of quantisation is white, and no
-direction in it stands out."""
-_ROWS = 512
-"""Rows of a difference that are held at a time."""
-_HEADS = ("lm_head", "embed_out")
-"""The last names of output embeddings, which transformers does not quantise (`get_keys_to_not_convert`)."""
-_BESIDE = ("saved", "trainable_tokens", "bundled")
-"""Methods whose updates are whole parameters, which are kept."""
 _FIELDS = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode")
 
 
@@ -155,10 +146,9 @@ def loftq(
     place = output if output is not None else api.default_output(source, form, dialect, "loftq")
     api.insist_on_place(place, form, [adapter], overwrite)
     target = os.path.abspath(api.place_of(os.fspath(place), form))
-    own = _Weights(open_base(base_weights, adapter.components), adapter)
+    own = LoftqWeights(open_base(base_weights, adapter.components), adapter)
     copy = _copy_of(own, write_base, target, overwrite)
-    folder = next(f for f in (os.path.dirname(target), "") if not f or os.path.isdir(f))
-    made, modules = _replaced(adapter, own, how, copy, folder, progress)
+    made, modules = _replaced(adapter, own, how, copy, _disk(target), progress)
     fields = dict((reading or {}).get("fields") or {})
     with ExitStack() as stack:
         staged = None
@@ -178,6 +168,12 @@ def loftq(
         if staged is not None:
             staged.commit()
     return LoftqResult(written, tuple(modules), str(how.quant), copy.place if copy is not None else "")
+
+
+def _disk(place: str) -> str:
+    """Where computed tensors wait for the output: beside it, or "" where that folder is not there yet."""
+    folder = os.path.dirname(os.path.abspath(place))
+    return folder if os.path.isdir(folder) else ""
 
 
 class _How(NamedTuple):
@@ -211,7 +207,7 @@ def _insist_on_numbers(how: _How, write_base: object) -> None:
 
 
 def _copy_of(
-    own: OwnParameters, write_base: str | os.PathLike[str] | None, target: str, overwrite: bool
+    own: LoftqWeights, write_base: str | os.PathLike[str] | None, target: str, overwrite: bool
 ) -> BaseCopy | None:
     if write_base is None:
         return None
@@ -223,91 +219,8 @@ def _copy_of(
     return copy
 
 
-@dataclass(frozen=True, slots=True)
-class _Weights(OwnParameters):
-    """The base's weights as an adapter's linear modules have them, and where they are kept."""
-
-    def stored(self, update: Update) -> tuple[LazyTensor, bool] | None:
-        """The one tensor that is the module's weight, and whether it is kept as (in, out); None where it is in parts."""
-        parts, flipped = self._parts(update, "weight")
-        return (parts[0], flipped) if len(parts) == 1 else None
-
-    def left(self, update: Update) -> str:
-        """Why an update is not for LoftQ to replace, "" where it is."""
-        if update.method in _BESIDE:
-            return "saved whole"
-        if update.method != "lora":
-            return f"{METHODS[update.method].title}, no plain LoRA"
-        spec = self._spec(update)
-        if update.options.get("kind") == "embedding" or (spec is not None and spec.kind == "embedding"):
-            return "an embedding, which bitsandbytes does not quantise"
-        if any(len(update.tensors[role].shape) != 2 for role in "AB") or "mid" in update.tensors:
-            return "a convolution, which bitsandbytes does not quantise"
-        if "magnitude" in update.tensors:
-            return "DoRA: its magnitude is of the weight that it was made for"
-        more = next((role for role in update.tensors if role not in ("A", "B")), None)
-        if more is not None:
-            return f"has {more!r} beside B and A"
-        if METHODS["lora"].scale(update) == 0:
-            return "its scale is 0"
-        if update.module.rpartition(".")[2] in _HEADS or (spec is not None and spec.tied_to is not None):
-            return "an output head or a tied weight, which is not quantised"
-        self._insist_on_plain(update)
-        if len(self._parts(update, "weight")[0][0].shape) != 2:
-            return "a convolution, which bitsandbytes does not quantise"
-        self._insist_on_shape(update)
-        return ""
-
-    def _insist_on_plain(self, update: Update) -> None:
-        if self.weights.has(update.component, self._names(update, None), "qweight"):
-            raise UsageError(
-                f"{self.weights.path}: {update.name} is quantised (it has a `qweight`, as GPTQ and AWQ keep); the base must "
-                "not be quantised"
-            )
-        for part in self._parts(update, "weight")[0]:
-            if part.dtype not in dtypes.FLOATS:
-                raise UsageError(f"{part.where}: has dtype {part.dtype}; the base must not be quantised")
-
-    def _insist_on_shape(self, update: Update) -> None:
-        wanted, has = METHODS["lora"].weight_shape(update), self.shape(update)
-        if wanted != has:
-            raise UsageError(
-                f"{update.tensors['B'].where}: {update.name} is {list(wanted or ())}, and the base's weight {list(has)}: it "
-                "is for another base model"
-            )
-
-    def _flipped(self, update: Update, spec: ModuleSpec | None, tensor: LazyTensor) -> bool:
-        """As the shapes say; a square one as its table or config does.
-
-        A config of a quantised GPT-2 says `fan_in_fan_out: false`, as peft sees no Conv1D there, and the base has them still.
-        """
-        wanted = METHODS["lora"].weight_shape(update)
-        if len(tensor.shape) != 2 or wanted is None:
-            return False
-        if wanted in (tensor.shape, tensor.shape[::-1]) and tensor.shape[0] != tensor.shape[1]:
-            return wanted != tensor.shape
-        flipped = OwnParameters._flipped(self, update, spec, tensor)
-        if not flipped and spec is None and wanted == tensor.shape and self._has_conv1d(update.component):
-            raise UsageError(
-                f"{tensor.where}: is square, and the base keeps others as (in, out), as GPT-2's Conv1D does, while the adapter's "
-                "config does not say fan_in_fan_out; --base CONFIG (the base's config.json) tells which this one is"
-            )
-        return flipped
-
-    def _has_conv1d(self, component: str) -> bool:
-        """Whether the base has a weight whose bias shows that its second axis is the output."""
-        part = self.weights.parts.get(component) or self.weights.parts.get("")
-        for key, tensor in part.tensors.items() if part is not None else ():
-            bias = part.tensors.get(key.removesuffix("weight") + "bias") if part is not None else None
-            if key.endswith(".weight") and bias is not None and len(tensor.shape) == 2:
-                rows, columns = tensor.shape
-                if rows != columns and bias.shape == (columns,):
-                    return True
-        return False
-
-
 def _replaced(
-    adapter: Adapter, own: _Weights, how: _How, copy: BaseCopy | None, folder: str, progress: Steps
+    adapter: Adapter, own: LoftqWeights, how: _How, copy: BaseCopy | None, folder: str, progress: Steps
 ) -> tuple[Adapter, list[LoftqModule]]:
     """The adapter with its factors replaced, and what became of each module; a new base's weights go into `copy`."""
     _insist_on_published(adapter)
@@ -326,7 +239,7 @@ def _replaced(
                     "adapter to the base's own names first (adapterops convert)"
                 )
     keeper = Keeper(Spool("the LoftQ factors", folder))
-    beside = Keeper(Spool("the base", os.path.dirname(os.path.abspath(copy.place)) if copy is not None else ""))
+    beside = Keeper(Spool("the base", _disk(copy.place) if copy is not None else folder))
     updates, modules, trained = [], [], []
     for done, update in enumerate(adapter):
         progress(done, len(adapter))
@@ -374,7 +287,7 @@ def _notes(how: _How, modules: Sequence[LoftqModule], trained: Sequence[str], co
     notes = [f"the new factors are for {place} as bitsandbytes quantises it ({how.quant}), and for no other"]
     if trained:
         notes.append(
-            f"had been trained ({len(trained)} modules, {trained[0]} first): what it had learnt is replaced, and not in the output"
+            f"had been trained ({len(trained)} modules, {trained[0]} first): what it had learnt is replaced, and lost"
         )
     if how.rank is not None:
         notes.append(f"--rank {how.rank}: alpha stays, so that the scale of the replaced modules is another")
@@ -394,7 +307,7 @@ def _rounded(update: Update, dtype: str | None) -> Update:
 
 
 def _of_module(
-    update: Update, own: _Weights, how: _How, keeper: Keeper, with_base: bool
+    update: Update, own: LoftqWeights, how: _How, keeper: Keeper, with_base: bool
 ) -> tuple[Update | None, torch.Tensor | None, LoftqModule]:
     """The update with new factors (None where they are not accepted), the base's new weight (out, in), and a report."""
     tensors = {role: update.tensors[role] for role in "AB"}
@@ -406,13 +319,13 @@ def _of_module(
     found = split(weight, rank, how.quant, how.iterations, kind, ("loftq", update.component, update.module))
     if not isfinite(found.before):
         raise UsageError(
-            f"{stored[0].where if stored else update.name}: holds numbers beyond float16, which int8 is made of; --quant nf4 works"
+            f"{stored[0].where if stored else update.name}: holds numbers beyond float16, of which int8 is made; give --quant nf4"
         )
     root = sqrt(abs(scale))
     b, a = found.left / root * (1 if scale > 0 else -1), found.right / root
     factors = {"A": a.to(_torch(_kept(tensors["A"], how))), "B": b.to(_torch(_kept(tensors["B"], how)))}
     b, a = factors["B"].float(), factors["A"].float()
-    after = _norm(found.residual, scale * b, a)
+    after = difference_norm(found.residual, scale * b, a)
     report = LoftqModule(update.component, update.module, rank, True, found.before, after)
     note = "" if after < found.before else "the residual would not fall"
     if not note and how.callback is not None:
@@ -438,72 +351,8 @@ def _kept(tensor: LazyTensor, how: _How) -> str:
     return how.dtype or (tensor.dtype if tensor.dtype in dtypes.FLOATS else "F32")
 
 
-def _change(copy: BaseCopy, own: _Weights, update: Update, base: torch.Tensor, keeper: Keeper) -> None:
+def _change(copy: BaseCopy, own: LoftqWeights, update: Update, base: torch.Tensor, keeper: Keeper) -> None:
     stored = own.stored(update)
     assert stored is not None
     tensor, flipped = stored
     copy.change(tensor, keeper.keep(tensor.key, (base.T if flipped else base).cpu()))
-
-
-class Split(NamedTuple):
-    """W ≈ Q + left·right.
-
-    `left` (out_features, rank) and `right` (rank, in_features) each hold the root of the singular values; `residual` is W − Q;
-    `before` is ‖W − Q(W)‖; `base` the dequantised weight in the base's own type, where one is to be written.
-    """
-
-    left: torch.Tensor
-    right: torch.Tensor
-    residual: torch.Tensor
-    before: float
-    base: torch.Tensor | None
-
-
-def split(
-    weight: torch.Tensor,
-    rank: int,
-    quant: Quantiser,
-    iterations: int = 1,
-    base: torch.dtype | None = None,
-    purpose: tuple[str, ...] = ("loftq",),
-) -> Split:
-    """LoftQ of one weight (out_features, in_features), float32; works on its device and leaves it as it is.
-
-    Holds besides it one matrix of its size, what decomposing that takes, and the new base's.  `base` is the type in which the
-    dequantised weight is to be stored: Q is then what bitsandbytes makes of the stored one, and not of the unrounded.
-    A rank above the weight's is filled up with zeros.  `before` is infinite or NaN where quantising overflows.
-    """
-    import torch
-
-    from adapterops.linalg.dense import truncated
-    from adapterops.linalg.random import Draw
-
-    rest, new, before = weight.clone(), None, 0.0
-    left, right = weight.new_zeros(weight.shape[0], rank), weight.new_zeros(rank, weight.shape[1])
-    for step in range(iterations):
-        if step:
-            torch.addmm(weight, left, right, alpha=-1, out=rest)
-        quant.apply_(rest)
-        if not step:
-            before = _norm(weight, rest)
-            if not isfinite(before):
-                break
-        if base is not None and step == iterations - 1:
-            new = rest.to(base, copy=True)
-            quant.apply_(rest.copy_(new))
-        torch.sub(weight, rest, out=rest)
-        start = right.T if step else None
-        found = truncated(rest, rank, tolerance=_TOLERANCE, start=start, draw=Draw(0, *purpose))[0]
-        roots, many = found.s.sqrt(), len(found.s)
-        left[:, :many], right[:many] = found.u * roots, roots[:, None] * found.vh
-    return Split(left, right, rest, before, new)
-
-
-def _norm(one: torch.Tensor, two: torch.Tensor, three: torch.Tensor | None = None) -> float:
-    """‖one − two‖, or ‖one − two·three‖, without the difference."""
-    total = 0.0
-    for start in range(0, one.shape[0], _ROWS):
-        rows = slice(start, start + _ROWS)
-        part = one[rows] - (two[rows] if three is None else two[rows] @ three)
-        total += float(part.norm()) ** 2
-    return sqrt(total) if isfinite(total) else total

@@ -1,4 +1,4 @@
-"""A copy of a base model's weights in which some tensors are others: the same files, the same index, everything else as it was."""
+"""A copy of a base model's weights with some tensors replaced: the same files, and everything else as it was."""
 
 from __future__ import annotations
 
@@ -43,13 +43,10 @@ class BaseCopy:
 
     def check(self, overwrite: bool) -> None:
         """Look whether the folder can be written.  Raises `OutputExists`, and `UsageError` where the base itself is there."""
-        place = os.path.realpath(self.place)
+        written = {os.path.realpath(os.path.join(self.place, name)) for name in self._names()}
         for part in self.weights.parts.values():
-            for tensor in part.tensors.values():
-                if os.path.dirname(os.path.realpath(tensor.source.path)).startswith(place):
-                    raise UsageError(
-                        f"{self.place}: holds the base itself, which is never changed; name another folder"
-                    )
+            if any(os.path.realpath(tensor.source.path) in written for tensor in part.tensors.values()):
+                raise UsageError(f"{self.place}: holds the base itself, which is never changed; name another folder")
         check_target(self.place, True, self._names(), overwrite)
         if os.path.isdir(self.place):
             own = set(self._names())

@@ -23,8 +23,14 @@ _DEFAULT = 12
 def _meant(
     groups: list[Group], config: Any, given: Mapping[str, Any], architecture: Architecture | None, said: list[str]
 ) -> list[Group]:
-    """Where no config says it, `init_r` is the rank that all modules have: then nothing was taken away."""
+    """Where no config says it, `init_r` is the rank that all modules have: then nothing was taken away.
+
+    Raises `BrokenAdapter` for factors that are no matrices.
+    """
     own = [g for g in groups if g.method == "adalora" and "ranknum" not in g.tensors and "A" in g.tensors]
+    for factor in (t for g in groups if g.method == "adalora" for role, t in g.tensors.items() if role in "AB"):
+        if len(factor.shape) != 2:
+            raise errors.BrokenAdapter(f"{factor.where}: shape {list(factor.shape)}; a factor of AdaLoRA is a matrix")
     ranks = {g.tensors["A"].shape[0] for g in own}
     stated = config.fields if config is not None else {}
     if len(ranks) == 1 and "init_r" not in stated and (config is None or stated is given or not _is_read(config)):
@@ -86,12 +92,12 @@ def _started(update: Update) -> int:
 
 
 def _fields(updates: Sequence[Update], base: Base) -> dict[str, Any]:
-    """`init_r` and `rank_pattern`.  Raises `CannotRepresent` where modules began with different numbers."""
+    """`init_r` and `rank_pattern`.  Raises `CannotRepresent` where modules' alphas are divided by different numbers."""
     started = {u.module: _started(u) for u in updates}
     if len(set(started.values())) > 1:
         one, two = sorted(started, key=lambda name: started[name])[:: len(started) - 1]
         raise errors.CannotRepresent(
-            f"{one} began with {started[one]} triplets and {two} with {started[two]}; an AdaLoRA config says one init_r for "
+            f"alpha of {one} is divided by ranknum {started[one]}, and of {two} by {started[two]}; PEFT has one init_r for "
             "all; adapterops to-lora makes plain LoRA of it, with a rank for each module"
         )
     count = next(iter(started.values()), _DEFAULT)

@@ -11,10 +11,10 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from adapterops_formats.peft_kinds.row import PeftMethod, defaults
+from adapterops_formats.peft_kinds.row import PeftMethod, defaults, weight_of
 from adapterops_formats.peft_patterns import Base, pattern_table, shortest_suffixes
 
-from adapterops.plugin import Certainty, Group, LazyTensor, Update, errors
+from adapterops.plugin import Architecture, Certainty, Group, LazyTensor, Update, errors
 
 STANDARD, MINI, BAT = "standard MiSS", "mini", "bat"
 """The kinds of MiSS, as messages call them."""
@@ -39,7 +39,7 @@ def shape_of(update: Update, base: Base) -> tuple[int, ...] | None:
     return None if shape is None else tuple(shape)
 
 
-def said(config: Any, name: str, default: Any) -> Any:
+def stated_of(config: Any, name: str, default: Any) -> Any:
     """What a `PeftConfig` says of a field, or leaves to peft; None where only the user speaks, and not of this."""
     if config is None or (config.certainty is Certainty.GIVEN and name not in config.fields):
         return None
@@ -62,9 +62,9 @@ def _kind(update: Update, base: Base) -> str | None:
 def _miss_options(entry: Group, config: Any, given: Mapping[str, Any], weight: tuple[int, ...]) -> dict[str, Any]:
     """What a config says of the kind, unless the tensor is plainly of another (which `_miss_problems` then tells)."""
     block = entry.tensors.get("block")
-    if block is None:
-        return {}
-    stated = True if _is_bone(block) and len(block.shape) == 2 else said(config, "init_weights", True)
+    if block is None or len(block.shape) < 2 or "init_weights" in entry.options:
+        return {}  # `check` says what is wrong with it
+    stated = True if _is_bone(block) and len(block.shape) == 2 else stated_of(config, "init_weights", True)
     if stated is None or (stated == "bat") != (len(block.shape) == 3):
         return {}
     if stated == "mini":
@@ -73,8 +73,58 @@ def _miss_options(entry: Group, config: Any, given: Mapping[str, Any], weight: t
     return {"init_weights": stated} if fitting else {}
 
 
+def _miss_meant(
+    groups: list[Group], config: Any, given: Mapping[str, Any], architecture: Architecture | None, said: list[str]
+) -> list[Group]:
+    """The groups; blocks of different widths are standard, whatever a config says, since mini has one mini_r for all."""
+    blocks = {g.name: (g, t) for g in groups if g.method == "miss" and (t := g.tensors.get("block")) is not None}
+    flat = {name: t for name, (g, t) in blocks.items() if len(t.shape) == 2 and not _is_bone(t)}
+    if len({t.shape[1] for t in flat.values()}) > 1 and stated_of(config, "init_weights", True) == "mini":
+        for name in flat:
+            blocks[name][0].options["init_weights"] = True
+    open_ = {name: t for name, t in flat.items() if not weight_of(blocks[name][0], architecture)}
+    if not open_ or stated_of(config, "init_weights", True) is not None:
+        return groups
+    if _either(open_):
+        said.append(f"unknown: init_weights of MiSS: {_ask(open_)}")
+    else:
+        said.append(
+            "no config is beside the tensors: blocks (r, n) of modules that no base shows are taken for standard MiSS of "
+            "modules with n outputs; for mini say --set init_weights=mini"
+        )
+    return groups
+
+
+def _either(blocks: Mapping[str, LazyTensor]) -> bool:
+    """Whether blocks of modules of unknown size may as well be mini's as standard ones.
+
+    Standard blocks are as wide as their modules have outputs; one width for modules of several names is rather a mini_r, and
+    so is one that is not above r.
+    """
+    names = {name.rpartition(".")[2] for name in blocks}
+    if len({block.shape[1] for block in blocks.values()}) > 1:
+        return False
+    return len(names) > 1 or any(block.shape[1] <= block.shape[0] for block in blocks.values())
+
+
+def _ask(blocks: Mapping[str, LazyTensor]) -> str:
+    shape = next(iter(blocks.values())).shape
+    return (
+        f"every block is {list(shape)}: either every module has {shape[1]} outputs, or it is mini: say --base CONFIG, or "
+        "--set init_weights=true, or --set init_weights=mini"
+    )
+
+
 def _miss_fields(updates: Sequence[Update], base: Base) -> dict[str, Any]:
-    """`init_weights` and `mini_r`.  Raises `CannotRepresent` where modules are of different kinds."""
+    """`init_weights` and `mini_r`.
+
+    Raises `CannotRepresent` where modules are of different kinds, `UnknownFact` where nothing tells the kind.
+    """
+    open_ = {
+        u.module: u.tensors["block"] for u in updates if "init_weights" not in u.options and _kind(u, base) is None
+    }
+    if len(open_) == len(updates) and _either(open_):
+        raise errors.UnknownFact(f"{next(iter(open_.values())).where}: {_ask(open_)}")
     kinds = {u.module: MINI if u.options.get("init_weights") == "mini" else _kind(u, base) or STANDARD for u in updates}
     widths = {u.module: u.tensors["block"].shape[1] for u in updates}
     if MINI in kinds.values():
@@ -122,18 +172,13 @@ def _is_bone(block: LazyTensor) -> bool:
 
 
 def _miss_today(entry: Group, config: Any) -> str:
-    """What was done with tensors of Bone, and what was assumed of those of MiSS."""
+    """What was done with tensors of Bone."""
     block = entry.tensors.get("block")
     if block is None:
         return ""
     if _is_bone(block):
         return "Bone is read as MiSS: the same update, which peft calls so since 0.17 (bone_block is miss_block now)"
-    if len(block.shape) == 3 or said(config, "init_weights", True) is not None:
-        return ""
-    return (
-        "no config is beside the tensors: where the base does not show otherwise, blocks (r, n) are taken for standard "
-        "MiSS of modules with n outputs; for mini say --set init_weights=mini"
-    )
+    return ""
 
 
 MISS = PeftMethod(
@@ -151,6 +196,7 @@ MISS = PeftMethod(
     problems=_miss_problems,
     options=_miss_options,
     today=_miss_today,
+    meant=_miss_meant,
     needs="the module's shape; for bat the base weight",
 )
 BONE = PeftMethod(
@@ -231,7 +277,7 @@ GRALORA = PeftMethod(
     fields=_gralora_fields,
     problems=_gralora_problems,
     divided=_gralora_divided,
-    divisor="(r + hybrid_r)",
+    divisor="r + hybrid_r",
 )
 
 

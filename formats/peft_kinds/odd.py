@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import inf, prod
 from typing import Any
 
-from adapterops_formats.peft_kinds.row import PeftMethod, Setting, defaults
+from adapterops_formats.peft_kinds.row import PeftMethod, Setting, defaults, is_finite
 from adapterops_formats.peft_patterns import Base
 
 from adapterops.plugin import METHODS, Certainty, Group, LazyTensor, Update, errors
@@ -24,9 +24,11 @@ def first(update: Update) -> LazyTensor:
 
 def contradiction(update: Update, view: Any, name: str, has: Any) -> str:
     """The sentence for a field that says something else than the tensors."""
+    from adapterops_formats.peft_config import as_argument, as_json
+
     return (
-        f"{first(update).where}: the tensors show {name} {has!r}, but {view.where} says {view.fields.get(name)!r}; --set "
-        f"{name}={has}"
+        f"{first(update).where}: the tensors show {name} {as_json(has)}, but {view.where} says "
+        f"{as_json(view.fields.get(name))}; --set {name}={as_argument(has)}"
     )
 
 
@@ -46,8 +48,8 @@ def stated(config: Any, given: Mapping[str, Any], name: str) -> Any:
 def number(view: Any, name: str, default: Any = None, kinds: tuple[type, ...] = (int,)) -> Any:
     """A number that a config says; `default` where it says nothing.  Raises `UnreadableFile` for what is none."""
     value = view.fields.get(name)
-    if value is not None and type(value) not in kinds:
-        raise errors.UnreadableFile(f"{view.where}: {name} is {value!r:.80}; it must be a number")
+    if value is not None and (type(value) not in kinds or not is_finite(value)):
+        raise errors.UnreadableFile(f"{view.where}: {name} is {value!r:.80}; it must be a finite number")
     return default if value is None else value
 
 
@@ -140,7 +142,7 @@ def _super_options(entry: Group, config: Any, given: Mapping[str, Any], weight: 
     if "lora_A" in entry.tensors:
         out["lora_alpha"] = stated(config, given, "lora_alpha")
     for name, kinds in (("select_top", (bool,)), ("sparsity", (int, float)), ("lora_alpha", (int, float))):
-        if out.get(name) is not None and type(out[name]) not in kinds:
+        if out.get(name) is not None and (type(out[name]) not in kinds or not is_finite(out[name])):
             raise errors.UnreadableFile(
                 f"{first_of(entry).where}: its config says {name} {out[name]!r:.80}, which it cannot be"
             )
@@ -317,7 +319,9 @@ ADAMSS = PeftMethod(
     "AdaMSS",
     rank="",
     shaping=("r", "num_subspaces", "subspace_rank", "use_dynamic_rank"),
-    settings=(Setting("random_seed", (int,), 0, about="it decides which rows belong together"),),
+    settings=(
+        Setting("random_seed", (int,), 0, about="it decides which rows belong together", least=0, most=(1 << 32) - 1),
+    ),
     narrowing=("layers_to_transform", "layers_pattern"),
     known=(
         *("init_weights", "use_asa", "asa_target_subspaces", "init_warmup", "final_warmup", "mask_interval"),

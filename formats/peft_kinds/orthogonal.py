@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
-from adapterops_formats.peft_kinds.row import PeftMethod, Setting, defaults
+from adapterops_formats.peft_kinds.row import LAST_SEED, PeftMethod, Setting, defaults
 from adapterops_formats.peft_patterns import Base
 
 from adapterops.plugin import METHODS, Certainty, Group, Update, errors, maths
@@ -22,7 +22,7 @@ SINCE = "0.18.0"
 """The first peft that computes OFT's series as today's does; configs say their peft since then."""
 _SERIES = (
     Setting("use_cayley_neumann", (bool,), True, about="whether a series stands for the exact rotation"),
-    Setting("num_cayley_neumann_terms", (int,), 5, about="how many terms it has"),
+    Setting("num_cayley_neumann_terms", (int,), 5, about="how many terms it has", least=0, most=1000),
 )
 
 
@@ -55,7 +55,7 @@ def asked_for(found: Mapping[int, int]) -> int | None:
 def _sizes(update: Update, base: Base) -> tuple[int, int, int | None]:
     """The blocks that are stored, their size, and the inputs that they turn (None where one block leaves it open)."""
     stored, size = update.tensors["R"].shape[0], METHODS["oft"].block_size(update)  # type: ignore[attr-defined]
-    shape = base.shapes.get(update.module)
+    shape = base.shapes.get(update.module) or update.options.get("shape")
     inputs = prod(shape[1:]) if shape else stored * size if stored > 1 else None
     return stored, size, inputs
 
@@ -112,12 +112,11 @@ def _oft_problems(config: Any, updates: Sequence[Update], base: Base) -> Iterato
         if type(r) is not int or type(size) is not int or min(r, size) < 0 or bool(r) == bool(size):
             yield f"{config.where}: r is {r!r} and oft_block_size {size!r}; peft takes one of them, the other 0; {anew}"
             return
-        if inputs is None:
-            made = (1, size) if size and share else None
-        else:
-            made = (inputs // nearest(inputs, size), nearest(inputs, size)) if size else (nearest(inputs, r), 0)
-            made = (made[0], inputs // made[0])
-        if made is not None and (1 if share else made[0], made[1]) != (stored, own):
+        # One block of inputs that nobody knows: as many as it turns, or where blocks are shared a multiple of that.
+        turned = inputs or (own * r if share and r else own)
+        number = turned // nearest(turned, size) if size else nearest(turned, r)
+        made = (number, turned // number)
+        if (1 if share else made[0], made[1]) != (stored, own):
             yield (
                 f"{tensor.where}: shape {list(tensor.shape)} is {stored} blocks of {own} inputs, but with {config.where} "
                 f"(r={r}, oft_block_size={size}, block_share={str(share).lower()}) peft would build "
@@ -155,9 +154,15 @@ def _oft_today(entry: Group, config: Any) -> str:
     if config is None or config.certainty is not Certainty.READ or not config.fields.get("use_cayley_neumann", True):
         return ""
     if "peft_version" in _oft_options(entry, config, {}, ()):
+        version = config.fields.get("peft_version")
+        whose = (
+            "no peft_version in the config: if it is of peft 0.16 or 0.17, its"
+            if version is None
+            else f"is OFT of peft {version}, whose"
+        )
         return (
-            "is OFT of peft 0.16 or 0.17, whose Cayley-Neumann series ended with a term twice as large: peft since 0.18 "
-            "warns, and computes something slightly different from the same tensors"
+            f"{whose} Cayley-Neumann series ended with a term twice as large: peft since 0.18 warns, and computes something "
+            "slightly different from the same tensors"
         )
     return ""
 
@@ -245,12 +250,18 @@ def _boft_problems(config: Any, updates: Sequence[Update], base: Base) -> Iterat
         has = tensor.shape[:3]
         if (factors, number or has[1], size or has[2]) != has or bool(size) == bool(number):
             untold = factors > has[0] == 1  # and any other number is a mistake
+            wrong = {
+                "boft_n_butterfly_factor": None if factors == has[0] else has[0],
+                "boft_block_num": None if number in (0, has[1]) else has[1],
+                "boft_block_size": None if size in (0, has[2]) else has[2],
+            }
+            names = [f"{name}={value}" for name, value in wrong.items() if value is not None]
+            remedy = names[0] if len(names) == 1 and bool(size) != bool(number) else "boft_block_size=null"
             yield (
                 f"{tensor.where}: shape {list(tensor.shape)}, but {config.where} says boft_n_butterfly_factor {factors}, "
                 f"boft_block_num {number}, boft_block_size {size} (one of the two is 0)"
                 + ("; peft without its CUDA extension trains one factor, whatever its config says" if untold else "")
-                + "; --set boft_n_butterfly_factor=null --set boft_block_size=null --set boft_block_num=null derives them "
-                "anew"
+                + (f"; --set {remedy}" + (" derives them anew" if remedy.endswith("null") else ""))
             )
 
 
@@ -290,12 +301,27 @@ HRA = PeftMethod(
 
 
 def _road_options(entry: Group, config: Any, given: Mapping[str, Any], weight: tuple[int, ...]) -> dict[str, Any]:
-    """The variant, where the base's outputs tell."""
+    """The variant, where the base's outputs tell.  Raises `BrokenAdapter` for a group_size that cannot be the outputs'."""
+    _insist_on_groups(entry, config, weight)
     if "variant" in entry.options or "theta" not in entry.tensors or not weight:
         return {}
     ratio = entry.tensors["theta"].numel / weight[0]
     found = next((name for name, known in _VARIANTS.items() if known == ratio), None)
     return {} if found is None else {"variant": found}
+
+
+def _insist_on_groups(entry: Group, config: Any, weight: tuple[int, ...]) -> None:
+    theta, size = entry.tensors.get("theta"), entry.options.get("group_size")
+    variant = entry.options.get("variant")
+    if theta is None or size is None or not (weight or variant):
+        return
+    outputs = weight[0] if weight else int(theta.numel / _VARIANTS[variant])
+    if size <= 0 or size % 2 or outputs % size:
+        where = "--set" if config is None or config.certainty is Certainty.GIVEN else config.where
+        raise errors.BrokenAdapter(
+            f"{theta.where}: {entry.name} has {outputs} outputs, which groups of {size} ({where} says group_size {size}) do not "
+            "divide evenly; --set group_size=N says another, which must be even and divide them; tensors cannot tell which"
+        )
 
 
 ROAD = PeftMethod(
@@ -374,8 +400,8 @@ PSOFT = PeftMethod(
             about="which factor has the singular values",
         ),
         Setting("psoft_svd", (str,), "full", choices=("full", "lowrank"), about="how they are computed"),
-        Setting("psoft_svd_lowrank_niter", (int,), 10, about="steps of a low-rank computation"),
-        Setting("random_seed", (int,), 0, about="seed of a low-rank computation"),
+        Setting("psoft_svd_lowrank_niter", (int,), 10, about="steps of a low-rank computation", least=0, most=1000),
+        Setting("random_seed", (int,), 0, about="seed of a low-rank computation", least=0, most=LAST_SEED),
         Setting("use_cayley_neumann", (bool,), False, about="whether a series stands for the exact rotation"),
         _SERIES[1],
         Setting("cayley_neumann_eps", (float,), None, about="how large the generator of that series may be"),
@@ -393,6 +419,12 @@ PSOFT = PeftMethod(
 
 _PATHS = {"config_A_B": "AB", "config_C": "C", "config_D_E": "DE"}
 """The letters of each field."""
+_FORMS = {
+    "config_A_B": ("lora", "vector", "constant", "none"),
+    "config_C": ("lora", "vector", "none"),
+    "config_D_E": ("vector", "constant", "none"),
+}
+"""The forms that peft has for each."""
 
 
 def _form(update: Update, letters: str) -> str | None:
@@ -440,6 +472,14 @@ def _outputs(update: Update, base: Base) -> int | None:
 def _glora_problems(config: Any, updates: Sequence[Update], base: Base) -> Iterator[str]:
     """Where the config says other forms than there are."""
     usual = {"config_A_B": "lora", "config_C": "lora", "config_D_E": "constant"}
+    for name, forms in _FORMS.items():
+        said = config.fields.get(name, usual[name])
+        if said is not None and said not in forms:
+            yield (
+                f"{config.where}: {name} is {said!r:.60}; peft has {', '.join(forms)}; --set {name}=null derives it from the "
+                "tensors"
+            )
+            return
     for update in updates:
         for name, letters in _PATHS.items():
             form, said = _form(update, letters), config.fields.get(name, usual[name])

@@ -60,8 +60,18 @@ def _as_named(
     return groups
 
 
+def _each_alone(updates: Sequence[Update]) -> str:
+    return ""
+
+
 def _as_it_is(update: Update) -> Update:
     return update
+
+
+def weight_of(entry: Group, architecture: Architecture | None) -> tuple[int, ...]:
+    """The shape of a group's module; () where the base is not known."""
+    parts = architecture.components.values() if architecture is not None else ()
+    return next((spec.shape for part in parts if (spec := part.spec(entry.name)) is not None), ())
 
 
 def to_all(shared: Shared, members: Sequence[Group], architecture: Architecture | None) -> None:
@@ -71,6 +81,15 @@ def to_all(shared: Shared, members: Sequence[Group], architecture: Architecture 
             entry.tensors.setdefault(role, tensor)
 
 
+LAST_SEED = (1 << 64) - 1
+"""The largest number that generators start from."""
+
+
+def is_finite(value: float) -> bool:
+    """Whether a number is one, and no larger than arithmetic takes."""
+    return abs(value) <= 1e300
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """A field of a config that changes what the tensors mean and does not follow from them.
@@ -78,6 +97,7 @@ class Setting:
     It becomes an option of the update, under the field's name.  Where a config lacks the field, peft takes `default`.
     Where there is no config, `default` is *assumed*, and said; but where a wrong value would load and silently compute
     something else, the fact is `asked` for.  `within` names the field whose patterns give single modules other values.
+    `least` and `most` bound a number, which is finite in any case.
     """
 
     name: str
@@ -87,15 +107,25 @@ class Setting:
     within: str = ""
     choices: tuple[Any, ...] = ()
     about: str = ""
+    least: int | None = None
+    most: int | None = None
 
     def check(self, value: Any, where: str) -> None:
         """Raise `UnreadableFile` for a value that the field cannot have."""
-        if value is None or (type(value) in self.kinds and (not self.choices or value in self.choices)):
-            return
-        if type(value) is int and float in self.kinds:
+        typed = type(value) in self.kinds or (type(value) is int and float in self.kinds)
+        if value is None or (typed and (not self.choices or value in self.choices) and self._is_within(value)):
             return
         wanted = ", ".join(map(str, self.choices)) or " or ".join(kind.__name__ for kind in self.kinds)
+        if typed and type(value) in (int, float):
+            low, high = (None if bound is None else f"{bound:,}" for bound in (self.least, self.most))
+            wanted = f"from {low} to {high}" if low and high else f"at most {high}" if high else "a finite number"
         raise errors.UnreadableFile(f"{where}: {self.name} is {value!r:.80}; it must be {wanted}")
+
+    def _is_within(self, value: Any) -> bool:
+        if type(value) not in (int, float):
+            return True
+        low, high = self.least, self.most
+        return is_finite(value) and (low is None or low <= value) and (high is None or value <= high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +199,8 @@ class PeftMethod:
     gather: Callable[[list[Update]], Gathered] | None = None
     unlisted: Callable[[Any, Architecture | None], list[str]] = _all_listed
     complete: Callable[[list[Update]], list[Update]] = _same
+    together: Callable[[Sequence[Update]], str] = _each_alone
+    """Why what one update computes changes where another module's is taken away; "" where it does not."""
     meant: Callable[[list[Group], Any, Mapping[str, Any], Architecture | None, list[str]], list[Group]] = _as_named
     """The groups under the methods and names that the config and the base give them; notes go to the last argument."""
     fitted: Callable[[Update], Update] = _as_it_is
@@ -179,8 +211,6 @@ class PeftMethod:
     """What messages call that."""
     believed: Callable[[Update], Update] = _as_it_is
     """The update with that number as its tensors show it."""
-    level: Callable[[list[Update]], list[Update]] = _same
-    """The updates with one value where a config says one for all and another tensor can make up for it."""
     needs: str = ""
     """For the table of methods: what is needed beside the tensors, in words."""
     lost: tuple[str, ...] = ()

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from adapterops_formats.peft_kinds.row import PeftMethod, Setting, defaults
+from adapterops_formats.peft_kinds.row import LAST_SEED, PeftMethod, Setting, defaults
 from adapterops_formats.peft_patterns import Base, looked_up, pattern_table
 
 from adapterops.plugin import Architecture, Group, Update, errors, maths
@@ -75,7 +75,15 @@ def _wave_problems(config: Any, updates: Sequence[Update], base: Base) -> Iterat
     if config.fields.get("proportional_parameters"):
         sizes = {u.module: shape[0] * shape[1] for u in updates if (shape := _shape(u, base))}
         if len(sizes) < len(updates):
-            return  # what each module is given follows from the sizes of all
+            # What each module is given follows from the sizes of all; what all are given together does not.
+            counts = [u.tensors["spectrum"].numel for u in updates]
+            if type(usual) is int and abs(sum(counts) - usual * len(counts)) > len(counts) / 2 + counts.count(1):
+                yield (
+                    f"{updates[0].tensors['spectrum'].where}: all {len(counts)} modules have {sum(counts)} coefficients, but "
+                    f"{config.where} says proportional_parameters with n_frequency {usual}, which makes "
+                    f"{usual * len(counts)}; --set n_frequency={round(sum(counts) / len(counts))}"
+                )
+            return
         # As peft rounds it, the ratio first.
         shares = {m: max(1, round(size / sum(sizes.values()) * (usual * len(sizes)))) for m, size in sizes.items()}
     for update in updates:
@@ -95,7 +103,13 @@ def _wave_options(entry: Group, config: Any, given: Mapping[str, Any], weight: t
 
 
 _PLACES = Setting(
-    "random_loc_seed", (int,), 777, asked=True, about="it is the seed of the places where the coefficients stand"
+    "random_loc_seed",
+    (int,),
+    777,
+    asked=True,
+    about="it is the seed of the places where the coefficients stand",
+    least=0,
+    most=LAST_SEED,
 )
 _SCALING = "it multiplies the whole update"
 
@@ -221,7 +235,15 @@ UNILORA = PeftMethod(
     shaping=("theta_d_length", "save_indices"),
     settings=(
         Setting("r", (int,), 4, asked=True, about="it says how many of the vector's numbers a module has"),
-        Setting("proj_seed", (int,), 42, asked=True, about="it is the seed of which number of the vector stands where"),
+        Setting(
+            "proj_seed",
+            (int,),
+            42,
+            asked=True,
+            about="it is the seed of which number of the vector stands where",
+            least=0,
+            most=LAST_SEED,
+        ),
     ),
     narrowing=("layers_to_transform", "layers_pattern"),
     flags=_FLAG,

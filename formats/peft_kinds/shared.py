@@ -11,6 +11,7 @@ from fractions import Fraction
 from typing import Any
 
 from adapterops_formats.peft_kinds.row import (
+    LAST_SEED,
     Gathered,
     PeftMethod,
     Setting,
@@ -69,6 +70,8 @@ _SEED = Setting(
     0,
     asked=True,
     about="it is the seed that the projections, which were not saved, are drawn from",
+    least=0,
+    most=LAST_SEED,
 )
 
 
@@ -92,6 +95,13 @@ def _projected(updates: list[Update]) -> list[Update]:
     return [replace(u, options={**u.options, "projection": size}) if u in own else u for u in updates]
 
 
+def _cut_from_one(updates: Sequence[Update]) -> str:
+    """Projections that were not saved are drawn as large as the largest module needs them."""
+    if all("A" in u.tensors for u in updates):
+        return ""
+    return "the projections, which were not saved, are drawn in the size of the largest module"
+
+
 def _vera(kind: str, title: str, *more: str, settings: tuple[Setting, ...] = ()) -> PeftMethod:
     name = kind.lower()
     return PeftMethod(
@@ -113,6 +123,7 @@ def _vera(kind: str, title: str, *more: str, settings: tuple[Setting, ...] = ())
         problems=_projection_problems,
         options=_settled("projection_prng_key", 0, "A"),
         complete=_projected,
+        together=_cut_from_one,
         needs="the module's in_features; the largest module's size where the projections were not saved",
         lost=("projection_prng_key, where the projections were not saved",),
     )
@@ -174,6 +185,7 @@ RANDLORA = PeftMethod(
     options=_randlora_options,
     gather=_randlora_gathered,
     complete=_projected,
+    together=_cut_from_one,
     needs="the module's shape; the largest module's where the projections were not saved",
     lost=("projection_prng_key, sparse and very_sparse, where the projections were not saved",),
 )
@@ -310,6 +322,13 @@ def _tiny_complete(updates: list[Update]) -> list[Update]:
     return out
 
 
+def _tiny_together(updates: Sequence[Update]) -> str:
+    """A module's vector, and the matrices that were not saved, follow from its number among all modules."""
+    if not updates or (_tiny_vectors(updates)[1] == 1 and all("P" in u.tensors for u in updates)):
+        return ""
+    return "which vector is a module's, and what its matrices are, follows from its number among all modules"
+
+
 def _tiny_gathered(updates: list[Update]) -> Gathered:
     """The vectors by the numbers of their groups."""
     shared: dict[str, LazyTensor] = {}
@@ -375,6 +394,8 @@ TINYLORA = PeftMethod(
             42,
             asked=True,
             about="it is the seed that the matrices, which were not saved, are drawn from",
+            least=0,
+            most=LAST_SEED,
         ),
     ),
     narrowing=_LAYERS,
@@ -389,6 +410,7 @@ TINYLORA = PeftMethod(
     spread=_tiny_spread,
     gather=_tiny_gathered,
     complete=_tiny_complete,
+    together=_tiny_together,
     needs="the order of the base's modules, unless the projections were saved",
     lost=("projection_seed, where the projections were not saved",),
 )

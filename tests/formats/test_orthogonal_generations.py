@@ -188,7 +188,7 @@ def test_the_series_is_that_of_the_peft_that_wrote_the_config(
 ) -> None:
     folder = oft_17(tmp_path / "old", **fields)
     same(changed(folder, Alone(3, 4)), wanted)
-    noted = any("0.16 or 0.17" in note for note in ao.load(folder).provenance.notes)
+    noted = any("term twice as large" in note for note in ao.load(folder).provenance.notes)
     assert noted is (wanted is OUTPUTS_17)
     ao.convert(folder, to="peft", output=tmp_path / "new")
     same(changed(tmp_path / "new", Alone(3, 4)), wanted)
@@ -204,7 +204,7 @@ def test_without_a_config_the_series_is_todays(
 ) -> None:
     folder = folder_of(tmp_path / "alone", None, oft_R__weight=counted(1, 6))
     same(changed(folder, Alone(3, 4), fields=given), wanted)
-    assert any("use_cayley_neumann True" in note for note in ao.load(folder).provenance.notes)
+    assert any("use_cayley_neumann true" in note for note in ao.load(folder).provenance.notes)
     ao.convert(folder, to="peft", output=tmp_path / "new", fields=given)
     assert pm.config_of(tmp_path / "new").get("peft_version", "0.18.0") == given.get("peft_version", "0.18.0")
     same(changed(tmp_path / "new", Alone(3, 4)), wanted)
@@ -247,8 +247,11 @@ def test_oft_configs_that_contradict_their_tensors(fields: dict[str, Any], messa
 def test_what_only_the_base_shows_to_be_wrong_is_derived_anew(tmp_path: Path) -> None:
     """One block may stand for one or for all: a base with as many inputs shows that it is one."""
     folder = oft_17(tmp_path / "old", peft_version="0.18.0", oft_block_size=2)
-    result = ao.convert(folder, to="peft", output=tmp_path / "new", base=architecture_of(Alone(3, 4)))
-    assert any("derived anew" in note for note in result.notes)
+    base = architecture_of(Alone(3, 4))
+    with pytest.raises(errors.Conflict, match=r"1 blocks of 4 inputs.*--repair"):
+        ao.convert(folder, to="peft", output=tmp_path / "new", base=base)
+    result = ao.convert(folder, to="peft", output=tmp_path / "new", base=base, repair=True)
+    assert any("repaired oft_block_size: 2 → 4" in note for note in result.notes)
     assert pm.config_of(tmp_path / "new")["oft_block_size"] == 4
     with torch.no_grad():
         same(pm.load(Alone(3, 4), tmp_path / "new")(torch.eye(4)), OUTPUTS_18)
@@ -357,7 +360,7 @@ def test_a_factor_that_was_asked_for_and_not_trained(tmp_path: Path, monkeypatch
     case = Case(LINE, BOFTConfig(boft_n_butterfly_factor=2, target_modules=["wide"]))
     model, folder = case.adapter(tmp_path / "original")
     assert pm.config_of(folder)["boft_n_butterfly_factor"] == 2
-    with pytest.raises(errors.Conflict, match=r"(?s)CUDA extension.*boft_n_butterfly_factor=null"):
+    with pytest.raises(errors.Conflict, match=r"(?s)CUDA extension.*--set boft_n_butterfly_factor=1;"):
         ao.convert(folder, to="peft", output=tmp_path / "new")
     ao.convert(folder, to="peft", output=tmp_path / "new", fields={"boft_n_butterfly_factor": None})
     assert pm.config_of(tmp_path / "new")["boft_n_butterfly_factor"] == 1
