@@ -159,7 +159,9 @@ def test_the_base_tells_that_all_parts_are_adapted(tmp_path: Path) -> None:
     adapter = ao.load(path, alpha=ALPHA, base=architecture_of(Line()))
     torch.testing.assert_close(x @ delta(adapter, "one").T, wanted)
     for target in ("peft", "kohya"):
-        with pytest.raises(errors.AdapterOpsError, match=r"--set enable_lora|lora_merged|known base|components of pipelines"):
+        with pytest.raises(
+            errors.AdapterOpsError, match=r"--set enable_lora|lora_merged|known base|components of pipelines"
+        ):
             ao.convert(path, to=target, output=tmp_path / "out", alpha=ALPHA)
 
 
