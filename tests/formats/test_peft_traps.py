@@ -608,7 +608,10 @@ CONTRADICTIONS: dict[str, tuple[Case, dict[str, Any], type[Exception], str, dict
         PLAIN, {"peft_type": "LOHA"}, errors.Conflict, "tensor of LoRA, but .* peft_type LOHA.*--set peft_type=LORA",
         {"peft_type": "LORA"},
     ),
-    "a fork's method": (PLAIN, {"peft_type": "VERRA"}, errors.UnsupportedFormat, "VERRA, .*tensors are LoRA's.*--set peft_type=LORA", {"peft_type": "LORA"}),
+    "a fork's method": (
+        PLAIN, {"peft_type": "VERRA"}, errors.UnsupportedFormat,
+        "VERRA, .*tensors are LoRA's.*--set peft_type=LORA", {"peft_type": "LORA"},
+    ),
     "no known method": (PLAIN, {"peft_type": "MAGIC"}, errors.UnsupportedFormat, "peft_type is MAGIC", {}),
 }  # fmt: skip
 
