@@ -56,7 +56,7 @@ class AdaLora(Method):
         a, b, e = (update.tensors[role] for role in "ABE")
         for factor in (a, b):
             # No triplet at all is what a module has when every one of them was masked.
-            if len(factor.shape) != 2 or 0 in (a.shape[-1], b.shape[0]):
+            if len(a.shape) != 2 or len(b.shape) != 2 or 0 in (a.shape[-1], b.shape[0]):
                 raise BrokenAdapter(
                     f"{factor.where}: shape {list(factor.shape)} is no factor of AdaLoRA, which is a matrix (a convolution's "
                     "kernel is flattened)"
@@ -94,6 +94,8 @@ class AdaLora(Method):
         if not update.tensors.keys() >= {"A", "B"}:
             return True  # half an update: `check` says so better than a shape could
         a, b = update.tensors["A"], update.tensors["B"]
+        if not a.shape or not b.shape:
+            return True
         return len(shape) >= 2 and (b.shape[0], a.shape[-1]) == (shape[0], prod(shape[1:]))
 
     def triplets(self, update: Update) -> tuple[Array, Array, Array]:
