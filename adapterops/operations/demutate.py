@@ -35,7 +35,7 @@ Pair = tuple["torch.Tensor", "torch.Tensor"]
 """B (out, r) and A (r, in)."""
 _SMALL = 1024
 """The smaller side up to which a weight is decomposed in full."""
-_TIGHT = 1e-9
+_TIGHT = 1e-13
 """How near to the best the leading part of a large weight is taken: its small differences are what was trained."""
 _TRIES = 3
 """How many random starts show how far PiSSA's approximate one can be off."""
