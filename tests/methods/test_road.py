@@ -34,7 +34,7 @@ def test_the_group_size_changes_the_outputs_and_is_asked_for() -> None:
     base = nn.Linear(7, 12)
     model = wrapped(base, RoadConfig(group_size=4))
     one = update_of(model, "road", "road_")
-    with pytest.raises(CannotRepresent, match=r"(?s)mid.to_q.*group_size.*--set group_size"):
+    with pytest.raises(CannotRepresent, match=r"(?s)group_size.*mid.to_q.*--set group_size"):
         ROAD.change(one, own_of(base))
     changes = [ROAD.change(replace(one, options={"group_size": n}), own_of(base)).weight for n in (4, 12)]
     assert changes[0] is not None
