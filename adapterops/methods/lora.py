@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from adapterops.adapter import Update
 from adapterops.errors import BrokenAdapter, CannotRepresent
 from adapterops.methods.base import Change, Method, Own, array_error, need, need_own, tensor_error, worst
+from adapterops.methods.magnitude import normalised
 from adapterops.methods.products import Rows
 from adapterops.storage.tensor import LazyTensor
 
@@ -193,24 +194,10 @@ class Lora(Method):
         if own is not None:
             weight = as_shaped(update, delta, own)
         if "magnitude" in update.tensors:
-            base = need_own(update, own).weight.double()
-            weight, factor = self._normalised(update, base, base + weight.double())
+            weight, factor = normalised(update, need_own(update, own).weight, weight)
             if moved is not None and factor is not None:
                 moved = moved * factor
         return Change(weight, moved.float() if moved is not None else None)
-
-    def _normalised(
-        self, update: Update, base: torch.Tensor, sum_: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """m · (W + ΔW) / ‖W + ΔW‖ − W, and the factor on each output where the magnitude is per output."""
-        # An embedding's outputs are its second axis.
-        per_output = update.options["dora_axis"] == "out"
-        axis = int(per_output == (update.options.get("kind") == "embedding"))
-        others = tuple(i for i in range(sum_.dim()) if i != axis)
-        magnitude = update.tensors["magnitude"].torch().double().reshape(-1)
-        factor = magnitude / sum_.square().sum(others).sqrt()
-        spread = [-1 if i == axis else 1 for i in range(sum_.dim())]
-        return (sum_ * factor.reshape(spread) - base).float(), factor if per_output else None
 
     def error(self, update: Update, other: Update) -> float:
         extra, others = ({k: v for k, v in u.tensors.items() if k not in _PRODUCT} for u in (update, other))
