@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from adapterops.merging.merge import MergeResult, combine, merge
     from adapterops.operations.loftq import LoftqModule, LoftqProposal, LoftqResult, loftq
     from adapterops.operations.to_lora import ToLoraResult, as_lora, to_lora
+    from adapterops.validation.report import Report
+    from adapterops.validation.run import validate
 
 __version__ = "0.1.0"
 
@@ -37,6 +39,7 @@ _HOMES = {
     "LoftqResult": "operations.loftq",
     "MergeResult": "merging.merge",
     "Result": "api",
+    "Report": "validation.report",
     "ToLoraResult": "operations.to_lora",
     "Update": "adapter",
     "as_lora": "operations.to_lora",
@@ -48,6 +51,7 @@ _HOMES = {
     "merge": "merging.merge",
     "save": "api",
     "to_lora": "operations.to_lora",
+    "validate": "validation.run",
 }
 
 __all__ = [
@@ -60,6 +64,7 @@ __all__ = [
     "LoftqProposal",
     "LoftqResult",
     "MergeResult",
+    "Report",
     "Result",
     "ToLoraResult",
     "Update",
@@ -74,6 +79,7 @@ __all__ = [
     "merge",
     "save",
     "to_lora",
+    "validate",
 ]
 
 

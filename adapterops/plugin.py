@@ -126,6 +126,9 @@ class Format:
     foreign: ClassVar[Mapping[str, str]] = {}
     """Regular expressions of keys that this format's writers also write and that are not converted: to what they are."""
 
+    rules: ClassVar[str] = ""
+    """The module that has this format's own rules of `adapterops validate` (RULES and CHECKERS)."""
+
     def types(self) -> Sequence[TypeRow]:
         """The types of adapters that the format's files name, for formats that do."""
         return ()

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 from adapterops.dialects.table import ANY, Dialect, Place, Suffix
-from adapterops.errors import AmbiguousFormat
+from adapterops.errors import AdapterOpsError, AmbiguousFormat
 from adapterops.methods import METHODS
 from adapterops.storage.tensor import LazyTensor
 
@@ -252,11 +252,14 @@ def sample(reading: Reading, size: int) -> Reading:
     return replace(reading, claims=tuple(claim for claim in reading.claims if claim.name in chosen))
 
 
-def _scaled(reading: Reading, tensors: Mapping[str, LazyTensor]) -> dict[tuple[Place, str], str]:
-    """The scaled method of each module that has one: whose an alpha is.
+def _raise(error: AdapterOpsError) -> None:
+    raise error
 
-    Raises `AmbiguousFormat` where it has two and an alpha.
-    """
+
+def _scaled(
+    reading: Reading, tensors: Mapping[str, LazyTensor], tell: Callable[[AdapterOpsError], None]
+) -> dict[tuple[Place, str], str]:
+    """The scaled method of each module that has one: whose an alpha is.  Where it has two and an alpha, that is told."""
     methods: dict[tuple[Place, str], str] = {}
     for claim in reading.claims:
         method = claim.suffix.method
@@ -264,20 +267,26 @@ def _scaled(reading: Reading, tensors: Mapping[str, LazyTensor]) -> dict[tuple[P
             continue
         known = methods.setdefault((claim.place, claim.name), method)
         if known != method:
-            raise AmbiguousFormat(
-                f"{tensors[claim.key].where}: {claim.name} has factors of two methods, {METHODS[known].title} and "
-                f"{METHODS[method].title}, and nothing says whose its alpha is; split them into two files"
+            tell(
+                AmbiguousFormat(
+                    f"{tensors[claim.key].where}: {claim.name} has factors of two methods, {METHODS[known].title} and "
+                    f"{METHODS[method].title}, and nothing says whose its alpha is; split them into two files",
+                    keys=(claim.key,),
+                )
             )
     return methods
 
 
-def group(reading: Reading, tensors: Mapping[str, LazyTensor]) -> list[Group]:
+def group(
+    reading: Reading, tensors: Mapping[str, LazyTensor], tell: Callable[[AdapterOpsError], None] | None = None
+) -> list[Group]:
     """The claimed tensors, gathered into updates.
 
-    Raises `AmbiguousFormat` where two keys claim one role of one module, or two methods its alpha.
+    Raises `AmbiguousFormat` where two keys claim one role of one module, or two methods its alpha; with `tell` that is told,
+    and the first of them taken.
     """
     out: dict[tuple[Place, str, str], Group] = {}
-    scaled = _scaled(reading, tensors)
+    scaled = _scaled(reading, tensors, tell or _raise)
     for claim in reading.claims:
         method = claim.suffix.method
         if method == ANY:
@@ -288,9 +297,15 @@ def group(reading: Reading, tensors: Mapping[str, LazyTensor]) -> list[Group]:
             entry = out[at] = Group(*at, claim.stem)
         role = claim.suffix.role
         if role in entry.tensors:
-            raise AmbiguousFormat(
-                f"{tensors[claim.key].where} and {entry.tensors[role].key!r} both claim to be {role} of {claim.name}"
+            twins = (claim.key, entry.tensors[role].key)
+            (tell or _raise)(
+                AmbiguousFormat(
+                    f"{tensors[claim.key].where} and {twins[1]!r} both claim to be {role} of {claim.name}",
+                    fault="twice",
+                    keys=twins,
+                )
             )
+            continue
         entry.tensors[role] = tensors[claim.key]
         entry.options.update(claim.suffix.options)
     return list(out.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import isfinite
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from adapterops.carried import Carried
 from adapterops.dialects import resolve
 from adapterops.dialects.match import Group, Reading, group
 from adapterops.dialects.table import FLAG_DTYPE, AlphaIn, Dialect, Place
-from adapterops.errors import BrokenAdapter, CannotRepresent, Conflict, UnsupportedFormat, UsageError
+from adapterops.errors import AdapterOpsError, BrokenAdapter, CannotRepresent, Conflict, UnsupportedFormat, UsageError
 from adapterops.methods import METHODS
 from adapterops.storage import LazyTensor, Source
 
@@ -24,7 +24,8 @@ class Request:
 
     `architecture` comes from `--arch` or `--base`; `alpha` is a number, or the name of the source to believe
     ("tensors", "header", "config") where two disagree; `fields` come from `--set`.  With `repair` a config that
-    contradicts the tensors is no error: they are believed.
+    contradicts the tensors is no error: they are believed.  With `tell`, what is wrong with one module or with a config is
+    told to it instead of raised, and the module is left out: what can be understood of a broken file.
     """
 
     architecture: Architecture | None = None
@@ -32,6 +33,14 @@ class Request:
     fields: Mapping[str, Any] = field(default_factory=dict)
     allow_drop: bool = False
     repair: bool = False
+    tell: Callable[[AdapterOpsError], None] | None = None
+
+    def wrong(self, error: AdapterOpsError, keys: Iterable[str] = ()) -> None:
+        """Tell of an error, of these tensors where it does not name its own; or raise it, where nobody listens."""
+        if self.tell is None:
+            raise error
+        error.keys = error.keys or tuple(keys)
+        self.tell(error)
 
 
 class ScaleRule(NamedTuple):
@@ -69,8 +78,11 @@ def read(
     for alphas that do, and `UnsupportedFormat` for keys that the dialect does not know.
     """
     _refuse_leftover(reading, source, request)
-    groups = group(reading, source.tensors)
+    groups = group(reading, source.tensors, request.tell)
     groups, dropped = _without_owners(groups, reading)
+    if request.tell is not None:
+        # Broken halves fit no base model's modules, which would be told of them too.
+        groups = [entry for entry in groups if _is_sound(entry, reading.dialect, request)]
     if component_of is not None:
         groups = component_of(groups)
     notes = list(source.notes)
@@ -80,46 +92,50 @@ def read(
         groups, said = _align(groups, given)
         notes += said
     carried = Carried.parse(source.metadata)
-    found = resolve.identify(groups, source.path, given, carried.architecture, request.allow_drop)
+    found = resolve.identify(groups, source.path, given, carried.architecture, request.allow_drop, request.tell)
     architecture = found.architecture
     notes += found.notes
-    for entry in found.unknown:
-        dropped += [t.key for t in entry.tensors.values()]
-        groups.remove(entry)
+    if found.unknown:
+        dropped += [t.key for entry in found.unknown for t in entry.tensors.values()]
+        lost = {id(entry) for entry in found.unknown}
+        groups = [entry for entry in groups if id(entry) not in lost]
     notes += _shared_components(groups, architecture)
     updates: list[Update] = []
+    sound: list[Group] = []
     alphas: dict[str, tuple[str, tuple[int, ...]]] = {}
     folded: dict[tuple[str, str, str], str] = {}
     stated: dict[tuple[str, str, str], str] = {}
     components: dict[Place, str | None] = {}
     books: dict[Place, resolve.NameBook] = {}
     for entry in groups:
-        tensors = dict(entry.tensors)
-        stored = tensors.pop("alpha", None)
+        stored = entry.tensors.get("alpha")
         if architecture is not None and entry.place not in books:
             books[entry.place] = resolve.book(architecture, entry.place)
             components[entry.place] = entry.place.among(architecture.components)
-        module = resolve.canonical(architecture, entry, books.get(entry.place))
-        component = components.get(entry.place)
-        update = Update(component or entry.place.component, module, entry.method, tensors, options=entry.options)
-        if not tensors and stored is not None:
-            raise BrokenAdapter(f"{stored.where}: an alpha without factors ({update.name})")
-        update = _sized(_magnitude(_flags(update), reading.dialect), architecture)
-        if METHODS[entry.method].scaled:
-            METHODS[entry.method].check(update)
-            update = _settle(update, stored, reading.dialect, request, scale_of, entry.stated or module)
+        try:
+            module = resolve.canonical(architecture, entry, books.get(entry.place))
+            component = components.get(entry.place) or entry.place.component
+            update = _sized(_checked(entry, component, module, reading.dialect), architecture)
+            if METHODS[entry.method].scaled:
+                update = _settle(update, stored, reading.dialect, request, scale_of, entry.stated or module)
+        except AdapterOpsError as error:
+            request.wrong(error, _keys(entry.tensors))
+            continue
         if entry.stated and entry.stated != module:
             stated[update.key] = entry.stated
         if stored is not None:
             alphas[f"{update.component}.{module}"] = (stored.dtype, stored.shape)
             folded[update.key] = stored.key
         updates.append(update)
+        sound.append(entry)
+    groups = sound
     if refine is not None:
         updates = refine(updates)
-    for update in updates:
-        if not METHODS[update.method].scaled:
-            METHODS[update.method].check(update)
-    _no_twins(updates)
+    if any(not METHODS[update.method].scaled for update in updates):
+        whole = [_whole(update, request) for update in updates]
+        groups = [entry for entry, sure in zip(groups, whole, strict=True) if sure]
+        updates = [update for update, sure in zip(updates, whole, strict=True) if sure]
+    _no_twins(updates, request)
     _refuse_idle_alpha(updates, request)
     spelling = _spelling(reading, updates, alphas, groups, architecture, carried)
     provenance = Provenance(
@@ -142,6 +158,44 @@ def read(
         dict(carried.config),
         architecture,
     )
+
+
+def _keys(tensors: Mapping[str, LazyTensor]) -> tuple[str, ...]:
+    return tuple(tensor.key for tensor in tensors.values())
+
+
+def _checked(entry: Group, component: str, module: str, dialect: Dialect) -> Update:
+    """A group as an update, without its alpha.  Raises `BrokenAdapter` for one of a scaled method that cannot be one."""
+    tensors = {role: tensor for role, tensor in entry.tensors.items() if role != "alpha"}
+    update = Update(component, module, entry.method, tensors, options=entry.options)
+    if not tensors:
+        stored = entry.tensors["alpha"]
+        raise BrokenAdapter(f"{stored.where}: an alpha without factors ({update.name})", fault="missing-half")
+    update = _magnitude(_flags(update), dialect)
+    if METHODS[entry.method].scaled:
+        METHODS[entry.method].check(update)
+    return update
+
+
+def _is_sound(entry: Group, dialect: Dialect, request: Request) -> bool:
+    """Whether a group can be an update, where that follows from its tensors alone; told of, where not."""
+    try:
+        _checked(entry, entry.place.component, entry.name, dialect)
+    except AdapterOpsError as error:
+        request.wrong(error, _keys(entry.tensors))
+        return False
+    return True
+
+
+def _whole(update: Update, request: Request) -> bool:
+    """Whether an update of a method without a scale is sound; told of, where not."""
+    try:
+        if not METHODS[update.method].scaled:
+            METHODS[update.method].check(update)
+    except AdapterOpsError as error:
+        request.wrong(error, _keys(update.tensors))
+        return False
+    return True
 
 
 def _shared_components(groups: list[Group], architecture: Architecture | None) -> list[str]:
@@ -189,13 +243,17 @@ def _refuse_idle_alpha(updates: list[Update], request: Request) -> None:
 
 
 def _refuse_leftover(reading: Reading, source: Source, request: Request) -> None:
-    if not reading.unclaimed or request.allow_drop:
+    if not reading.unclaimed or (request.allow_drop and request.tell is None):
         return
     shown = ", ".join(repr(k) for k in reading.unclaimed[:3])
     more = f" and {len(reading.unclaimed) - 3} more" if len(reading.unclaimed) > 3 else ""
-    raise UnsupportedFormat(
-        f"{source.path}: {reading.dialect.title} does not know {shown}{more}; nothing is dropped in silence "
-        "(--allow-drop leaves them out and lists them)"
+    request.wrong(
+        UnsupportedFormat(
+            f"{source.path}: {reading.dialect.title} does not know {shown}{more}; nothing is dropped in silence "
+            "(--allow-drop leaves them out and lists them)",
+            fault="unclaimed",
+            keys=reading.unclaimed,
+        )
     )
 
 
@@ -244,7 +302,9 @@ def _settle(
         if not isfinite(alpha.value or 0.0):
             raise BrokenAdapter(
                 f"{stored.where}: the alpha of {update.name} is {alpha.value}; the file is damaged: use an earlier "
-                "checkpoint"
+                "checkpoint",
+                fault="not-finite",
+                keys=(stored.key,),
             )
     if isinstance(given, str) and (stored if given == "tensors" else rule.alpha) is None:
         raise UsageError(
@@ -255,9 +315,13 @@ def _settle(
         if alpha is None or given in ("config", "header"):
             alpha = stated
         elif alpha.value != stated.value and given != "tensors":
-            raise Conflict(
-                f"{next(iter(update.tensors.values())).where}: two alphas for {update.name}: {alpha} and {stated}; "
-                "--alpha tensors or --alpha config says which to believe"
+            request.wrong(
+                Conflict(
+                    f"{next(iter(update.tensors.values())).where}: two alphas for {update.name}: {alpha} and {stated}; "
+                    "--alpha tensors or --alpha config says which to believe",
+                    fault="two-alphas",
+                ),
+                _keys(update.tensors),
             )
     if alpha is not None:
         pass  # `--alpha X` speaks for modules whose alpha the file lacks; see `_refuse_idle_alpha`.
@@ -340,16 +404,20 @@ def _joined(carried: Carried, dialect: Dialect, updates: list[Update]) -> dict[s
     return {at: blocks for at, blocks in recorded.items() if at in present}
 
 
-def _no_twins(updates: list[Update]) -> None:
+def _no_twins(updates: list[Update], request: Request) -> None:
     seen: dict[tuple[str, str, str], Update] = {}
     for update in updates:
-        if update.key in seen:
-            one, two = (next(iter(u.tensors.values())) for u in (seen[update.key], update))
-            raise BrokenAdapter(
-                f"{one.where} and {two.key!r} both belong to {update.name}: the file holds this module twice, "
-                "under two spellings"
+        first = seen.setdefault(update.key, update)
+        if first is not update:
+            one, two = (next(iter(u.tensors.values())) for u in (first, update))
+            request.wrong(
+                BrokenAdapter(
+                    f"{one.where} and {two.key!r} both belong to {update.name}: the file holds this module twice, "
+                    "under two spellings",
+                    fault="twice",
+                    keys=(one.key, two.key),
+                )
             )
-        seen[update.key] = update
 
 
 def _spelling(

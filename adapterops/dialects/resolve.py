@@ -11,7 +11,7 @@ from adapterops.adapter import Certainty, Fact, Update
 from adapterops.architectures import Architecture, Component, ModuleSpec
 from adapterops.dialects.match import Group, Reading, sample
 from adapterops.dialects.table import Dialect, Place, traits
-from adapterops.errors import BrokenAdapter, CannotRepresent, UnknownArchitectureOfFile, UnknownModule
+from adapterops.errors import AdapterOpsError, BrokenAdapter, CannotRepresent, UnknownArchitectureOfFile, UnknownModule
 from adapterops.methods import METHODS
 
 _ENOUGH = 0.5
@@ -261,11 +261,13 @@ def identify(
     given: Architecture | None = None,
     hint: str | None = None,
     allow_drop: bool = False,
+    tell: Callable[[AdapterOpsError], None] | None = None,
 ) -> Identified:
     """The architecture of a file.
 
     `hint` is the one that a conversion recorded; it decides where modules alone fit several.  With `allow_drop`
-    modules that the architecture has not are returned in `unknown` instead of raised.
+    modules that the architecture has not are returned in `unknown` instead of raised; with `tell`, all that is wrong is
+    told to it, and such modules, and those of other shapes, are in `unknown`.
 
     With `given` (`--arch`, `--base`) every module must be in it.  Otherwise all known ones compete by names and
     shapes; a file whose names are canonical already may belong to none.
@@ -280,8 +282,8 @@ def identify(
         return Identified(given, fact)
     if given is not None:
         found = fit(given, groups)
-        _insist(found, path, allow_drop)
-        return Identified(given, Fact(given.name, Certainty.GIVEN, "--arch or --base"), unknown=found.unknown)
+        unknown = _insist(found, path, allow_drop, tell)
+        return Identified(given, Fact(given.name, Certainty.GIVEN, "--arch or --base"), unknown=unknown)
     lookup = [g for g in groups if g.method != "saved"] or list(groups)
     fits: list[Fit] = []
     for architecture in _candidates(lookup):
@@ -294,9 +296,12 @@ def identify(
     if not enough:
         if not dependent:
             return Identified(None, Fact(None, Certainty.UNKNOWN, "its module names are used as they stand"))
-        _refuse(best, path, fits)
-    _insist(best, path, allow_drop)
-    unknown = best.unknown
+        refusal = _refusal(best, path, fits)
+        if tell is None:
+            raise refusal
+        tell(refusal)
+        return Identified(None, Fact(None, Certainty.UNKNOWN, "its module names are no known base model's"))
+    unknown = _insist(best, path, allow_drop, tell)
     name = best.architecture.name
     rivals = [f for f in fits if f.whole and f is not best]
     if rivals and name == hint:
@@ -309,13 +314,14 @@ def identify(
     return Identified(best.architecture, Fact(name, Certainty.DERIVED, "module names and shapes"), unknown=unknown)
 
 
-def _refuse(best: Fit, path: str, fits: Sequence[Fit]) -> None:
+def _refusal(best: Fit, path: str, fits: Sequence[Fit]) -> UnknownArchitectureOfFile:
+    """The error for a file that no known base model has half of the modules of."""
     known = ", ".join(f.architecture.name for f in fits)
     if best.named and not best.shaped:
         entry = best.misshapen[0]
         tensor, *rest = sorted(entry.tensors.values(), key=lambda t: -t.numel)
         beside = "".join(f" (beside {t.key!r} {list(t.shape)})" for t in rest[:1] if t.numel > 1)
-        raise UnknownArchitectureOfFile(
+        return UnknownArchitectureOfFile(
             f"{tensor.where}: shape {list(tensor.shape)}{beside} fits none of the known base models ({known}), though "
             f"{best.named} module names are those of {best.architecture.name}; give --base CONFIG of its base model"
         )
@@ -323,7 +329,7 @@ def _refuse(best: Fit, path: str, fits: Sequence[Fit]) -> None:
     others = f" and {len(best.unknown) - 1} others are" if len(best.unknown) > 1 else " is"
     near = {n: f.architecture.name for f in fits if applies(entry.place, f.architecture) for n in _near(entry, f)}
     nearest = "".join(f"; the nearest known: {name!r} of {base}" for name, base in list(near.items())[:1])
-    raise UnknownArchitectureOfFile(
+    return UnknownArchitectureOfFile(
         f"{path}: module {entry.name!r}{others} in none of the known base models ({known}){nearest}. If the base is "
         "another, give its config: --base CONFIG; if the keys are botched, repair them: --rename PATTERN=REPLACEMENT"
     )
@@ -333,9 +339,15 @@ def _near(entry: Group, found: Fit) -> list[str]:
     return book(found.architecture, entry.place).nearest(entry.name)[:1]
 
 
-def _insist(found: Fit, path: str, allow_drop: bool) -> None:
+def _insist(
+    found: Fit, path: str, allow_drop: bool, tell: Callable[[AdapterOpsError], None] | None
+) -> tuple[Group, ...]:
+    """Raise for modules that a base model has not, or not in that shape; with `tell`, that is told.
+
+    The modules that are left out.
+    """
     arch = found.architecture
-    if found.unknown and not allow_drop:
+    if found.unknown and (not allow_drop or tell is not None):
         entry = found.unknown[0]
         tensor = next(iter(entry.tensors.values()))
         component = entry.place.among(arch.components) or entry.place.component
@@ -346,9 +358,13 @@ def _insist(found: Fit, path: str, allow_drop: bool) -> None:
         else:
             hint = _elsewhere(entry, found.named) or hint
         more = f" ({len(found.unknown)} such modules)" if len(found.unknown) > 1 else ""
-        raise UnknownModule(
-            f"{tensor.where}: {arch.name} has no module {entry.name!r} in {component}{more}{hint}. "
-            "If the base is another model, name it with --arch or --base CONFIG; --rename repairs botched keys"
+        _say(
+            tell,
+            UnknownModule(
+                f"{tensor.where}: {arch.name} has no module {entry.name!r} in {component}{more}{hint}. "
+                "If the base is another model, name it with --arch or --base CONFIG; --rename repairs botched keys",
+                keys=(t.key for g in found.unknown for t in g.tensors.values()),
+            ),
         )
     if found.misshapen:
         entry = found.misshapen[0]
@@ -356,11 +372,23 @@ def _insist(found: Fit, path: str, allow_drop: bool) -> None:
         name = book(arch, entry.place).table[entry.name]
         spec = arch.components[entry.place.among(arch.components) or ""].spec(name)
         shape = list(spec.shape) if spec is not None else []
-        raise BrokenAdapter(
-            f"{path}: {tensors} cannot act on {name}, whose weight in {arch.name} is {shape}"
-            + (f" ({len(found.misshapen)} such modules)" if len(found.misshapen) > 1 else "")
-            + "; if the base is another model, name it with --arch or --base CONFIG"
+        _say(
+            tell,
+            BrokenAdapter(
+                f"{path}: {tensors} cannot act on {name}, whose weight in {arch.name} is {shape}"
+                + (f" ({len(found.misshapen)} such modules)" if len(found.misshapen) > 1 else "")
+                + "; if the base is another model, name it with --arch or --base CONFIG",
+                fault="other-shape",
+                keys=(t.key for g in found.misshapen for t in g.tensors.values()),
+            ),
         )
+    return (*found.unknown, *found.misshapen) if tell is not None else found.unknown
+
+
+def _say(tell: Callable[[AdapterOpsError], None] | None, error: AdapterOpsError) -> None:
+    if tell is None:
+        raise error
+    tell(error)
 
 
 def _elsewhere(entry: Group, others: int) -> str:

@@ -69,4 +69,4 @@ def named(folder: Folder, name: str) -> Iterator[str]:
             raise
         # huggingface_hub takes what is in its cache for sound.
         anew = f" (cached as {path}; remove that to download it anew)" if isinstance(error, UnreadableFile) else ""
-        raise type(error)(f"{str(error).replace(path, shown)}{anew}") from error
+        raise type(error)(f"{str(error).replace(path, shown)}{anew}", fault=error.fault, keys=error.keys) from error

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from adapterops.errors import NotAnAdapter, UnreadableFile, UnsupportedFormat
+from adapterops.errors import AdapterOpsError, NotAnAdapter, UnreadableFile, UnsupportedFormat
 from adapterops.storage import safetensors
 from adapterops.storage.folder import Folder, LocalFolder, named
 from adapterops.storage.regular import open_regular
@@ -17,12 +17,12 @@ from adapterops.storage.tensor import LazyTensor
 CONFIG_NAME = "adapter_config.json"
 FOLDER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 HUB = "hf://"
-_INDEX_SUFFIX = ".safetensors.index.json"
-_FOLDER_INDEX = "adapter_model" + _INDEX_SUFFIX
+INDEX_SUFFIX = ".safetensors.index.json"
+FOLDER_INDEX = "adapter_model" + INDEX_SUFFIX
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_CONFIG = 10_000_000
 """Bytes.  A config that lists a pattern for each of 10,000 modules has two."""
-_WEIGHTS = (".safetensors", *_PICKLES, ".npz")
+WEIGHTS_SUFFIXES = (".safetensors", *_PICKLES, ".npz")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +109,30 @@ def open_source(path: str | os.PathLike[str]) -> Source:
     return _open_file(LocalFolder(os.path.dirname(path)), os.path.basename(path))
 
 
+def open_in(folder: Folder, name: str = "", tell: Callable[[AdapterOpsError], None] | None = None) -> Source:
+    """Open a file of a folder, or the one adapter that the folder is.
+
+    With `tell`, what is wrong with the config beside the weights is told to it, and the weights are opened without one.
+
+    Raises what `open_source` raises.
+    """
+    return _open_file(folder, name, tell) if name else _open_folder(folder, tell)
+
+
+def shards_beside(folder: Folder, names: Iterable[str]) -> set[str]:
+    """Those of a folder's names that are shards of an index beside them."""
+    indexes = [n for n in names if n.endswith(INDEX_SUFFIX)]
+    shards: set[str] = set()
+    for name in indexes:
+        from adapterops.storage.sharded import files_of
+
+        try:
+            shards.update(files_of(os.path.join(folder.path, name), _read_index_json(folder, name)).values())
+        except AdapterOpsError:
+            continue  # told of when the index itself is opened
+    return shards
+
+
 def stem(path: str) -> str:
     """The name of a source without its weights' suffix: what a file made from it is called after."""
     if path.startswith(HUB):
@@ -121,17 +145,17 @@ def stem(path: str) -> str:
         last = os.path.basename(path)
         if os.path.isdir(path):
             return last
-        if not last.endswith(_INDEX_SUFFIX):
+        if not last.endswith(INDEX_SUFFIX):
             return os.path.splitext(last)[0]
-    for suffix in (_INDEX_SUFFIX, *_WEIGHTS):
+    for suffix in (INDEX_SUFFIX, *WEIGHTS_SUFFIXES):
         if last.lower().endswith(suffix) and last.lower() != suffix:
             return last[: -len(suffix)]
     return last
 
 
-def _open_file(folder: Folder, name: str) -> Source:
+def _open_file(folder: Folder, name: str, tell: Callable[[AdapterOpsError], None] | None = None) -> Source:
     path = os.path.join(folder.path, name)
-    if name.endswith(_INDEX_SUFFIX):
+    if name.endswith(INDEX_SUFFIX):
         weights = _read_index(folder, name)
     else:
         weights = _read_file(folder, name)
@@ -139,8 +163,10 @@ def _open_file(folder: Folder, name: str) -> Source:
             weights = weights._replace(notes=(*weights.notes, *_alone(folder, name)))
     source = Source(path, weights.tensors, weights.metadata, notes=(*folder.notes, *weights.notes))
     # peft writes the two side by side under fixed names; any other file does not own the config next to it.
-    if name in (*FOLDER_WEIGHTS, _FOLDER_INDEX) and _has_file(folder, CONFIG_NAME):
-        return replace(source, config=_read_config(folder), config_path=os.path.join(folder.path, CONFIG_NAME))
+    if name in (*FOLDER_WEIGHTS, FOLDER_INDEX) and _has_file(folder, CONFIG_NAME):
+        config = _read_config(folder, tell)
+        config_path = os.path.join(folder.path, CONFIG_NAME) if config is not None else ""
+        return replace(source, config=config, config_path=config_path)
     return source
 
 
@@ -169,9 +195,16 @@ def _covering(folder: Folder, name: str) -> str | None:
     return sharded.covering(folder, name, lambda index: _read_index_json(folder, index))
 
 
-def _read_config(folder: Folder) -> dict[str, Any]:
-    with named(folder, CONFIG_NAME) as path:
-        return read_json(path)
+def _read_config(folder: Folder, tell: Callable[[AdapterOpsError], None] | None = None) -> dict[str, Any] | None:
+    try:
+        with named(folder, CONFIG_NAME) as path:
+            return read_json(path)
+    except AdapterOpsError as error:
+        if tell is None:
+            raise
+        error.fault = "config-unreadable"
+        tell(error)
+        return None
 
 
 def _read_index_json(folder: Folder, name: str) -> dict[str, Any]:
@@ -224,15 +257,15 @@ def _read_weights(path: str) -> _Weights:
     return _Weights(*safetensors.read_header(path))
 
 
-def _open_folder(folder: Folder) -> Source:
+def _open_folder(folder: Folder, tell: Callable[[AdapterOpsError], None] | None = None) -> Source:
     names = folder.names()
     # Names with a dot in front are other programs' (macOS keeps `._NAME` beside NAME on foreign disks).
     visible = [n for n in names if not n.startswith(".")]
     chosen, notes = _choose(folder, names, visible)
     if chosen:
-        config = _read_config(folder) if CONFIG_NAME in names else None
+        config = _read_config(folder, tell) if CONFIG_NAME in names else None
         config_path = os.path.join(folder.path, CONFIG_NAME) if config is not None else ""
-        weights = _read_index(folder, chosen) if chosen.endswith(_INDEX_SUFFIX) else _read_file(folder, chosen)
+        weights = _read_index(folder, chosen) if chosen.endswith(INDEX_SUFFIX) else _read_file(folder, chosen)
         notes = (*folder.notes, *notes, *weights.notes)
         return Source(folder.path, weights.tensors, weights.metadata, config, config_path, notes=notes)
     parts = [n for n in visible if folder.is_folder(n) and _holds_weights(folder.folder(n))]
@@ -245,21 +278,21 @@ def _open_folder(folder: Folder) -> Source:
 
 def _choose(folder: Folder, names: list[str], visible: list[str]) -> tuple[str, tuple[str, ...]]:
     """The one file or index of a folder that is its adapter ("" where there is none), and notes."""
-    present = [name for name in (*FOLDER_WEIGHTS, _FOLDER_INDEX) if name in names]
+    present = [name for name in (*FOLDER_WEIGHTS, FOLDER_INDEX) if name in names]
     if len(present) > 1:
-        if _FOLDER_INDEX in present and _covering(folder, present[0]) == _FOLDER_INDEX:
-            return _FOLDER_INDEX, ()
+        if FOLDER_INDEX in present and _covering(folder, present[0]) == FOLDER_INDEX:
+            return FOLDER_INDEX, ()
         return present[0], tuple(f"{present[0]} is read and {name} is not, as peft does" for name in present[1:])
     if present:
         return present[0], ()
-    indexes = [n for n in visible if n.endswith(_INDEX_SUFFIX)]
+    indexes = [n for n in visible if n.endswith(INDEX_SUFFIX)]
     shards: set[str] = set()
     if indexes:
         from adapterops.storage.sharded import files_of
 
         for name in indexes:
             shards.update(files_of(os.path.join(folder.path, name), _read_index_json(folder, name)).values())
-    weights = [n for n in visible if os.path.splitext(n)[1].lower() in _WEIGHTS and n not in shards] + indexes
+    weights = [n for n in visible if os.path.splitext(n)[1].lower() in WEIGHTS_SUFFIXES and n not in shards] + indexes
     if len(weights) > 1:
         raise NotAnAdapter(f"{folder.path}: holds several weight files ({', '.join(weights)}); name one of them")
     return (weights[0] if weights else ""), ()
@@ -267,7 +300,7 @@ def _choose(folder: Folder, names: list[str], visible: list[str]) -> tuple[str, 
 
 def _holds_weights(folder: Folder) -> bool:
     names = folder.names()
-    return any(name in names for name in (*FOLDER_WEIGHTS, _FOLDER_INDEX))
+    return any(name in names for name in (*FOLDER_WEIGHTS, FOLDER_INDEX))
 
 
 def read_json(path: str, limit: int = _MAX_CONFIG) -> dict[str, Any]:

@@ -1,0 +1,99 @@
+"""The adapters that a path means: a file, a folder that is one adapter, or a tree of both."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator
+
+from adapterops.errors import AdapterOpsError, UsageError
+from adapterops.storage.folder import Folder, LocalFolder
+from adapterops.storage.source import (
+    CONFIG_NAME,
+    FOLDER_INDEX,
+    FOLDER_WEIGHTS,
+    HUB,
+    INDEX_SUFFIX,
+    WEIGHTS_SUFFIXES,
+    shards_beside,
+)
+from adapterops.validation.subject import Place
+
+TRAINING_STATE = (
+    "optimizer",
+    "scheduler",
+    "scaler",
+    "rng_state",
+    "training_args",
+    "random_states",
+    "pytorch_model_fsdp",
+)
+"""How the names of files begin that trainers keep beside an adapter to go on with it."""
+_MAX_DEPTH = 24
+"""Folders within folders."""
+
+
+def discover(paths: Iterable[str]) -> list[Place]:
+    """The adapters that the paths mean, in their order; what two of them mean stands once.
+
+    Raises `UsageError` for a path that does not exist, and what asking the Hub raises.
+    """
+    found: dict[str, Place] = {}
+    for path in paths:
+        for place in _places(path):
+            found.setdefault(place.path, place)
+    return list(found.values())
+
+
+def _places(path: str) -> Iterator[Place]:
+    if path.startswith(HUB):
+        from adapterops.storage import hub
+
+        folder, file = hub.locate(path)
+        yield from [Place(folder, file)] if file else _of(folder)
+    elif os.path.isdir(path):
+        yield from _of(LocalFolder(os.path.normpath(path)))
+    elif os.path.lexists(path):
+        yield Place(LocalFolder(os.path.dirname(path)), os.path.basename(path))
+    else:
+        raise UsageError(f"{path}: no such file or folder")
+
+
+def _of(folder: Folder) -> list[Place]:
+    """The adapters below a folder; the folder itself, about which that is to be said, where there are none."""
+    return list(_walk(folder, _MAX_DEPTH, set())) or [Place(folder)]
+
+
+def _walk(folder: Folder, depth: int, seen: set[str]) -> Iterator[Place]:
+    try:
+        names = folder.names()
+    except AdapterOpsError:
+        yield Place(folder)
+        return
+    if isinstance(folder, LocalFolder):  # links may lead back
+        real = os.path.realpath(folder.path)
+        if real in seen:
+            return
+        seen.add(real)
+    visible = [name for name in names if not name.startswith(".")]
+    folders = {name for name in visible if folder.is_folder(name)}
+    own = {FOLDER_INDEX, *FOLDER_WEIGHTS}
+    skipped = own | folders | shards_beside(folder, visible)
+    others = [
+        name
+        for name in visible
+        if name not in skipped
+        and (name.endswith(INDEX_SUFFIX) or (is_weights(name) and not name.startswith(TRAINING_STATE)))
+    ]
+    # A config without weights of its name is told of with the folder, unless it may be that of another file.
+    if own & (set(visible) - folders) or (CONFIG_NAME in visible and not others):
+        yield Place(folder)
+    for name in others:
+        yield Place(folder, name)
+    for name in visible:
+        if name in folders and depth:
+            yield from _walk(folder.folder(name), depth - 1, seen)
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file's name is one that weights have."""
+    return os.path.splitext(name)[1].lower() in WEIGHTS_SUFFIXES

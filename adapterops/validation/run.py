@@ -1,0 +1,102 @@
+"""Validation's front door: adapters are found, each is examined by the rules that are asked, and a report made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from adapterops import architectures
+from adapterops.architectures import Architecture
+from adapterops.errors import AdapterOpsError, UsageError
+from adapterops.validation import registry
+from adapterops.validation.discover import discover
+from adapterops.validation.options import TARGETS, Options, chosen
+from adapterops.validation.report import Checked, Report
+from adapterops.validation.rule import Finding, Needs, Rule
+from adapterops.validation.subject import Place, Subject, in_words
+from adapterops.validation.workers import run_all
+
+PathLike = str | os.PathLike[str]
+Progress = Callable[[int, int], None]
+"""Called with the number of adapters examined, and of all."""
+
+
+def validate(
+    *paths: PathLike,
+    select: Iterable[str] = ("ALL",),
+    ignore: Iterable[str] = (),
+    arch: str | None = None,
+    base: PathLike | Architecture | None = None,
+    targets: Iterable[str] = (),
+    load_test: bool = False,
+    header_only: bool = False,
+    jobs: int = 1,
+    progress: Progress | None = None,
+) -> Report:
+    """What is wrong with adapters: files, folders, trees of folders, or `hf://owner/repo`.
+
+    - `select` and `ignore` are codes of rules, beginnings of codes, names, or ALL;
+    - `arch` or `base` is the base model that the adapters are for, as for `load`;
+    - `targets` are the loaders that they are for (peft, diffusers, comfy, vllm, mlx, gguf);
+    - `load_test` loads them with peft or diffusers, into a model without weights;
+    - `header_only` asks only rules that read no tensor's bytes;
+    - `jobs` is the number of processes.
+
+    Raises `UsageError` for a path that does not exist and for options that cannot be understood; whatever is wrong inside
+    what exists is a finding.
+    """
+    if arch is not None and base is not None:
+        raise UsageError("--arch and --base both name the base model; give one of them")
+    architecture = architectures.load(arch) if arch is not None else None
+    if base is not None:
+        architecture = base if isinstance(base, Architecture) else architectures.from_config(base)
+    unknown = [name for name in targets if name not in TARGETS]
+    if unknown:
+        raise UsageError(f"--targets {unknown[0]!r} is none of {', '.join(TARGETS)}")
+    options = Options(tuple(select), tuple(ignore), architecture, tuple(targets), load_test)
+    rules = [r for r in chosen(registry.rules(), options) if not (header_only and r.needs is Needs.TENSORS)]
+    places = discover(os.fspath(path) for path in paths)
+    return Report(tuple(run_all(examine, places, options, rules, jobs, progress)), tuple(rules))
+
+
+def examine(place: Place, options: Options, rules: Sequence[Rule]) -> Checked:
+    """What the rules find in one adapter."""
+    subject = Subject(place, options)
+    asked = {rule.code for rule in rules}
+    found: list[Finding] = []
+    for check in registry.checkers():
+        if any(rule.code in asked for rule in check.rules):
+            try:
+                found += check.find(subject)
+            except AdapterOpsError as error:
+                subject.faults.append(error)
+    adapter = subject.adapter  # whose faults are told now, if no checker has asked for it
+    found = [*_told(subject), *found]
+    found = [replace(f, adapter=place.path) for f in found if f.rule.code in asked]
+    order = {rule.code: at for at, rule in enumerate(registry.rules())}
+    return Checked(
+        place.path,
+        subject.dialect,
+        (adapter.architecture.value or "") if adapter is not None else "",
+        len({(u.component, u.module) for u in subject.updates}),
+        sum(tensor.nbytes for tensor in subject.tensors.values()),
+        tuple(sorted(found, key=lambda f: order[f.rule.code])),
+    )
+
+
+def _told(subject: Subject) -> list[Finding]:
+    """The findings that reading told of: one a rule and kind of fault, however many modules have it."""
+    by_fault = registry.by_fault()
+    groups: dict[str, list[AdapterOpsError]] = {}
+    for error in subject.faults:
+        groups.setdefault(error.fault, []).append(error)
+    out = []
+    for fault, errors in groups.items():
+        rule = by_fault[fault]
+        told = list(dict.fromkeys(in_words(e, subject.weights, subject.config_path, subject.path) for e in errors))
+        more = f" ({len(told) - 1} more like it)" if len(told) > 1 else ""
+        keys = tuple(dict.fromkeys(key for error in errors for key in error.keys))
+        config = subject.config_path if subject.config_path in str(errors[0]) and not keys else ""
+        out.append(rule.found(config or subject.weights, told[0] + more, keys))
+    return out

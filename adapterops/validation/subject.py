@@ -1,0 +1,174 @@
+"""The adapter that is examined: what of it can be read, and what reading it told."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from adapterops import registry
+from adapterops.adapter import COMPONENTS, Adapter, Update
+from adapterops.dialects.match import Reading
+from adapterops.dialects.read import Request
+from adapterops.errors import AdapterOpsError, UnreadableFile
+from adapterops.plugin import Format
+from adapterops.storage import LazyTensor, Source
+from adapterops.storage.folder import Folder
+from adapterops.storage.source import CONFIG_NAME, FOLDER_INDEX, FOLDER_WEIGHTS, open_in
+from adapterops.validation.options import Options
+from adapterops.validation.rule import Finding
+
+if TYPE_CHECKING:
+    from adapterops.validation.scan import Statistics
+
+_MAX_TEXT = 4_000_000
+"""Bytes of a model card that are read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where an adapter stands: a file of a folder, or the folder itself (`name` is empty), on this disk or on the Hub."""
+
+    folder: Folder
+    name: str = ""
+
+    @property
+    def path(self) -> str:
+        """How the user would name it."""
+        return os.path.join(self.folder.path, self.name) if self.name else self.folder.path or os.curdir
+
+
+class Subject:
+    """One adapter under examination.  What cannot be read is None, and `faults` say why; nothing here raises.
+
+    Read what is needed through the properties: each is computed once, when it is first asked for.
+    """
+
+    def __init__(self, place: Place, options: Options) -> None:
+        self.place = place
+        self.options = options
+        self.faults: list[AdapterOpsError] = []
+        """What opening and reading told, in order."""
+        self.source: Source | None = self._open()
+
+    @property
+    def path(self) -> str:
+        """The adapter as the user would name it."""
+        return self.place.path
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether a folder was examined as one adapter (a PEFT folder), not a file in it."""
+        return not self.place.name
+
+    @cached_property
+    def files(self) -> tuple[str, ...]:
+        """The names of what stands in the same folder."""
+        try:
+            return tuple(self.place.folder.names())
+        except AdapterOpsError:
+            return ()
+
+    @cached_property
+    def weights(self) -> str:
+        """The path of the file that holds the weights, as the user would name it: for findings about it."""
+        if self.place.name:
+            return self.path
+        present = [name for name in (*FOLDER_WEIGHTS, FOLDER_INDEX) if name in self.files]
+        return os.path.join(self.path, present[0]) if present else self.path
+
+    @property
+    def tensors(self) -> Mapping[str, LazyTensor]:
+        """Every tensor by its key; none where the file could not be read."""
+        return self.source.tensors if self.source is not None else {}
+
+    @property
+    def metadata(self) -> Mapping[str, str]:
+        """The header's strings."""
+        return self.source.metadata if self.source is not None else {}
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        """The config beside the weights, as it stands in the file."""
+        return self.source.config if self.source is not None else None
+
+    @property
+    def config_path(self) -> str:
+        """The config's path, as the user would name it."""
+        return os.path.join(self.place.folder.path, CONFIG_NAME)
+
+    @cached_property
+    def recognised(self) -> tuple[Format, Reading] | None:
+        """The format and what its table reads of the keys; None where no format knows them."""
+        if self.source is None or not self.source.tensors:
+            return None
+        try:
+            return registry.recognise(self.source, None, self.options.architecture, allow_drop=True)
+        except AdapterOpsError as error:
+            self.faults.append(error)
+            return None
+
+    @cached_property
+    def adapter(self) -> Adapter | None:
+        """What can be understood of the adapter: broken modules are left out, and told of in `faults`."""
+        if self.recognised is None or self.source is None:
+            return None
+        form, reading = self.recognised
+        request = Request(self.options.architecture, allow_drop=True, repair=True, tell=self.faults.append)
+        try:
+            return form.read(self.source, reading, request)
+        except AdapterOpsError as error:
+            self.faults.append(error)
+            return None
+
+    @property
+    def updates(self) -> tuple[Update, ...]:
+        """The updates that could be understood."""
+        return tuple(self.adapter) if self.adapter is not None else ()
+
+    @property
+    def dialect(self) -> str:
+        """The name of the dialect; "" where none was recognised."""
+        return self.recognised[1].dialect.name if self.recognised is not None else ""
+
+    @cached_property
+    def statistics(self) -> Mapping[str, Statistics]:
+        """What one pass over the bytes of every tensor tells, by key (rules that ask for it need TENSORS)."""
+        from adapterops.validation.scan import scan
+
+        return scan(self.tensors)
+
+    def text(self, name: str) -> str | None:
+        """A text file of the same folder; None where there is none, or none that can be read."""
+        if name not in self.files:
+            return None
+        try:
+            with open(self.place.folder.fetch(name), "rb") as file:
+                return file.read(_MAX_TEXT).decode("utf-8", errors="replace")
+        except (OSError, AdapterOpsError):
+            return None
+
+    def _open(self) -> Source | None:
+        try:
+            source = open_in(self.place.folder, self.place.name, self.faults.append)
+        except AdapterOpsError as error:
+            self.faults.append(error)
+            return None
+        own = os.path.basename(os.path.abspath(self.place.folder.path))
+        return replace(source, component=own) if self.is_folder and own in COMPONENTS else source
+
+
+Findings = Iterable[Finding]
+
+
+def in_words(error: AdapterOpsError, *paths: str) -> str:
+    """An error's message without the paths that the finding names anyway."""
+    text = str(error)
+    for path in paths:
+        text = text.removeprefix(f"{path}: ") if path else text
+    return text
+
+
+__all__ = ["Findings", "Place", "Subject", "UnreadableFile", "in_words"]
