@@ -17,13 +17,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from adapterops import integrations
     from adapterops.adapter import Adapter, Certainty, Fact, Update
-    from adapterops.api import Result, convert, load, save
+    from adapterops.api import Result, convert, save
     from adapterops.errors import AdapterOpsError
     from adapterops.inspection import Inspection, inspect
+    from adapterops.loading import load
     from adapterops.merging.merge import MergeResult, combine, merge
     from adapterops.operations.loftq import LoftqModule, LoftqProposal, LoftqResult, loftq
     from adapterops.operations.to_lora import ToLoraResult, as_lora, to_lora
     from adapterops.validation.report import Report
+    from adapterops.validation.rule import Finding, Rule, Severity
     from adapterops.validation.run import validate
 
 __version__ = "0.1.0"
@@ -33,6 +35,7 @@ _HOMES = {
     "AdapterOpsError": "errors",
     "Certainty": "adapter",
     "Fact": "adapter",
+    "Finding": "validation.rule",
     "Inspection": "inspection",
     "LoftqModule": "operations.loftq",
     "LoftqProposal": "operations.loftq",
@@ -40,13 +43,15 @@ _HOMES = {
     "MergeResult": "merging.merge",
     "Result": "api",
     "Report": "validation.report",
+    "Rule": "validation.rule",
+    "Severity": "validation.rule",
     "ToLoraResult": "operations.to_lora",
     "Update": "adapter",
     "as_lora": "operations.to_lora",
     "combine": "merging.merge",
     "convert": "api",
     "inspect": "inspection",
-    "load": "api",
+    "load": "loading",
     "loftq": "operations.loftq",
     "merge": "merging.merge",
     "save": "api",
@@ -59,6 +64,7 @@ __all__ = [
     "AdapterOpsError",
     "Certainty",
     "Fact",
+    "Finding",
     "Inspection",
     "LoftqModule",
     "LoftqProposal",
@@ -66,6 +72,8 @@ __all__ = [
     "MergeResult",
     "Report",
     "Result",
+    "Rule",
+    "Severity",
     "ToLoraResult",
     "Update",
     "__version__",

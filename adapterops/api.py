@@ -6,37 +6,28 @@ import os
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from math import isfinite
 from typing import Any
 
-from adapterops import architectures, registry
+from adapterops import registry
 from adapterops.adapter import COMPONENTS, Adapter, Certainty, Fact, Update
-from adapterops.architectures import LAYOUTS, Architecture, published
+from adapterops.architectures import Architecture
 from adapterops.dialects.read import Request
 from adapterops.dialects.table import AlphaIn, Dialect
 from adapterops.errors import (
     AdapterOpsError,
-    AmbiguousFormat,
     CannotRepresent,
-    NotAnAdapter,
     OutputExists,
     ProofFailed,
-    UnknownArchitectureOfFile,
     UnknownFact,
     UsageError,
 )
+from adapterops.loading import PathLike, load, read_source
 from adapterops.methods import METHODS
-from adapterops.operations.fused import with_trained_scale
-from adapterops.parts import join
-from adapterops.plugin import Format, Output, Target
+from adapterops.plugin import Fitted, Format, Output, Rounding, Target
 from adapterops.proof import Proof, check_finite, prove
-from adapterops.renaming import parse
-from adapterops.renaming import rename as rename_keys
-from adapterops.storage import Source, dtypes, open_source
+from adapterops.storage import open_source
 from adapterops.storage.output import Progress, Staged, Timings, check_target, nothing
 from adapterops.storage.source import FOLDER_WEIGHTS, stem
-
-PathLike = str | os.PathLike[str]
 
 _DTYPE_NAMES = {
     "float64": "F64", "f64": "F64", "fp64": "F64",
@@ -44,9 +35,9 @@ _DTYPE_NAMES = {
     "float16": "F16", "f16": "F16", "fp16": "F16", "half": "F16",
     "bfloat16": "BF16", "bf16": "BF16",
 }  # fmt: skip
-ALPHA_WORDS = ("tensors", "header", "config", "trained")
-"""What `--alpha` may say instead of a number."""
 _SAFETENSORS = (".safetensors", ".sft")
+_OTHERS = (".gguf",)
+"""How files of other containers end, which a single format writes."""
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
 
 
@@ -72,87 +63,7 @@ class Result:
     notes: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     timings: Timings = field(default_factory=Timings)
-
-
-def load(
-    path: PathLike,
-    *,
-    format: str | None = None,
-    arch: str | None = None,
-    base: PathLike | Architecture | None = None,
-    layout: str | None = None,
-    alpha: float | str | None = None,
-    fields: Mapping[str, Any] | None = None,
-    allow_drop: bool = False,
-    repair: bool = False,
-    rename: Iterable[str] = (),
-) -> Adapter:
-    """Read an adapter.  Tensors stay on disk until they are needed.
-
-    - `format` names the format or dialect where it is not to be recognised;
-    - `arch` names a built-in base model, `base` is the config of any other (or its table), whose modules are called as
-      the installed library's class has them (`layout` "installed") or as the published checkpoints do ("published");
-    - `alpha` is the alpha where the file holds none, or "tensors", "header" or "config" to say which of two to believe,
-      or "trained" for the scale that a block-diagonal fused projection was trained with;
-    - `fields` are PEFT config fields that no source holds;
-    - `allow_drop` leaves unknown keys out (they are listed in `provenance.dropped`);
-    - `repair` believes the tensors where a config contradicts them (else that is an error);
-    - `rename` repairs keys before they are read, each entry a PATTERN=REPLACEMENT.
-
-    Raises the errors of `adapterops.errors`, each naming the file, the tensor and what to do.
-    """
-    if isinstance(alpha, str) and alpha not in ALPHA_WORDS:
-        raise UsageError(f"--alpha {alpha!r} is neither a number nor one of {', '.join(ALPHA_WORDS)}")
-    if isinstance(alpha, float) and not isfinite(alpha):
-        raise UsageError(f"--alpha {alpha} is no number that a scale can have")
-    if arch is not None and base is not None:
-        raise UsageError("--arch and --base both name the base model; give one of them")
-    given: Architecture | None = None
-    if arch is not None:
-        given = architectures.load(arch)
-    elif base is not None:
-        given = base if isinstance(base, Architecture) else architectures.from_config(base)
-    if layout is not None and layout not in LAYOUTS:
-        raise UsageError(f"--layout {layout!r} is none of {', '.join(LAYOUTS)}")
-    if layout is not None and base is None:
-        raise UsageError("--layout chooses between the names of a base model's versions; give it with --base CONFIG")
-    if layout == "published" and given is not None:
-        given = published(given)
-    if isinstance(alpha, int):
-        alpha = float(alpha)
-    try:
-        rules = [parse(text) for text in rename]
-    except ValueError as error:
-        raise UsageError(f"--rename {error}") from error
-    source = rename_keys(open_source(path), rules)
-    trained = alpha == "trained"
-    request = Request(given, None if trained else alpha, dict(fields or {}), allow_drop, repair)
-    adapter = read_source(source, format, request)
-    return with_trained_scale(adapter) if trained else adapter
-
-
-def read_source(source: Source, format: str | None, request: Request) -> Adapter:
-    """The adapter in an opened source, whose components may stand in subfolders.
-
-    Raises what `load` raises.
-    """
-    if not source.parts:
-        form, reading = registry.recognise(source, format, request.architecture, request.allow_drop)
-        try:
-            adapter = form.read(source, reading, request)
-        except UnknownArchitectureOfFile:
-            registry.explain(source, source.tensors)
-            raise
-        if not any(u.method != "saved" for u in adapter):
-            raise NotAnAdapter(f"{source.path}: holds saved modules only and no update of any method")
-        return adapter
-    if len(source.parts) == 1:
-        name, part = next(iter(source.parts.items()))
-        return read_source(part if name in COMPONENTS else replace(part, component=""), format, request)
-    unknown = [name for name in source.parts if name not in COMPONENTS]
-    if unknown:
-        raise AmbiguousFormat(f"{source.path}: holds several adapters ({', '.join(source.parts)}); name one of them")
-    return join(source, [read_source(part, format, request) for part in source.parts.values()])
+    reader: str = ""
 
 
 def save(
@@ -165,6 +76,7 @@ def save(
     fields: Mapping[str, Any] | None = None,
     allow_drop: bool = False,
     repair: bool = False,
+    reader: str | None = None,
     overwrite: bool = False,
     verify: bool = True,
     progress: Progress = nothing,
@@ -173,21 +85,32 @@ def save(
 
     `format` names a format or dialect; without it the adapter is written as it was read, in its own dialect and
     spelling.  `dtype` rounds the tensors, `fold_alpha` bakes the scale into the second factor,
-    `repair` writes a config that says what the tensors are and nothing more (the changes are notes).
+    `repair` writes a config that says what the tensors are and nothing more (the changes are notes), `reader` what one of the
+    format's `readers` understands.
 
     Raises `CannotRepresent` where the format cannot hold something, `ProofFailed` where the output differs from
     the source by more than rounding explains, `OutputExists`, `OutputFailed` …; nothing is left behind then.
     """
     form, dialect = registry.find(format or adapter.provenance.dialect)
+    insist_on_reader(form, reader)
     _insist_on_use(adapter, dialect, fields or {})
+    fields = _not_taken(adapter, form, fields or {})
     insist_on_alphas(adapter)
     adapter = form.prepared(adapter)
     wanted = dtype_named(dtype)
-    changed = adapter.with_updates(_map(u, wanted, fold_alpha) for u in adapter)
-    target = Target(dialect, adapter.base, dict(fields or {}), format is None, allow_drop, repair)
+    target = Target(dialect, adapter.base, dict(fields or {}), format is None, allow_drop, repair, reader or "")
     _insist_on_init(adapter, form)
     try:
-        out = form.write(changed, target)
+        fit = _fitted(adapter, form, target, Rounding(wanted, fold_alpha))
+        adapter, rounded = fit.source, bool(wanted or fold_alpha or fit.rounded)
+        out = form.write(fit.adapter, target)
+        out = replace(
+            out,
+            kept=tuple(u for u in out.kept if u.key in adapter.updates),
+            dropped=(*fit.dropped, *out.dropped),
+            notes=(*fit.notes, *out.notes),
+            rounded=rounded or out.rounded,
+        )
     except CannotRepresent as error:
         path = adapter.provenance.path
         raise (error if path in str(error) else CannotRepresent(f"{path}: {error}")) from error
@@ -195,7 +118,7 @@ def save(
         raise CannotRepresent(f"{adapter.provenance.path}: nothing of it is left to write as {dialect.title}")
     place = place_of(os.fspath(path), form)
     timings = Timings()
-    if wanted or fold_alpha:
+    if out.rounded:
         import numpy as np  # noqa: F401  (what computes values while they are copied is not to be loaded meanwhile)
     names = [file.path or os.path.basename(place) for file in out.files]
     check_target(place, form.is_folder, names, overwrite)
@@ -204,18 +127,36 @@ def save(
         for file in out.files:
             if file.text is not None:
                 staged.write_text(file.path, file.text)
+            elif file.write is not None:
+                staged.write_with(file.path, file.write, progress)
             else:
                 staged.write_tensors(file.path, file.tensors, file.metadata, progress)
         started = time.perf_counter()
         kept = adapter.with_updates(adapter.updates[u.key] for u in out.kept)
         proof = None
         if verify:
-            proof = _prove(kept, staged.staged, place, dialect, bool(wanted or fold_alpha), progress)
+            proof = _prove(kept, staged.staged, place, dialect, out.rounded, progress)
         else:
             check_finite(kept, progress)
         timings.proof = time.perf_counter() - started
         staged.commit()
-    return _result(adapter, out, place, form, dialect, proof, timings)
+    return replace(_result(adapter, out, place, form, dialect, proof, timings), reader=reader or "")
+
+
+def insist_on_reader(form: Format, reader: str | None) -> None:
+    """Raise `UsageError` for a reader that the format does not name."""
+    if reader is None or reader in form.readers:
+        return
+    having = {f.name: f.readers for f in registry.formats().values() if f.readers}
+    known = [f"--to {name} --for {own}" for name, readers in having.items() for own in readers]
+    raise UsageError(f"--for {reader}: not known for --to {form.name}; there is {', '.join(known)}")
+
+
+def _fitted(adapter: Adapter, form: Format, target: Target, rounding: Rounding) -> Fitted:
+    """What is left of the adapter, and the same in the tensors that are written."""
+    if target.reader:
+        return form.fitted(adapter, target, rounding)
+    return Fitted(adapter, adapter.with_updates(_map(u, rounding.dtype, rounding.fold_alpha) for u in adapter))
 
 
 def _prove(adapter: Adapter, staged: str, place: str, dialect: Dialect, rounded: bool, progress: Progress) -> Proof:
@@ -224,7 +165,7 @@ def _prove(adapter: Adapter, staged: str, place: str, dialect: Dialect, rounded:
     known = adapter.base is not None and all(_in_base(u, adapter.base) for u in own)
     given = adapter.base if known else None
     try:
-        back = read_source(open_source(staged), dialect.name, Request(given))
+        back = read_source(open_source(staged), dialect, Request(given))
     except AdapterOpsError as error:
         what = str(error).replace(staged, place)
         raise ProofFailed(f"{place}: what was written cannot be read back ({what}); nothing was written") from error
@@ -244,6 +185,13 @@ def _insist_on_use(adapter: Adapter, dialect: Dialect, fields: Mapping[str, Any]
         raise UsageError(
             f"--set {next(iter(fields))}: neither {known} nor {dialect.name} has a PEFT config to set it in"
         )
+
+
+def _not_taken(adapter: Adapter, form: Format, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of `--set` that the source's format has not taken for facts of its own."""
+    source = registry.formats().get(adapter.provenance.format)
+    taken = source.own_fields - form.own_fields if source is not None else frozenset()
+    return {name: value for name, value in fields.items() if name not in taken}
 
 
 def _insist_on_init(adapter: Adapter, form: Format) -> None:
@@ -296,10 +244,12 @@ def place_of(path: str, form: Format) -> str:
     if suffix in _PICKLE_SUFFIXES:
         raise UsageError(f"{path}: only safetensors are written; name a .safetensors file or a folder")
     if form.is_folder:
-        if suffix in _SAFETENSORS:
+        if suffix in (*_SAFETENSORS, *_OTHERS):
             raise UsageError(f"{path}: {form.title} is a folder; name a folder")
         return os.path.normpath(path)
-    if suffix not in _SAFETENSORS or os.path.isdir(path):
+    if suffix not in form.suffixes and suffix in (*_SAFETENSORS, *_OTHERS) and not os.path.isdir(path):
+        raise UsageError(f"{path}: {form.title} is a {form.suffixes[0]} file; name such a one, or a folder")
+    if suffix not in form.suffixes or os.path.isdir(path):
         return os.path.join(path, form.file_name)
     return os.path.normpath(path)
 
@@ -376,6 +326,7 @@ def convert(
     repair: bool = False,
     dtype: str | None = None,
     fold_alpha: bool = False,
+    reader: str | None = None,
     overwrite: bool = False,
     verify: bool = True,
     rename: Iterable[str] = (),
@@ -386,6 +337,7 @@ def convert(
     Without `output`, the result stands in the current folder, named after the source and the target.
     """
     form, dialect = registry.find(to)
+    insist_on_reader(form, reader)
     place = os.fspath(output) if output is not None else default_output(source, form, dialect)
     adapter = load(
         source,
@@ -408,6 +360,7 @@ def convert(
         fields=fields,
         allow_drop=allow_drop,
         repair=repair,
+        reader=reader,
         overwrite=overwrite,
         verify=verify,
         progress=progress,
@@ -416,16 +369,7 @@ def convert(
 
 def default_output(source: PathLike, form: Format, dialect: Dialect, ending: str = "") -> str:
     """`NAME-DIALECT` (a folder format) or `NAME-DIALECT.safetensors` in the current folder; `ending` for the dialect."""
-    return f"{stem(os.fspath(source))}-{ending or dialect.name}" + ("" if form.is_folder else ".safetensors")
-
-
-def known_dtypes(updates: Iterable[Update]) -> dict[str, int]:
-    """How many tensors there are of each dtype, widest first; one that several updates share counts once."""
-    own = {(t.source.path, t.key, t.start): t.dtype for update in updates for t in update.tensors.values()}
-    out: dict[str, int] = {}
-    for dtype in own.values():
-        out[dtype] = out.get(dtype, 0) + 1
-    return dict(sorted(out.items(), key=lambda item: (-dtypes.BITS[item[0]], item[0])))
+    return f"{stem(os.fspath(source))}-{ending or dialect.name}" + ("" if form.is_folder else form.suffixes[0])
 
 
 __all__ = ["Result", "convert", "default_output", "load", "save"]

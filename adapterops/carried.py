@@ -65,7 +65,8 @@ def _is_text(value: object) -> bool:
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    # A whole number may be too large for a float.
+    return (type(value) is float and isfinite(value)) or (type(value) is int and abs(value) < 2**1023)
 
 
 def _is_sizes(value: object) -> bool:
@@ -97,7 +98,11 @@ _CHOICES: dict[str, Callable[[object], bool]] = {
     "alpha_as": lambda value: _is_stored(value) or _is_table_of(value, _is_stored),
     "flag_as": lambda value: value in BITS,
     "idle_alpha": lambda value: _is_table_of(value, _is_number),
+    "padded": lambda value: _is_table_of(value, lambda rank: type(rank) is int and rank > 0),
+    "stretched": lambda value: _is_table_of(value, _is_number),
     "joined": lambda value: _is_table_of(value, _is_blocks),
+    "targets": lambda value: _is_table_of(value, lambda names: isinstance(names, list) and all(map(_is_text, names))),
+    "types": lambda value: _is_table_of(value, _is_text),
     "shapes": lambda value: _is_table_of(value, lambda roles: _is_table_of(roles, _is_sizes)),
 }
 """The choices of spelling that `dialects.read` records, and what each looks like: headers come from strangers."""

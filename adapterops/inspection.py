@@ -6,16 +6,16 @@ import hashlib
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import hypot, isfinite, isnan, nan
 from typing import Any
 
 from adapterops import registry
 from adapterops.adapter import Adapter, Certainty, Fact, Update
-from adapterops.api import PathLike, known_dtypes, load
+from adapterops.loading import PathLike, load
 from adapterops.methods import METHODS
-from adapterops.storage import safetensors
+from adapterops.storage import dtypes, safetensors
 
 Spread = Mapping[Any, int]
 """A value and the number of modules that have it."""
@@ -135,6 +135,15 @@ def report(adapter: Adapter, *, norms: bool = False, hashes: bool = False) -> In
         hashes=_hashes(files) if hashes else {},
         norms=sizes,
     )
+
+
+def known_dtypes(updates: Iterable[Update]) -> dict[str, int]:
+    """How many tensors there are of each dtype, widest first; one that several updates share counts once."""
+    own = {(t.source.path, t.key, t.start): t.dtype for update in updates for t in update.tensors.values()}
+    out: dict[str, int] = {}
+    for dtype in own.values():
+        out[dtype] = out.get(dtype, 0) + 1
+    return dict(sorted(out.items(), key=lambda item: (-dtypes.BITS[item[0]], item[0])))
 
 
 def _component(name: str, updates: list[Update]) -> ComponentReport:

@@ -9,14 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from adapterops import errors
 from adapterops.adapter import Adapter, Certainty, Fact, Provenance, Update
-from adapterops.architectures import Architecture, ModuleSpec
+from adapterops.architectures import Architecture, Component, ModuleSpec
 from adapterops.carried import KEY as CARRIED_KEY
 from adapterops.carried import Carried
-from adapterops.dialects.match import PARAMETERS, Group, Reading, read_keys
+from adapterops.dialects.match import PARAMETERS, Claim, Group, Reading, read_keys
 from adapterops.dialects.read import Request, ScaleOf, ScaleRule, no_config
 from adapterops.dialects.read import read as read_by_table
 from adapterops.dialects.resolve import component_by_names, fit
@@ -30,12 +30,35 @@ from adapterops.dialects.table import (
     Place,
     Suffix,
 )
-from adapterops.dialects.write import Spelled
-from adapterops.dialects.write import write as write_by_table
 from adapterops.methods import METHODS
 from adapterops.storage import LazyTensor, Source, scalar
+from adapterops.storage.tensor import NAMELESS, columns, is_zero, same_bytes, stack, zeros
+
+if TYPE_CHECKING:
+    from adapterops.dialects.write import Spelled
+    from adapterops.operations.uniform import Uniform
 
 API_VERSION = 1
+
+
+def write_by_table(
+    dialect: Dialect,
+    adapter: Adapter,
+    architecture: Architecture | None,
+    spelling: Mapping[str, Any],
+    allow_drop: bool = False,
+) -> Spelled:
+    """The tensors of `adapter` under the keys of `dialect` (see `dialects.write`)."""
+    from adapterops.dialects.write import write  # what only reads has no use for it
+
+    return write(dialect, adapter, architecture, spelling, allow_drop)
+
+
+def built_in() -> list[Architecture]:
+    """The built-in base models, oldest first."""
+    from adapterops import architectures
+
+    return sorted(map(architectures.load, architectures.names()), key=lambda known: known.released)
 
 
 def maths(module: str) -> Any:
@@ -48,7 +71,8 @@ class Target:
     """What a format is asked to write: the dialect, the base model if it is known, and what the user says.
 
     `faithful` asks for the source's own spelling where it was this dialect (prefixes, an adapter's name), `repair` for a
-    config that says what the tensors are and nothing more, each change of it a note.
+    config that says what the tensors are and nothing more, each change of it a note.  `reader` is the one of the format's
+    `readers` that must understand what is written.
     """
 
     dialect: Dialect
@@ -57,19 +81,45 @@ class Target:
     faithful: bool = False
     allow_drop: bool = False
     repair: bool = False
+    reader: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Rounding:
+    """What a conversion asks of every number: the float type that it is rounded to, and scales baked into the factors."""
+
+    dtype: str | None = None
+    fold_alpha: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """An adapter as one reader of a format takes it.
+
+    `source` is what of the adapter is left, all but `dropped`; `adapter` does the same, in tensors that the reader
+    understands.  `rounded` says whether numbers were rounded on the way.
+    """
+
+    source: Adapter
+    adapter: Adapter
+    rounded: bool = False
+    dropped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class OutputFile:
     """One file of an output: safetensors (`tensors`, `metadata`) or text.
 
-    `path` is relative to the output folder; "" where the output is a single file.
+    `path` is relative to the output folder; "" where the output is a single file.  Of another container, `write` makes the
+    file of `tensors` at the path that it is given, and calls its second argument with the number of bytes done.
     """
 
     path: str
     tensors: Mapping[str, LazyTensor] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     text: str | None = None
+    write: Callable[[str, Callable[[int], None]], None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +130,8 @@ class Output:
     kept: tuple[Update, ...] = ()
     dropped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    rounded: bool = False
+    """Whether the format itself changed tensors within rounding (a scale that it folded): the proof allows for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,15 +168,25 @@ class Format:
     """The first is what `--to NAME` writes."""
     file_name: ClassVar[str] = ""
     """The usual file name inside a folder; "" for formats that are folders themselves."""
+    suffixes: ClassVar[tuple[str, ...]] = (".safetensors", ".sft")
+    """How the names of a single file may end; the first is the usual one."""
     is_folder: ClassVar[bool] = False
     for_lora: ClassVar[str] = ""
     """The dialect that a LoRA made of one of its files is written in, where few read it in this one."""
     tells_init: ClassVar[bool] = False
     """Whether the format can say that the base weights were changed at initialisation (`Adapter.mutated_init`)."""
+    readers: ClassVar[Mapping[str, str]] = {}
+    """Programs that read less of the format than it can say, by name, and what people call them (`convert --for NAME`)."""
+    own_fields: ClassVar[frozenset[str]] = frozenset()
+    """Fields of `--set` that only its reading takes: facts of its own that no other format's config has."""
     variants: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Prefixes that may stand for a place's own (wrappers left in keys)."""
     foreign: ClassVar[Mapping[str, str]] = {}
     """Regular expressions of keys that this format's writers also write and that are not converted: to what they are."""
+
+    botched: ClassVar[Mapping[str, str]] = {}
+    """Regular expressions of keys that broken scripts wrote for this format's, and what stands in their place (`re.sub`):
+    `adapterops validate` tells of them and mends them."""
 
     rules: ClassVar[str] = ""
     """The module that has this format's own rules of `adapterops validate` (RULES and CHECKERS)."""
@@ -156,6 +218,13 @@ class Format:
         Raises `CannotRepresent` where a fact is missing that this needs.
         """
         return adapter
+
+    def fitted(self, adapter: Adapter, target: Target, rounding: Rounding) -> Fitted:
+        """The adapter as the target's reader takes it, where it names one of `readers`.
+
+        Raises `CannotRepresent` for what that reader cannot be told.
+        """
+        raise errors.UsageError(f"{self.title} knows no reader {target.reader!r}")
 
     def write(self, adapter: Adapter, target: Target) -> Output:
         """The files that hold `adapter`."""
@@ -192,6 +261,22 @@ def as_lora(update: Update) -> Update:
     return written_out(update)
 
 
+def uniform(
+    updates: Sequence[Update], why: str, rslora: bool = True, scale: float | None = None, dtype: str | None = None
+) -> Uniform:
+    """The same LoRAs at one rank and one scale (see `operations.uniform`)."""
+    from adapterops.operations.uniform import uniform as made
+
+    return made(updates, why, rslora, scale, dtype)
+
+
+def nothing(like: Update, module: str, outputs: int) -> Update:
+    """A LoRA of zeros on another module with the same inputs (see `operations.uniform`)."""
+    from adapterops.operations.uniform import nothing as made
+
+    return made(like, module, outputs)
+
+
 def which_parameters(
     levels: Sequence[Update], parameters: Mapping[str, tuple[int, ...]], named: Sequence[str] | None = None
 ) -> list[str]:
@@ -199,6 +284,26 @@ def which_parameters(
     from adapterops.methods.lora_parameters import which
 
     return which(levels, parameters, named)
+
+
+def gguf_package() -> Any:
+    """The `gguf` package, for its tables of names.  Raises `UnsupportedFormat` where it is not installed."""
+    from adapterops.storage.gguf_file import package
+
+    return package()
+
+
+def write_gguf(
+    path: str,
+    architecture: str,
+    entries: Mapping[str, tuple[str, Any]],
+    tensors: Mapping[str, LazyTensor],
+    progress: Callable[[int], None],
+) -> None:
+    """Write a GGUF file (see `storage.gguf_file.write`)."""
+    from adapterops.storage.gguf_file import write
+
+    write(path, architecture, entries, tensors, progress)
 
 
 def header(adapter: Adapter) -> dict[str, str]:
@@ -214,6 +319,7 @@ __all__ = [
     "API_VERSION",
     "CUSTOM",
     "METHODS",
+    "NAMELESS",
     "ONE_ENCODER",
     "PARAMETERS",
     "TWO_ENCODERS",
@@ -223,8 +329,11 @@ __all__ = [
     "Callable",
     "Carried",
     "Certainty",
+    "Claim",
+    "Component",
     "Dialect",
     "Fact",
+    "Fitted",
     "Format",
     "Group",
     "LazyTensor",
@@ -235,6 +344,7 @@ __all__ = [
     "Provenance",
     "Reading",
     "Request",
+    "Rounding",
     "ScaleOf",
     "ScaleRule",
     "Source",
@@ -243,15 +353,25 @@ __all__ = [
     "TypeRow",
     "Update",
     "as_lora",
+    "built_in",
+    "columns",
     "component_by_names",
     "errors",
     "fit",
+    "gguf_package",
     "header",
+    "is_zero",
     "maths",
     "no_config",
+    "nothing",
     "read_by_table",
     "read_keys",
+    "same_bytes",
     "scalar",
+    "stack",
+    "uniform",
     "which_parameters",
     "write_by_table",
+    "write_gguf",
+    "zeros",
 ]

@@ -18,6 +18,7 @@ from adapterops.dialects.table import Dialect
 from adapterops.errors import AmbiguousFormat, NotAnAdapter, UnknownFormat, UnsupportedFormat
 from adapterops.plugin import Format
 from adapterops.storage import Source
+from adapterops.storage.tensor import NAMELESS, numbered
 
 GROUP = "adapterops.formats"
 
@@ -88,17 +89,21 @@ def find(name: str) -> tuple[Format, Dialect]:
 
 
 def recognise(
-    source: Source, only: str | None = None, architecture: Architecture | None = None, allow_drop: bool = False
+    source: Source, only: str | Dialect | None = None, architecture: Architecture | None = None, allow_drop: bool = False
 ) -> tuple[Format, Reading]:
     """The format and dialect of a source.
 
     Every dialect reads every key; the one that understands most wins, and of two that read the keys alike the one
-    whose module names an architecture has.  `only` (`--from`) limits the choice.
+    whose module names an architecture has.  `only` limits the choice: to a format or dialect by its name (`--from`), or to
+    one dialect.
 
     Raises `NotAnAdapter`, `UnsupportedFormat`, or `AmbiguousFormat` where two dialects share the keys out
     between them.
     """
-    chosen = {form: [d for d in form.dialects if only in (None, form.name, d.name)] for form in formats().values()}
+    chosen = {
+        form: [d for d in form.dialects if only is d or only in (form.name, d.name) or (only is None and not d.asked)]
+        for form in formats().values()
+    }
     candidates = _whole_readings(source, chosen)
     if not candidates:
         candidates = _readings(source, {form: [d for d in own if not d.is_bare] for form, own in chosen.items()})
@@ -108,15 +113,16 @@ def recognise(
     while candidates and bare(candidates[0][1]) and not names_known(candidates[0][1], architecture):
         del candidates[0]
     if only is not None and not candidates:
-        find(only)
-        raise UnsupportedFormat(f"{source.path}: no key reads as {only}")
+        if isinstance(only, str):
+            find(only)
+        raise UnsupportedFormat(f"{source.path}: no key reads as {only if isinstance(only, str) else only.name}")
     if not candidates or (candidates[0][1].unclaimed and not allow_drop):
         explain(source, candidates[0][1].unclaimed if candidates else source.tensors)
     elif candidates[0][1].prefix == "":
         # Without any prefix the keys of other writers read as module names too.
         explain(source, source.tensors)
     if not candidates:
-        raise NotAnAdapter(_what_is_it(source))
+        raise NotAnAdapter(_what_is_it(source) + _if_asked(source))
     _no_mixture(source, candidates)
     ties = [c for c in candidates if _rank(c[1]) == _rank(candidates[0][1])]
     if len(ties) > 1:
@@ -189,11 +195,23 @@ def _no_mixture(source: Source, candidates: list[tuple[Format, Reading]]) -> Non
             )
 
 
+def _if_asked(source: Source) -> str:
+    """For a message: the dialects that would read every key, had the user named them."""
+    asked = {form: [d for d in form.dialects if d.asked] for form in formats().values()}
+    able = [reading.dialect for _, reading in _readings(source, asked) if not reading.unclaimed]
+    return "".join(f"; if {d.title} wrote it, say --from {d.name}" for d in able)
+
+
 def _what_is_it(source: Source) -> str:
     """The message for a file without any adapter key that is known."""
     keys = list(source.tensors)
     if not keys:
         return f"{source.path}: holds no tensors"
+    if keys == [NAMELESS]:
+        what = f"a bare Tensor {list(source.tensors[NAMELESS].shape)}"
+        return f"{source.path}: holds {what}, not a state dict (names to tensors): perhaps a soft prompt or an embedding"
+    if keys[0] == numbered(0):
+        return f"{source.path}: holds a bare list of {len(keys)} tensors, not a state dict (names to tensors)"
     shapes = ", ".join(f"{k!r} {list(source.tensors[k].shape)}" for k in keys[:2])
     if len(keys) <= 4 and all(len(t.shape) <= 2 for t in source.tensors.values()):
         names = " ".join(keys).lower()

@@ -20,6 +20,12 @@ from adapterops.cli.text import bytes_text, listing, plural
 @click.option(
     "--repair", is_flag=True, help="Believe the tensors where a PEFT config contradicts them, and list what is changed."
 )
+@click.option(
+    "--for",
+    "reader",
+    metavar="READER",
+    help="With --to peft: what vllm or sglang loads and applies as peft does; folds, fills up or refuses the rest.",
+)
 @click.option("-v", "--verbose", is_flag=True, help="List every folded key.")
 @writing
 def convert(
@@ -35,6 +41,7 @@ def convert(
     allow_drop: bool,
     fold_alpha: bool,
     repair: bool,
+    reader: str | None,
     verbose: bool,
     output: str | None,
     dtype: str | None,
@@ -54,11 +61,13 @@ def convert(
       adapterops convert my-peft-folder --to kohya -o style.safetensors --dtype float16
       adapterops convert adapter_model.safetensors --to peft --alpha 16 --base model/config.json
       adapterops convert folder --to peft --repair -o repaired
+      adapterops convert folder --to peft --for vllm --base model/config.json -o served
       adapterops convert botched.safetensors --to diffusers --rename '_lora_(down|up)\\.weight$=.lora_\\1.weight'
     """
     from adapterops import api, registry
 
     form, dialect = registry.find(to)
+    api.insist_on_reader(form, reader)
     place = output if output is not None else api.default_output(source, form, dialect)
     adapter = api.load(
         source,
@@ -83,6 +92,7 @@ def convert(
             fields=fields,
             allow_drop=allow_drop,
             repair=repair,
+            reader=reader,
             overwrite=overwrite,
             verify=not no_verify,
             progress=progress,
@@ -117,6 +127,7 @@ def _as_dict(result: Any) -> dict[str, Any]:
         "files": list(result.files),
         "from": result.source_dialect,
         "to": result.dialect,
+        "for": result.reader or None,
         "architecture": {
             "value": result.architecture.value,
             "certainty": str(result.architecture.certainty),

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from adapterops.dialects.table import ANY, Dialect, Place, Suffix
@@ -26,6 +27,9 @@ class Claim(NamedTuple):
     name: str
     suffix: Suffix
     stem: str
+
+
+_PLACE, _SUFFIX = attrgetter("place"), attrgetter("suffix")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +60,8 @@ class Reading:
     @property
     def updates_claimed(self) -> int:
         """The number of keys read as factors."""
-        return sum(1 for claim in self.claims if claim.suffix.method != "saved")
+        counts = Counter(map(_SUFFIX, self.claims))
+        return sum(count for suffix, count in counts.items() if suffix.method != "saved")
 
 
 def read_keys(dialect: Dialect, keys: Iterable[str], variants: Mapping[str, tuple[str, ...]] | None = None) -> Reading:
@@ -207,21 +212,20 @@ _MOST_NAMES = 8
 
 def _adapter_names(dialect: Dialect, keys: tuple[str, ...]) -> list[str]:
     """The adapter names that the keys may hold, "" (none) first."""
-    stems = {
-        tuple(suffix.text.split(_SLOT, 1))
-        for place in dialect.places
-        for suffix in place.suffixes
-        if _SLOT in suffix.text
-    }
-    if not stems:
-        return [""]
-    pattern = re.compile("(?:" + "|".join(re.escape(a) + r"\.([^.]+)" + re.escape(b) for a, b in sorted(stems)) + ")$")
+    around: dict[str, set[str]] = {}
+    for place in dialect.places:
+        for suffix in place.suffixes:
+            before, slot, after = suffix.text.partition(_SLOT)
+            if slot:
+                around.setdefault(after, set()).add(before)
     found: dict[str, int] = {}
-    for key in keys:
-        match = pattern.search(key)
-        if match:
-            name = next(g for g in match.groups() if g is not None)
-            found[name] = found.get(name, 0) + 1
+    for after, befores in around.items():
+        texts = tuple(befores)
+        for key in keys:
+            if key.endswith(after):
+                head, _, name = key[: len(key) - len(after)].rpartition(".")
+                if name and head.endswith(texts):
+                    found[name] = found.get(name, 0) + 1
     names = sorted((n for n in found if n and n not in PARAMETERS), key=lambda n: -found[n])
     return ["", *names[:_MOST_NAMES]]
 
@@ -242,7 +246,7 @@ class Group:
 
 def bare(reading: Reading) -> bool:
     """Whether names stand in the keys without anything before them, so that any writer's keys read as names."""
-    return any(c.place.bare for c in reading.claims)
+    return any(place.bare for place in set(map(_PLACE, reading.claims)))
 
 
 def sample(reading: Reading, size: int) -> Reading:
@@ -306,6 +310,8 @@ def group(
                 )
             )
             continue
-        entry.tensors[role] = tensors[claim.key]
+        tensor = tensors[claim.key]
+        turned = claim.suffix.transposed and len(tensor.shape) == 2
+        entry.tensors[role] = tensor.transposed() if turned else tensor
         entry.options.update(claim.suffix.options)
     return list(out.values())

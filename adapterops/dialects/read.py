@@ -12,6 +12,7 @@ from adapterops.architectures import Architecture
 from adapterops.carried import Carried
 from adapterops.dialects import resolve
 from adapterops.dialects.match import Group, Reading, group
+from adapterops.dialects.shapes import as_usual, shaped
 from adapterops.dialects.table import FLAG_DTYPE, AlphaIn, Dialect, Place
 from adapterops.errors import AdapterOpsError, BrokenAdapter, CannotRepresent, Conflict, UnsupportedFormat, UsageError
 from adapterops.methods import METHODS
@@ -80,11 +81,11 @@ def read(
     _refuse_leftover(reading, source, request)
     groups = group(reading, source.tensors, request.tell)
     groups, dropped = _without_owners(groups, reading)
+    if component_of is not None:
+        groups = component_of(groups)
     if request.tell is not None:
         # Broken halves fit no base model's modules, which would be told of them too.
         groups = [entry for entry in groups if _is_sound(entry, reading.dialect, request)]
-    if component_of is not None:
-        groups = component_of(groups)
     notes = list(source.notes)
     given = request.architecture
     if given is not None:
@@ -298,7 +299,11 @@ def _settle(
         try:
             alpha = Fact(stored.item(), Certainty.READ, f"tensor {stored.key}")
         except ValueError as error:
-            raise BrokenAdapter(f"{stored.where}: shape {list(stored.shape)}; alpha must be one number") from error
+            raise BrokenAdapter(
+                f"{stored.where}: shape {list(stored.shape)}; alpha must be one number",
+                fault="alpha-shape",
+                keys=(stored.key,),
+            ) from error
         if not isfinite(alpha.value or 0.0):
             raise BrokenAdapter(
                 f"{stored.where}: the alpha of {update.name} is {alpha.value}; the file is damaged: use an earlier "
@@ -378,8 +383,6 @@ def _odd_shapes(
     updates: list[Update], groups: list[Group], dialect: Dialect, architecture: Architecture | None
 ) -> dict[str, dict[str, list[int]]]:
     """The shapes that writing the update in its dialect would not give again: kernels left out, or flattened."""
-    from adapterops.dialects.write import as_usual, shaped
-
     out: dict[str, dict[str, list[int]]] = {}
     dialect = replace(dialect, exact_shapes=True)
     for update, entry in zip(updates, groups, strict=True):

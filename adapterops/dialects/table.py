@@ -49,6 +49,8 @@ class Suffix:
     `{adapter}` in `text` stands where an adapter's name may be left.  Where `after` is given, the row is written only
     for modules whose names end so (it is read after any); of several rows that fit, the first is written.
     In a `whole` place, a text that ends with a dot is the beginning of several keys, whose rest is part of the role.
+    `transposed` says that a matrix stands as its transpose (MLX computes `x @ a @ b`); what has other dimensions than two
+    stands as it is.
     """
 
     text: str
@@ -56,6 +58,7 @@ class Suffix:
     role: str
     options: Mapping[str, Any] = field(default_factory=dict)
     after: tuple[str, ...] = ()
+    transposed: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -120,7 +123,8 @@ class Dialect:
     tells that DoRA magnitudes are flat vectors per output, as peft keeps them, and not columns or rows.
     `exact_shapes` says that readers insist on factors shaped like the module (a 1×1 convolution's factors have
     four dimensions, a linear layer's two), `widens` that they take factors for more inputs than the base has.
-    `unread` names roles that a common reader leaves out, with the sentence that warns of it.
+    `unread` names roles that a common reader leaves out, with the sentence that warns of it.  `asked` says that keys tell too
+    little of it to be recognised: it reads a file only where the user names it (`--from`).
     """
 
     name: str
@@ -133,6 +137,7 @@ class Dialect:
     exact_shapes: bool = False
     widens: bool = False
     unread: tuple[tuple[str, str], ...] = ()
+    asked: bool = False
     example: str = ""
 
     @property

@@ -11,6 +11,7 @@ from adapterops.adapter import Adapter, Update
 from adapterops.architectures import Architecture
 from adapterops.dialects import resolve
 from adapterops.dialects.arrange import Arranger
+from adapterops.dialects.shapes import shaped, spec_of
 from adapterops.dialects.table import ANY, FLAG_DTYPE, AlphaIn, Dialect, Place, Suffix
 from adapterops.errors import CannotRepresent, UnknownArchitectureOfFile, UnknownFact
 from adapterops.methods import METHODS
@@ -100,8 +101,10 @@ def _spell(
     stem = prefix + _tail(dialect, place, name, update)
     out = {}
     for role, tensor in update.tensors.items():
-        text = _suffix(dialect, place, update, role).text.replace("{adapter}", _adapter_slot(spelling))
-        out[stem + text] = _as_it_was(shaped(dialect, update, role, tensor, architecture), update, role, spelling)
+        row = _suffix(dialect, place, update, role)
+        text = row.text.replace("{adapter}", _adapter_slot(spelling))
+        tensor = _as_it_was(shaped(dialect, update, role, tensor, architecture), update, role, spelling)
+        out[stem + text] = tensor.transposed() if row.transposed and len(tensor.shape) == 2 else tensor
     for role in METHODS[update.method].flags:
         suffix = next((s for s in place.suffixes if (s.method, s.role) == (update.method, role)), None)
         if suffix is not None and role in update.options:
@@ -123,7 +126,7 @@ def _spell_whole(place: Place, update: Update, slot: str) -> dict[str, LazyTenso
 
 
 def _insist_on_width(dialect: Dialect, update: Update, architecture: Architecture | None) -> None:
-    spec = _spec(update, architecture)
+    spec = spec_of(update, architecture)
     if spec is None or not spec.widens or dialect.widens or METHODS[update.method].fits(update, spec.shape):
         return
     raise CannotRepresent(
@@ -257,60 +260,6 @@ def _as_it_was(tensor: LazyTensor, update: Update, role: str, spelling: Mapping[
     ones_aside = [n for n in recorded if n != 1] == [n for n in tensor.shape if n != 1]
     flattened = recorded[:1] == list(tensor.shape[:1]) and 2 in (len(recorded), len(tensor.shape))
     return tensor.reshape(tuple(recorded)) if ones_aside or flattened else tensor
-
-
-def as_usual(update: Update, architecture: Architecture | None) -> bool:
-    """Whether the factors have the module's dimensions and nothing else has a shape that could be another's."""
-    if update.method != "lora":
-        return "magnitude" not in update.tensors
-    dims = _dimensions(update, architecture)
-    return "magnitude" not in update.tensors and all(
-        len(update.tensors[role].shape) == dims for role in ("A", "B") if role in update.tensors
-    )
-
-
-def shaped(
-    dialect: Dialect, update: Update, role: str, tensor: LazyTensor, architecture: Architecture | None
-) -> LazyTensor:
-    """The tensor in the shape that the dialect's readers expect; bytes never change."""
-    if role == "magnitude":
-        dims = _dimensions(update, architecture)
-        return tensor.reshape(_magnitude_shape(dialect, update, dims, tensor.numel))
-    if update.method != "lora":
-        return tensor
-    dims = _dimensions(update, architecture)
-    if role in ("A", "B") and dialect.exact_shapes and dims != len(tensor.shape):
-        spec = _spec(update, architecture)
-        if role == "B":
-            return tensor.reshape((*tensor.shape[:2], *(1,) * (dims - 2)))
-        kernel = spec.shape[2:] if spec is not None and dims > 2 else ()
-        inputs = spec.shape[1] if spec is not None and dims > 2 else tensor.numel // tensor.shape[0]
-        return tensor.reshape((tensor.shape[0], inputs, *kernel))
-    return tensor
-
-
-def _spec(update: Update, architecture: Architecture | None) -> Any:
-    component = architecture.components.get(update.component) if architecture else None
-    return component.spec(update.module) if component else None
-
-
-def _dimensions(update: Update, architecture: Architecture | None) -> int:
-    """The number of dimensions of the module's weight: the base's if it is known, else the first factor's."""
-    spec = _spec(update, architecture)
-    if spec is not None:
-        return len(spec.shape)
-    return max(len(t.shape) for role, t in update.tensors.items() if role != "magnitude")
-
-
-def _magnitude_shape(dialect: Dialect, update: Update, dims: int, size: int) -> tuple[int, ...]:
-    if not dialect.vectors:
-        return (size, *(1,) * (dims - 1)) if update.options["dora_axis"] == "out" else (1, size, *(1,) * (dims - 2))
-    if update.options["dora_axis"] == "in":
-        raise CannotRepresent(
-            f"{update.name}: its DoRA magnitude is per input (tensor {update.tensors['magnitude'].key!r}); readers of "
-            f"{dialect.title} normalise per output only, so no conversion of the tensors is exact"
-        )
-    return (1, size, *(1,) * (dims - 2)) if dims > 2 else (size,)
 
 
 def _alpha(

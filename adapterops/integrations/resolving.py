@@ -8,7 +8,7 @@ from dataclasses import replace
 from math import isfinite
 from typing import Any
 
-from adapterops import api, registry
+from adapterops import api, loading, registry
 from adapterops.adapter import COMPONENTS, Adapter, Update
 from adapterops.architectures import Architecture
 from adapterops.dialects import resolve
@@ -141,11 +141,11 @@ def _read(
     """
     for drop in (False, True) if allow_drop else (False,):
         try:
-            return api.read_source(source, format, Request(architecture, alpha))
+            return loading.read_source(source, format, Request(architecture, alpha))
         except AdapterOpsError as error:
             reason = error
         try:
-            plain = _placed(api.read_source(source, format, Request(None, alpha, allow_drop=drop)), architecture)
+            plain = _placed(loading.read_source(source, format, Request(None, alpha, allow_drop=drop)), architecture)
         except AdapterOpsError:
             continue
         try:
@@ -153,7 +153,7 @@ def _read(
         except AdapterOpsError as error:
             reason = error
     if allow_drop:
-        return api.read_source(source, format, Request(architecture, alpha, allow_drop=True))
+        return loading.read_source(source, format, Request(architecture, alpha, allow_drop=True))
     raise reason
 
 

@@ -26,10 +26,11 @@ from typing import Any
 
 from adapterops import api, registry
 from adapterops.adapter import Adapter
-from adapterops.api import PathLike, Result
+from adapterops.api import Result
 from adapterops.architectures import Architecture
 from adapterops.dialects.table import AlphaIn, Dialect
 from adapterops.errors import UnreadableFile, UsageError
+from adapterops.loading import PathLike
 from adapterops.merging import bases
 from adapterops.merging import weights as weighing
 from adapterops.merging.modules import WeightOf

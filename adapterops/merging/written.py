@@ -98,7 +98,7 @@ def _reading(key: str, value: Any, where: str) -> Any:
 
 
 def _alpha_words() -> tuple[str, ...]:
-    from adapterops.api import ALPHA_WORDS
+    from adapterops.loading import ALPHA_WORDS
 
     return ALPHA_WORDS
 

@@ -91,6 +91,15 @@ class MemorySource:
         buffer[:] = part
 
 
+NAMELESS = "[]"
+"""The key of a tensor that is all that its file holds, without a name."""
+
+
+def numbered(position: int) -> str:
+    """The key of a tensor that has a position in its file's list, and no name."""
+    return f"[{position}]"
+
+
 @dataclass(frozen=True, slots=True)
 class LazyTensor:
     """A tensor that has not been read.
@@ -162,6 +171,17 @@ class LazyTensor:
         ]
         return stack(parts)
 
+    def transposed(self) -> LazyTensor:
+        """The matrix (columns, rows), computed when it is read; the transpose of a transpose is the tensor itself.
+
+        Raises `ValueError` for what is no matrix, and for dtypes narrower than a byte.
+        """
+        if len(self.shape) != 2 or dtypes.BITS[self.dtype] % 8:
+            raise ValueError(f"{self.where}: {self.dtype} {list(self.shape)} is no matrix that can be transposed")
+        if isinstance(self.source, TransposedSource) and _is_turned(self):
+            return self.source.tensor
+        return LazyTensor(self.key, self.dtype, self.shape[::-1], TransposedSource(self), 0)
+
     def numpy(self) -> numpy.typing.NDArray[Any]:
         """The values (BF16 and 8-bit floats as float32).  Raises `CannotRepresent` for types that numpy has not."""
         try:
@@ -195,6 +215,11 @@ class LazyTensor:
             raise CannotRepresent(f"{self.where}: a scale cannot be folded into dtype {self.dtype}; leave it unfolded")
         if dtype not in dtypes.FLOATS:
             raise CannotRepresent(f"{self.where}: {dtype} is read but not written; give --dtype (float16, bfloat16 …)")
+        made = self.source
+        if isinstance(made, MappedSource) and dtype == self.dtype and self.numel == made.tensor.numel:
+            # A factor on what is rounded to this type already: both at once, so that it is rounded once.
+            whole = MappedSource(made.tensor, dtype, made.factor * factor)
+            return LazyTensor(self.key, dtype, self.shape, whole, 0)
         return LazyTensor(self.key, dtype, self.shape, MappedSource(self, dtype, factor), 0)
 
 
@@ -271,6 +296,48 @@ class ColumnSource(NamedTuple):
         buffer[:] = memoryview(out.tobytes())[start - first * self.width * size :][: len(buffer)]
 
 
+class TransposedSource(NamedTuple):
+    """The bytes of a matrix's transpose.
+
+    Every row of it has an element of each row of the matrix, so the matrix is read whole.  Each thread keeps the last
+    few until their last byte has been read: what is copied in parts is turned once, and memory follows the largest factor.
+    """
+
+    tensor: LazyTensor
+
+    @property
+    def path(self) -> str:
+        """The file that the values come from."""
+        return self.tensor.source.path
+
+    def readinto(self, start: int, buffer: memoryview) -> None:
+        held = _turned.__dict__.setdefault("held", {})
+        at = id(self.tensor)
+        known = held.pop(at, None)
+        data = known[1] if known is not None and known[0] is self.tensor else self._turn()
+        part = data[start : start + len(buffer)]
+        if len(part) != len(buffer):
+            raise UnreadableFile(f"{self.path}: ends {len(buffer) - len(part)} bytes too early")
+        buffer[:] = part
+        if start + len(buffer) < len(data):
+            while len(held) >= _MOST_TURNED:
+                del held[next(iter(held))]
+            held[at] = self.tensor, data
+
+    def _turn(self) -> memoryview:
+        import numpy as np
+
+        # As whole numbers of the elements' size, whose values do not matter.
+        size = dtypes.BITS[self.tensor.dtype] // 8
+        words: numpy.typing.NDArray[Any] = np.frombuffer(self.tensor.read(), dtype=f"u{size}")
+        return np.ascontiguousarray(words.reshape(self.tensor.shape).T).reshape(-1).view(np.uint8).data
+
+
+_turned = threading.local()
+_MOST_TURNED = 2
+"""Matrices that a thread keeps: as many as are compared with each other."""
+
+
 def zeros(like: LazyTensor, shape: tuple[int, ...]) -> LazyTensor:
     """Zeros of the dtype of another tensor, under its key."""
     return LazyTensor(like.key, like.dtype, shape, ZeroSource(like.source.path), 0)
@@ -296,11 +363,19 @@ def same_bytes(one: LazyTensor, two: LazyTensor) -> bool:
         return False
     if one.source is two.source and one.start == two.start:
         return True
+    if _is_turned(one) and _is_turned(two):
+        return same_bytes(one.transposed(), two.transposed())
     first, second = bytearray(CHUNK), bytearray(CHUNK)
     for length, _ in zip(one.chunks(first), two.chunks(second), strict=True):
         if not first.startswith(memoryview(second)[:length]):
             return False
     return True
+
+
+def _is_turned(tensor: LazyTensor) -> bool:
+    """Whether a tensor is the transpose of one that stands elsewhere."""
+    source = tensor.source
+    return isinstance(source, TransposedSource) and tensor.start == 0 and source.tensor.shape == tensor.shape[::-1]
 
 
 def same_values(one: LazyTensor, two: LazyTensor) -> bool:
