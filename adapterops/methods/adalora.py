@@ -64,7 +64,8 @@ class AdaLora(Method):
         if b.shape[1] != a.shape[0] or e.numel != a.shape[0]:
             raise BrokenAdapter(
                 f"{e.where}: shape {list(e.shape)} between {b.key!r} {list(b.shape)} and {a.key!r} {list(a.shape)}; each "
-                "triplet has one row of lora_A, one value, one column of lora_B"
+                "triplet has one row of lora_A, one value, one column of lora_B",
+                fault="ranks",
             )
         count, stated = update.tensors.get("ranknum"), update.options.get("init_r")
         if count is not None and count.numel != 1:

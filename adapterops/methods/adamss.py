@@ -50,7 +50,8 @@ class Adamss(Method):
             tensor = update.tensors[stray[0]]
             raise BrokenAdapter(
                 f"{tensor.where}: one of a pair A.i, B.i of AdaMSS whose other half, or an earlier pair, is missing from the "
-                f"file ({update.name})"
+                f"file ({update.name})",
+                fault="missing-half",
             )
         for a, b in self._pairs(update):
             for tensor in (base, a, b):
@@ -63,7 +64,8 @@ class Adamss(Method):
             if b.shape[1] != a.shape[0]:
                 raise BrokenAdapter(
                     f"{b.where}: shape {list(b.shape)} has rank {b.shape[1]}, but {a.key!r} {list(a.shape)} has rank "
-                    f"{a.shape[0]}; they are not halves of one update"
+                    f"{a.shape[0]}; they are not halves of one update",
+                    fault="ranks",
                 )
 
     def rank(self, update: Update) -> int:

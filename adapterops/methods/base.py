@@ -234,7 +234,8 @@ def need(update: Update, *roles: str) -> None:
         present = next(iter(update.tensors.values()))
         raise BrokenAdapter(
             f"{present.where}: its counterpart {' and '.join(missing)} is missing from the file "
-            f"({update.name}, method {update.method}); half an update cannot be applied"
+            f"({update.name}, method {update.method}); half an update cannot be applied",
+            fault="missing-half",
         )
 
 

@@ -99,7 +99,8 @@ class BlockDiagonal(_Widened):
         if rank % width:
             raise BrokenAdapter(
                 f"{b.where}: shape {list(b.shape)} has {width} columns, and the rank {rank} of {a.key!r} {list(a.shape)} is no "
-                "multiple of it; they are not halves of one update"
+                "multiple of it; they are not halves of one update",
+                fault="ranks",
             )
         stated = update.options.get("nblocks")
         if stated is not None and rank != width and stated != rank // width:
@@ -168,7 +169,8 @@ class Pooled(_Widened):
         if a.shape[0] != b.shape[1]:
             raise BrokenAdapter(
                 f"{b.where}: shape {list(b.shape)} has rank {b.shape[1]}, but {a.key!r} {list(a.shape)} has rank "
-                f"{a.shape[0]}; they are not halves of one update"
+                f"{a.shape[0]}; they are not halves of one update",
+                fault="ranks",
             )
         size, shape = update.options.get("qalora_group_size"), update.options.get("shape")
         if size is not None and (size < 1 or (shape is not None and a.shape[1] * size != prod(shape[1:]))):

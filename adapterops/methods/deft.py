@@ -54,7 +54,8 @@ class Deft(Method):
         if r is not None and r.shape[0] != p.shape[1]:
             raise BrokenAdapter(
                 f"{r.where}: shape {list(r.shape)} has rank {r.shape[0]}, but {p.key!r} {list(p.shape)} has rank "
-                f"{p.shape[1]}; they are not halves of one update"
+                f"{p.shape[1]}; they are not halves of one update",
+                fault="ranks",
             )
 
     def rank(self, update: Update) -> int:

@@ -51,7 +51,8 @@ class Delora(Method):
         if a.shape[0] != b.shape[1]:
             raise BrokenAdapter(
                 f"{b.where}: shape {list(b.shape)} has rank {b.shape[1]}, but {a.key!r} {list(a.shape)} has rank "
-                f"{a.shape[0]}; they are not halves of one update"
+                f"{a.shape[0]}; they are not halves of one update",
+                fault="ranks",
             )
         if bound.numel != 1:
             raise BrokenAdapter(f"{bound.where}: shape {list(bound.shape)}; the bound of DeLoRA is one number")

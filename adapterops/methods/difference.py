@@ -46,7 +46,7 @@ class Difference(Method):
 
     def check(self, update: Update) -> None:
         if not update.tensors:
-            raise BrokenAdapter(f"{update.name}: a difference without any tensor")
+            raise BrokenAdapter(f"{update.name}: a difference without any tensor", fault="missing-half")
         if update.tensors.keys() & set(SPARSE):
             need(update, *SPARSE)
             indices, values, size = (update.tensors[role] for role in SPARSE)

@@ -41,7 +41,7 @@ class Glora(OfTheWeight):
 
     def check(self, update: Update) -> None:
         if not update.tensors:
-            raise BrokenAdapter(f"{update.name}: GLoRA without any tensor")
+            raise BrokenAdapter(f"{update.name}: GLoRA without any tensor", fault="missing-half")
         unknown = [role for role in update.tensors if role.partition(".")[0] not in LETTERS]
         if unknown:
             raise BrokenAdapter(f"{update.tensors[unknown[0]].where}: GLoRA has the letters A to E alone")

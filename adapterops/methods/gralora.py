@@ -50,7 +50,8 @@ class Gralora(Method):
         if b.shape[:2] != (count, rank):
             raise BrokenAdapter(
                 f"{b.where}: shape {list(b.shape)} has {b.shape[0]} blocks of rank {b.shape[1]}, but {a.key!r} "
-                f"{list(a.shape)} has {count} of rank {rank}; they are not halves of one update"
+                f"{list(a.shape)} has {count} of rank {rank}; they are not halves of one update",
+                fault="ranks",
             )
         if rank % count:
             raise BrokenAdapter(

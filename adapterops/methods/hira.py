@@ -52,7 +52,8 @@ class Hira(Method):
         if a.shape[0] != b.shape[1]:
             raise BrokenAdapter(
                 f"{b.where}: shape {list(b.shape)} has rank {b.shape[1]}, but {a.key!r} {list(a.shape)} has rank "
-                f"{a.shape[0]}; they are not halves of one update"
+                f"{a.shape[0]}; they are not halves of one update",
+                fault="ranks",
             )
         if prod(b.shape[2:]) != 1:
             raise BrokenAdapter(f"{b.where}: shape {list(b.shape)}; the second factor must have a 1×1 kernel")

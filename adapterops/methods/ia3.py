@@ -41,13 +41,16 @@ class Ia3(OfTheWeight):
 
     def check(self, update: Update) -> None:
         if not update.tensors:
-            raise BrokenAdapter(f"{update.name}: (IA)³ without its vector (only on_input is there)")
+            raise BrokenAdapter(
+                f"{update.name}: (IA)³ without its vector (only on_input is there)", fault="missing-half"
+            )
         need(update, "vector")
         vector = update.tensors["vector"]
         if update.options.get("on_input") is None:
             raise BrokenAdapter(
                 f"{vector.where}: the flag on_input of {update.name} is missing from the file; without it nothing says "
-                "whether (IA)³ multiplies the module's inputs or its outputs"
+                "whether (IA)³ multiplies the module's inputs or its outputs",
+                fault="missing-half",
             )
         if not vector.numel or sum(n != 1 for n in vector.shape) > 1:
             raise BrokenAdapter(

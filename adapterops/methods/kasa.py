@@ -50,7 +50,8 @@ class Kasa(Lora):
         if diag.numel != a.shape[0]:
             raise BrokenAdapter(
                 f"{diag.where}: shape {list(diag.shape)}, but {a.key!r} {list(a.shape)} has rank {a.shape[0]}; KaSA has one "
-                "number a rank"
+                "number a rank",
+                fault="ranks",
             )
 
     def unscaled(self, update: Update) -> tuple[Array, Array]:

@@ -31,7 +31,7 @@ class LnTuning(Method):
 
     def check(self, update: Update) -> None:
         if not update.tensors:
-            raise BrokenAdapter(f"{update.name}: LN tuning without any tensor")
+            raise BrokenAdapter(f"{update.name}: LN tuning without any tensor", fault="missing-half")
         weight, bias = update.tensors.get("weight"), update.tensors.get("bias")
         for tensor in (weight, bias):
             if tensor is not None and not tensor.numel:

@@ -69,7 +69,8 @@ class Loha(Method):
         if one.rank != two.rank:
             raise BrokenAdapter(
                 f"{b.where}: shape {list(b.shape)} has rank {two.rank}, but {a.key!r} {list(a.shape)} has rank {one.rank}; "
-                "alpha / rank would have two meanings"
+                "alpha / rank would have two meanings",
+                fault="ranks",
             )
         if (one.out, one.columns) != (two.out, two.columns):
             raise BrokenAdapter(

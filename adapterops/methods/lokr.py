@@ -86,7 +86,8 @@ class Lokr(Method):
             raise BrokenAdapter(
                 f"{first.where}: the rank of this LoKr is "
                 + ", ".join(f"{rank} by {source}" for source, rank in found.items())
-                + f" ({update.name}): alpha / rank would have two meanings"
+                + f" ({update.name}): alpha / rank would have two meanings",
+                fault="ranks",
             )
         check_magnitude(update, one.out * two.out, one.inputs * two.inputs)
 

@@ -58,14 +58,16 @@ class Lora(Method):
         for factor in (a, b):
             if len(factor.shape) < 2 or 0 in factor.shape:
                 raise BrokenAdapter(
-                    f"{factor.where}: shape {list(factor.shape)} is no low-rank factor (an unsharded export?)"
+                    f"{factor.where}: shape {list(factor.shape)} is no low-rank factor (an unsharded export?)",
+                    fault="empty" if 0 in factor.shape else "impossible-shape",
                 )
         inner = mid.shape[0] if mid is not None else a.shape[0]
         outer = mid.shape[1] if mid is not None and len(mid.shape) > 1 else a.shape[0]
         if b.shape[1] != inner or a.shape[0] != outer:
             raise BrokenAdapter(
                 f"{b.where}: shape {list(b.shape)} has rank {b.shape[1]}, but {a.key!r} {list(a.shape)} has rank "
-                f"{a.shape[0]}; they are not halves of one update"
+                f"{a.shape[0]}; they are not halves of one update",
+                fault="ranks",
             )
         if prod(b.shape[2:]) != 1:
             raise BrokenAdapter(f"{b.where}: shape {list(b.shape)}; the second factor must have a 1×1 kernel")

@@ -66,7 +66,8 @@ class LoraParameters(Method):
         if a.shape[0] != b.shape[1]:
             raise BrokenAdapter(
                 f"{b.where}: shape {list(b.shape)} has {b.shape[1]} columns, but {a.key!r} {list(a.shape)} has {a.shape[0]} "
-                "rows (experts · rank); they are not halves of one update"
+                "rows (experts · rank); they are not halves of one update",
+                fault="ranks",
             )
         count = self._stated_experts(update)
         if count is not None and (count < 1 or a.shape[0] % count):
@@ -234,7 +235,8 @@ def which(
         )
     raise AmbiguousFormat(
         f"{where}: the factors of {levels[0].name} make weights {made}, and that may be {' or '.join(map(_listed, choices))}; "
-        f"say which with --set target_parameters='[\"…{choices[0][0]}\"]'"
+        f"say which with --set target_parameters='[\"…{choices[0][0]}\"]'",
+        fault="parameters-ambiguous",
     )
 
 

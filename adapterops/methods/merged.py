@@ -58,7 +58,8 @@ class Merged(Lora):
         if rank % width or b.shape[0] % (rank // width):
             raise BrokenAdapter(
                 f"{b.where}: shape {list(b.shape)} beside {a.key!r} {list(a.shape)}: {rank} rows of lora_A are not shared out "
-                f"evenly to groups of {width}; they are not halves of one update"
+                f"evenly to groups of {width}; they are not halves of one update",
+                fault="ranks",
             )
         enabled = update.options.get("enable_lora")
         if enabled is None:

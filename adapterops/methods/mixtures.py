@@ -80,7 +80,8 @@ class Poly(NoDelta):
         if (*a.shape[:2], a.shape[3]) != b.shape[:3]:
             raise BrokenAdapter(
                 f"{b.where}: shape {list(b.shape)} has splits, skills and rank {list(b.shape[:3])}, but {a.key!r} "
-                f"{list(a.shape)} has {[*a.shape[:2], a.shape[3]]}; they are not halves of one update"
+                f"{list(a.shape)} has {[*a.shape[:2], a.shape[3]]}; they are not halves of one update",
+                fault="ranks",
             )
         if len(logits.shape) != 2 or logits.shape[1] != a.shape[0] * a.shape[1] or not logits.numel:
             raise BrokenAdapter(
@@ -119,7 +120,8 @@ class Xlora(NoDelta):
             raise BrokenAdapter(
                 f"{first.where}: the first layer of X-LoRA's classifier, layers.0, is missing from the file; peft 0.21 leaves "
                 "out every layer whose number is also an expert's name, and experts are named 0, 1, 2 …, so such a file "
-                "holds no whole classifier: save it again with another version of peft"
+                "holds no whole classifier: save it again with another version of peft",
+                fault="missing-half",
             )
         width = None
         for number, present in sorted(layers.items()):
@@ -182,7 +184,8 @@ class Shadow(NoDelta):
                     )
         if not any(role.startswith("backbone.") for role in update.tensors):
             raise BrokenAdapter(
-                f"{down.where}: the shadow model that it belongs to (shadow_backbone) is missing from the file"
+                f"{down.where}: the shadow model that it belongs to (shadow_backbone) is missing from the file",
+                fault="missing-half",
             )
 
     def rank(self, update: Update) -> int | None:

@@ -50,7 +50,8 @@ class Osf(Method):
             if found != rank:
                 raise BrokenAdapter(
                     f"{tensor.where}: shape {list(tensor.shape)} has rank {found}, but {u.key!r} {list(u.shape)} has rank "
-                    f"{rank}; they are not parts of one decomposition"
+                    f"{rank}; they are not parts of one decomposition",
+                    fault="ranks",
                 )
         if rank >= min(u.shape[0], v.shape[1]):
             raise BrokenAdapter(

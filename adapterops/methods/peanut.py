@@ -52,7 +52,8 @@ class Peanut(Method):
         for role in sorted(update.tensors.keys() - known):
             raise BrokenAdapter(
                 f"{update.tensors[role].where}: encoders and decoders of PEANuT come in pairs; the other half, or an earlier "
-                f"one, is missing from the file ({update.name})"
+                f"one, is missing from the file ({update.name})",
+                fault="missing-half",
             )
         for role in sorted(known - {"A", "B"}):
             tensor = update.tensors[role]

@@ -59,7 +59,8 @@ def pair_shape(update: Update, a: str, b: str, core: str) -> Shape:
     for factor in (one, two):
         if len(factor.shape) < 2 or 0 in factor.shape:
             raise BrokenAdapter(
-                f"{factor.where}: shape {list(factor.shape)} is no low-rank factor (an unsharded export?)"
+                f"{factor.where}: shape {list(factor.shape)} is no low-rank factor (an unsharded export?)",
+                fault="empty" if 0 in factor.shape else "impossible-shape",
             )
     for factor in (one,) if t is None else (one, two):
         if prod(factor.shape[2:]) != 1:
@@ -68,12 +69,14 @@ def pair_shape(update: Update, a: str, b: str, core: str) -> Shape:
     if two.shape[0] != rank:
         raise BrokenAdapter(
             f"{one.where}: shape {list(one.shape)} has rank {rank}, but {two.key!r} {list(two.shape)} has rank "
-            f"{two.shape[0]}; they are not halves of one update"
+            f"{two.shape[0]}; they are not halves of one update",
+            fault="ranks",
         )
     if t is not None and (len(t.shape) < 2 or t.shape[:2] != (rank, rank)):
         raise BrokenAdapter(
             f"{t.where}: shape {list(t.shape)} is no core between {one.key!r} {list(one.shape)} and {two.key!r} "
-            f"{list(two.shape)}: it must be ({rank}, {rank}, kernel)"
+            f"{list(two.shape)}: it must be ({rank}, {rank}, kernel)",
+            fault="ranks",
         )
     return Shape(out, rank, two.shape[1], two.shape[2:] if t is None else t.shape[2:])
 

@@ -58,7 +58,8 @@ class RandLora(Method):
         if two.shape[0] != bases or bases != -(-two.shape[1] // rank):
             raise BrokenAdapter(
                 f"{two.where}: shape {list(two.shape)}, but {one.key!r} {list(one.shape)} has rank {rank} and {bases} bases; "
-                f"a module of {two.shape[1]} channels has {-(-two.shape[1] // rank)} of that rank"
+                f"a module of {two.shape[1]} channels has {-(-two.shape[1] // rank)} of that rank",
+                fault="ranks",
             )
         if not update.tensors.keys() & {"A", "B"}:
             return
@@ -70,7 +71,8 @@ class RandLora(Method):
             if found != rank:
                 raise BrokenAdapter(
                     f"{basis.where}: shape {list(basis.shape)} has rank {found}, but {one.key!r} {list(one.shape)} has rank "
-                    f"{rank}; they are not of one adapter"
+                    f"{rank}; they are not of one adapter",
+                    fault="ranks",
                 )
         if a.shape[1] != 1 or a.shape[2] < two.shape[1] or b.shape[1] < bases:
             raise BrokenAdapter(

@@ -26,7 +26,7 @@ class Saved(Method):
 
     def check(self, update: Update) -> None:
         if not update.tensors:
-            raise BrokenAdapter(f"{update.name}: saved, but without any tensor")
+            raise BrokenAdapter(f"{update.name}: saved, but without any tensor", fault="missing-half")
 
     def fits(self, update: Update, shape: tuple[int, ...]) -> bool:
         # A saved head or embedding is allowed to differ from the base: it may have other classes, more tokens.

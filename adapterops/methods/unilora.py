@@ -83,7 +83,8 @@ class Unilora(Factored):
         if a.shape[0] != b.shape[1]:
             raise BrokenAdapter(
                 f"{b.where}: shape {list(b.shape)} has rank {b.shape[1]}, but {a.key!r} {list(a.shape)} has rank "
-                f"{a.shape[0]}; they are not halves of one update"
+                f"{a.shape[0]}; they are not halves of one update",
+                fault="ranks",
             )
 
     def rank(self, update: Update) -> int | None:

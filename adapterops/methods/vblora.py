@@ -59,7 +59,8 @@ class Vblora(Factored):
         if a[0] != b[1]:
             raise BrokenAdapter(
                 f"{self._first(update, 'logits_B').where}: rank {b[1]}, but {self._first(update, 'logits_A').key!r} has rank "
-                f"{a[0]}; they are not halves of one update"
+                f"{a[0]}; they are not halves of one update",
+                fault="ranks",
             )
         topk = update.options.get("topk")
         if topk is not None and not 0 < topk <= bank.shape[0]:

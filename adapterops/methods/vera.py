@@ -65,7 +65,8 @@ class Vera(Factored):
         if b.shape[1] * self.parts != inner.numel:
             raise BrokenAdapter(
                 f"{b.where}: shape {list(b.shape)} has rank {b.shape[1]}, but {a.key!r} {list(a.shape)} has rank "
-                f"{a.shape[0] // self.parts}; they are not halves of one update"
+                f"{a.shape[0] // self.parts}; they are not halves of one update",
+                fault="ranks",
             )
         if b.shape[0] < out.numel:
             raise BrokenAdapter(
