@@ -6,9 +6,16 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from adapterops.errors import AdapterOpsError, UnreadableFile
+
+if TYPE_CHECKING:
+    from adapterops.storage.ranges import RangeSource
+
+
+NOT_FETCHED = "not-fetched"
+"""The word (`AdapterOpsError.fault`) for what a network, or the server behind it, kept from being read."""
 
 
 class Folder(Protocol):
@@ -34,6 +41,9 @@ class Folder(Protocol):
     def folder(self, name: str) -> Folder:
         """The folder `name` in it."""
 
+    def ranges(self, name: str) -> RangeSource | None:
+        """The file's bytes, to be read in parts from elsewhere; None where `fetch` is the way to them."""
+
 
 @dataclass(frozen=True, slots=True)
 class LocalFolder:
@@ -56,6 +66,9 @@ class LocalFolder:
 
     def folder(self, name: str) -> LocalFolder:
         return LocalFolder(os.path.join(self.path, name))
+
+    def ranges(self, name: str) -> None:
+        return None
 
 
 @contextlib.contextmanager

@@ -12,15 +12,18 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
 from adapterops.errors import AdapterOpsError, UnreadableFile, UsageError
+from adapterops.storage.folder import NOT_FETCHED
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+
+    from adapterops.storage.ranges import RangeSource
 
 PREFIX = "hf://"
 _TYPES = ("datasets", "spaces", "kernels", "buckets", "model", "dataset", "space", "kernel", "bucket")
@@ -29,7 +32,11 @@ _ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _TIMEOUT = 30.0
 """Seconds to wait for the list of a repository's files."""
-_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".safetensors.index.json")
+_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".npz", ".gguf", ".safetensors.index.json")
+MAX_FETCHED = 2_000_000_000
+"""Bytes of weights without a header of their own (pickles, numpy archives) that are downloaded for a look at them."""
+MAX_TEXT = 64_000_000
+"""Bytes of any other file."""
 _LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -91,6 +98,8 @@ class _Repo:
     """One commit of a repository, and the names of its files.
 
     `snapshot` is the cached copy that is used where the Hub cannot be asked, and `why`; "" where it can.
+    With `ranges`, weights are read in parts, and what must be downloaded whole has a limit; `sizes` are those that the
+    Hub told.
     """
 
     name: Name
@@ -100,19 +109,68 @@ class _Repo:
     note: str
     snapshot: str = ""
     why: str = ""
+    ranges: bool = False
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def cached(self, path: str) -> str | None:
+        """The file in huggingface_hub's cache, where it is there as it is in this commit."""
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        found = try_to_load_from_cache(self.name.repo, path, cache_dir=constants.HF_HUB_CACHE, revision=self.commit)
+        return found if isinstance(found, str) else None
+
+    def part(self, path: str) -> RangeSource | None:
+        """The file, to be read in parts; None where that is not asked for, or not needed."""
+        if not self.ranges or self.snapshot or self.cached(path) is not None:
+            return None
+        from huggingface_hub import hf_hub_url, utils
+
+        from adapterops.storage.ranges import RangeSource
+
+        tools: Any = utils
+        url, api = f"{self.name.spelled}/{path}", self.api
+        address = hf_hub_url(self.name.repo, path, revision=self.commit, endpoint=api.endpoint)
+        headers = tools.build_hf_headers(library_name=api.library_name, library_version=api.library_version)
+        return RangeSource(
+            url, address, headers, self.commit, lambda error: _explained(error, url, self.name, api.endpoint)
+        )
+
+    def _limit(self, path: str) -> None:
+        """Raise `UnreadableFile` for a file that is too long to be downloaded for a look at it."""
+        limit = MAX_FETCHED if path.endswith(_SUFFIXES[:-1]) else MAX_TEXT
+        size = self.sizes.get(path)
+        if size is None:
+            part = self.part(path)
+            size = part.open().size if part is not None else 0
+        if size > limit:
+            raise UnreadableFile(
+                f"{self.name.spelled}/{path}: has {size} bytes, and only up to {limit} are downloaded to be validated; "
+                "download it yourself (`hf download`) and validate it from the disk",
+                fault=NOT_FETCHED,
+            )
 
     def fetch(self, path: str) -> str:
         """The file in huggingface_hub's cache, downloaded unless it is there."""
         if self.snapshot:
             return os.path.join(self.snapshot, *path.split("/"))
+        if self.ranges:
+            held = self.cached(path)
+            if held is not None:
+                return held
+            self._limit(path)
         url = f"{self.name.spelled}/{path}"
         try:
             with _bars_on_terminals_only():
                 local = self.api.hf_hub_download(self.name.repo, path, revision=self.name.revision)
         except Exception as error:
-            raise _explained(error, url, self.name, self.api.endpoint) from error
+            explained = _explained(error, url, self.name, self.api.endpoint)
+            if isinstance(explained, UnreadableFile):
+                explained.fault = NOT_FETCHED
+            raise explained from error
         if f"/snapshots/{self.commit}/" not in str(local).replace(os.sep, "/"):
-            raise UnreadableFile(f"{url}: the revision was changed while it was read; run the command again")
+            raise UnreadableFile(
+                f"{url}: the revision was changed while it was read; run the command again", fault=NOT_FETCHED
+            )
         return str(local)
 
 
@@ -165,6 +223,9 @@ class HubFolder:
     def folder(self, name: str) -> HubFolder:
         return HubFolder(self.repo, self._in_repo(name))
 
+    def ranges(self, name: str) -> RangeSource | None:
+        return self.repo.part(self._in_repo(name))
+
     def candidates(self) -> str:
         """What to name instead, for the message that the folder holds no single adapter."""
         start = self._in_repo("")
@@ -178,14 +239,15 @@ class HubFolder:
         return f"; below it are {', '.join(weights[:8])}{more}; name one, {example}"
 
 
-def locate(url: str) -> tuple[HubFolder, str]:
+def locate(url: str, ranges: bool = False) -> tuple[HubFolder, str]:
     """The folder that an hf:// name means, and the file in it ("" where the folder itself is named).
 
+    With `ranges`, weights are read in parts, as far as they are asked for, and are not downloaded whole.
     Asks the Hub for the list of files, or the cache where the Hub cannot be reached.  Raises `UsageError` for a
     malformed name, and `UnreadableFile` for a repository, revision or file that is not there or not accessible.
     """
     name = parse(url)
-    repo = _list(name)
+    repo = replace(_list(name, sizes=ranges), ranges=ranges)
     if not name.path or any(f.startswith(name.path + "/") for f in repo.files):
         return HubFolder(repo, name.path), ""
     if name.path in repo.files:
@@ -202,7 +264,7 @@ def _nearest(path: str, files: tuple[str, ...]) -> list[str]:
     return near or [f for f in files if f.endswith(_SUFFIXES)][:3]
 
 
-def _list(name: Name) -> _Repo:
+def _list(name: Name, sizes: bool = False) -> _Repo:
     from huggingface_hub import HfApi, constants
 
     from adapterops import __version__
@@ -212,8 +274,9 @@ def _list(name: Name) -> _Repo:
     api = HfApi(endpoint=endpoint.rstrip("/"), library_name="adapterops", library_version=__version__)
     if not constants.HF_HUB_OFFLINE:
         try:
-            info = api.model_info(name.repo, revision=name.revision, timeout=_TIMEOUT)
+            info = api.model_info(name.repo, revision=name.revision, timeout=_TIMEOUT, files_metadata=sizes)
             files, commit = tuple(sorted(s.rfilename for s in info.siblings or ())), info.sha
+            told = {s.rfilename: s.size for s in info.siblings or () if isinstance(s.size, int)}
         except _failures() as error:
             found = None if _is_answer(error) else _cached(name, api, f"the Hub cannot be asked ({_short(error)})")
             if found is None:
@@ -221,7 +284,7 @@ def _list(name: Name) -> _Repo:
             return found
         if not commit or not _COMMIT.fullmatch(commit) or not all(map(_is_path, files)):
             raise _not_the_hub(name.spelled, api.endpoint)
-        return _Repo(name, api, commit, files, f"revision {commit} of {name.spelled}")
+        return _Repo(name, api, commit, files, f"revision {commit} of {name.spelled}", sizes=told)
     found = _cached(name, api, "HF_HUB_OFFLINE is set")
     if found is None:
         raise UnreadableFile(

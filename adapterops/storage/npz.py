@@ -10,7 +10,7 @@ decoded when it is read.  Arrays of Python objects are pickles, and are never lo
 from __future__ import annotations
 
 import ast
-import struct
+import re
 import zipfile
 import zlib
 from dataclasses import dataclass, field
@@ -18,6 +18,8 @@ from math import prod
 from typing import IO, TYPE_CHECKING, Final
 
 from adapterops.errors import UnreadableFile, UnsafePickle, UnsupportedFormat
+from adapterops.storage import pickle_scan
+from adapterops.storage.archive import begin_of, entries_of
 from adapterops.storage.dtypes import BITS
 from adapterops.storage.regular import open_regular
 from adapterops.storage.safetensors import MAX_DIMENSION, insist_on_unicode
@@ -34,7 +36,11 @@ _DTYPES: Final[dict[str, str]] = {
 """numpy's array-protocol types without their byte order."""
 _MAX_HEADER = 10_000
 """Bytes; numpy refuses longer headers of files that it does not trust."""
-_MAX_ENTRIES = 200_000
+_MAX_ENTRIES = 50_000
+_LONGEST_PICKLE = 1 << 20
+"""Bytes of an array of objects that are looked through for what it would do."""
+_ARRAYS = re.compile(r"numpy\.(?:_?core\.multiarray\.(?:_reconstruct|scalar)|ndarray|dtype)")
+"""What the pickle of any array of objects names."""
 _MAX_RATIO = 64
 """Bytes of tensors to bytes of file.  Zeros compress a thousandfold, the other half of an adapter does not."""
 _MAGIC = b"\x93NUMPY"
@@ -86,7 +92,10 @@ class MemberSource:
         if self.entry.compress_type != zipfile.ZIP_STORED:
             whole = _inflate(f"{self.path}: tensor {self.name!r}", packed, self.entry.file_size)
             if len(whole) != self.entry.file_size or zlib.crc32(whole) != self.entry.CRC:
-                raise UnreadableFile(f"{self.path}: tensor {self.name!r}: is damaged (its checksum is wrong); {_AGAIN}")
+                raise UnreadableFile(
+                    f"{self.path}: tensor {self.name!r}: is damaged (its checksum is wrong); {_AGAIN}",
+                    fault="cut-short",
+                )
         data = memoryview(whole)[self.array.length :]
         if not (self.array.fortran or self.array.swapped):
             return data
@@ -112,64 +121,67 @@ def read(path: str) -> tuple[dict[str, LazyTensor], dict[str, str], tuple[str, .
     """
     descriptor, identity = open_regular(path)
     with open(descriptor, "rb") as file:
-        entries, end = _entries(path, file)
+        entries, end = _entries(path, file, identity[2])
+        ranges = sorted((_member(path, file, entry, end) for entry in entries), key=lambda member: member[1])
     source = FileSource(path, identity)
-    ranges = sorted((_member(source, entry, end) for entry in entries), key=lambda member: member[1])
     position = 0
     for entry, begin in ranges:
         if entry.header_offset < position:
-            raise UnreadableFile(f"{path}: entry {entry.filename[:200]!r} lies inside another; refused as a bomb")
+            raise UnreadableFile(
+                f"{path}: entry {entry.filename[:200]!r} lies inside another; refused as a bomb", fault="bomb"
+            )
         position = begin + entry.compress_size
     begins = {id(entry): begin for entry, begin in ranges}
     tensors = {}
     for entry in entries:
         tensor = _tensor(source, entry, begins[id(entry)])
         if tensor.key in tensors:
-            raise UnreadableFile(f"{path}: holds two arrays named {tensor.key[:200]!r}; keep one")
+            raise UnreadableFile(
+                f"{path}: holds two arrays named {tensor.key[:200]!r}; keep one", fault="duplicate", keys=(tensor.key,)
+            )
         tensors[tensor.key] = tensor
     total = sum(tensor.nbytes for tensor in tensors.values())
     if total > _MAX_RATIO * max(identity[2], 1 << 20):
         raise UnreadableFile(
-            f"{path}: its arrays claim {total} bytes, but the file has {identity[2]}; refused as a bomb"
+            f"{path}: its arrays claim {total} bytes, but the file has {identity[2]}; refused as a bomb",
+            fault="bomb",
         )
     untyped = [key for key, tensor in tensors.items() if tensor.dtype == "BF16"]
     notes = (f"arrays of type V2 ({len(untyped)}) are read as bfloat16, as MLX writes it",) if untyped else ()
     return tensors, {}, notes
 
 
-def _entries(path: str, file: IO[bytes]) -> tuple[list[zipfile.ZipInfo], int]:
+def _entries(path: str, file: IO[bytes], size: int) -> tuple[list[zipfile.ZipInfo], int]:
     """The list of entries at the end of the zip, and where that list starts."""
-    try:
-        with zipfile.ZipFile(file) as archive:
-            entries, end = archive.infolist(), int(archive.start_dir)
-    # The last four are what zipfile makes of a damaged list.
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, EOFError, struct.error) as error:
-        raise UnreadableFile(f"{path}: not a numpy archive, or cut short or damaged ({error}); {_AGAIN}") from error
+    file.seek(0)
+    head = file.read(16)
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        raise UnreadableFile(
+            f"{path}: is a safetensors file, and is called as a numpy archive; rename it to .safetensors",
+            fault="wrong-suffix",
+        )
+    entries, end = entries_of(path, file, size, "a numpy archive")
     if len(entries) > _MAX_ENTRIES:
-        raise UnreadableFile(f"{path}: holds {len(entries)} entries; no adapter has so many")
+        raise UnreadableFile(f"{path}: holds {len(entries)} entries; no adapter has so many", fault="bomb")
     return entries, end
 
 
-def _member(source: FileSource, entry: zipfile.ZipInfo, end: int) -> tuple[zipfile.ZipInfo, int]:
+def _member(path: str, file: IO[bytes], entry: zipfile.ZipInfo, end: int) -> tuple[zipfile.ZipInfo, int]:
     """An entry that may be read, and where its bytes start.  `end` is where the entries' bytes must have ended."""
-    here = f"{source.path}: entry {entry.filename[:200]!r}"
+    here = f"{path}: entry {entry.filename[:200]!r}"
     if entry.flag_bits & 0x41:
-        raise UnreadableFile(f"{here} is encrypted; unpack it and save it again, best as .safetensors")
+        raise UnreadableFile(
+            f"{here} is encrypted; unpack it and save it again, best as .safetensors", fault="compressed"
+        )
     if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        raise UnreadableFile(f"{here} is compressed by method {entry.compress_type}, which numpy never uses")
+        raise UnreadableFile(
+            f"{here} is compressed by method {entry.compress_type}, which numpy never uses", fault="compressed"
+        )
     if entry.compress_type == zipfile.ZIP_STORED and entry.file_size != entry.compress_size:
-        raise UnreadableFile(f"{here} is stored as {entry.compress_size} bytes, but claims {entry.file_size}; {_AGAIN}")
-    # APPNOTE.TXT 4.3.7: 30 bytes, then the name and the extra field, whose lengths are the last two of them.
-    begin = entry.header_offset + 30
-    if not 0 <= entry.header_offset <= end - 30:
-        raise UnreadableFile(f"{here} lies outside the file: cut short? {_AGAIN}")
-    head = bytearray(30)
-    source.readinto(entry.header_offset, memoryview(head))
-    name, extra = struct.unpack("<HH", head[26:])
-    begin += name + extra
-    if head[:4] != b"PK\x03\x04" or begin + entry.compress_size > end:
-        raise UnreadableFile(f"{here} is not where the list of entries says: damaged; {_AGAIN}")
-    return entry, begin
+        raise UnreadableFile(
+            f"{here} is stored as {entry.compress_size} bytes, but claims {entry.file_size}; {_AGAIN}", fault="bomb"
+        )
+    return entry, begin_of(path, file, entry, end)
 
 
 def _tensor(source: FileSource, entry: zipfile.ZipInfo, begin: int) -> LazyTensor:
@@ -177,24 +189,48 @@ def _tensor(source: FileSource, entry: zipfile.ZipInfo, begin: int) -> LazyTenso
     key = entry.filename.removesuffix(".npy")
     here = f"{path}: tensor {key[:200]!r}"
     if key == entry.filename or not key:
-        raise UnreadableFile(f"{path}: entry {entry.filename[:200]!r} is no .npy array; is it a numpy archive?")
+        raise UnreadableFile(
+            f"{path}: entry {entry.filename[:200]!r} is no .npy array; is it a numpy archive?", fault="wrong-suffix"
+        )
     insist_on_unicode(path, [key])
     if key == "__metadata__":
-        raise UnreadableFile(f"{path}: an array is named {key!r}, which safetensors reserves; rename it")
+        raise UnreadableFile(
+            f"{path}: an array is named {key!r}, which safetensors reserves; rename it", fault="reserved-name"
+        )
     head = bytearray(min(entry.compress_size, _MAX_HEADER + 12))
     source.readinto(begin, memoryview(head))
     if entry.compress_type != zipfile.ZIP_STORED:
         head = bytearray(_inflate(here, head, min(entry.file_size, _MAX_HEADER + 12)))
-    array = _parse(here, bytes(head))
+    try:
+        array = _parse(here, bytes(head))
+    except UnsafePickle as error:
+        packed = bytearray(min(entry.compress_size, _LONGEST_PICKLE))
+        source.readinto(begin, memoryview(packed))
+        raise UnsafePickle(f"{error}{_would_do(entry, bytes(packed))}") from error
     if entry.file_size != array.length + array.nbytes:
         raise UnreadableFile(
             f"{here}: {array.dtype} {str(list(array.shape))[:80]} takes {array.nbytes} bytes, but the entry has "
-            f"{entry.file_size - array.length}; {_AGAIN}"
+            f"{entry.file_size - array.length}; {_AGAIN}",
+            fault="shape",
+            keys=(key,),
         )
     if entry.compress_type == zipfile.ZIP_STORED and not (array.fortran or array.swapped):
         return LazyTensor(key, array.dtype, array.shape, source, begin + array.length)
     decoded: ByteSource = MemberSource(source, key[:200], entry, begin, array)
     return LazyTensor(key, array.dtype, array.shape, decoded, 0)
+
+
+def _would_do(entry: zipfile.ZipInfo, packed: bytes) -> str:
+    """What the pickle of an array of objects would do, for the message that refuses it."""
+    if entry.compress_type != zipfile.ZIP_STORED:
+        try:
+            packed = _inflate("", packed, _LONGEST_PICKLE)
+        except UnreadableFile:
+            return ""
+    start = 10 if packed[6:7] == b"\1" else 12
+    length = start + int.from_bytes(packed[8:start], "little")
+    does = pickle_scan.scan_bytes(packed[length:], reads=_ARRAYS).does
+    return f": it would {does}" if does else ""
 
 
 def _inflate(here: str, packed: bytes | bytearray, limit: int) -> bytes:
@@ -204,47 +240,53 @@ def _inflate(here: str, packed: bytes | bytearray, limit: int) -> bytes:
     try:
         return zlib.decompressobj(-zlib.MAX_WBITS).decompress(packed, limit)
     except zlib.error as error:
-        raise UnreadableFile(f"{here}: cannot be decompressed ({error}); {_AGAIN}") from error
+        raise UnreadableFile(f"{here}: cannot be decompressed ({error}); {_AGAIN}", fault="cut-short") from error
 
 
 def _parse(here: str, head: bytes) -> _Array:
     """The `.npy` header at the start of a member, of which `head` holds enough."""
     if head[:6] != _MAGIC or len(head) < 10 or head[6] not in (1, 2, 3):
-        raise UnreadableFile(f"{here}: is no .npy array of version 1, 2 or 3, or damaged; {_AGAIN}")
+        raise UnreadableFile(f"{here}: is no .npy array of version 1, 2 or 3, or damaged; {_AGAIN}", fault="cut-short")
     start = 10 if head[6] == 1 else 12
     length = start + int.from_bytes(head[8:start], "little")
     if length - start > _MAX_HEADER:
         raise UnreadableFile(
-            f"{here}: its header claims {length - start} bytes; more than {_MAX_HEADER} is not accepted"
+            f"{here}: its header claims {length - start} bytes; more than {_MAX_HEADER} is not accepted",
+            fault="header-size",
         )
     if length > len(head):
-        raise UnreadableFile(f"{here}: ends inside its header: cut short; {_AGAIN}")
+        raise UnreadableFile(f"{here}: ends inside its header: cut short; {_AGAIN}", fault="cut-short")
     try:
         said = ast.literal_eval(head[start:length].decode("utf-8" if head[6] == 3 else "latin-1").strip())
     # The last two are what nesting makes of Python's own parser.
     except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
-        raise UnreadableFile(f"{here}: its header is no Python dictionary: damaged; {_AGAIN}") from error
+        raise UnreadableFile(
+            f"{here}: its header is no Python dictionary: damaged; {_AGAIN}", fault="header"
+        ) from error
     if not isinstance(said, dict) or said.keys() != {"descr", "fortran_order", "shape"}:
-        raise UnreadableFile(f"{here}: its header must have exactly descr, fortran_order and shape")
+        raise UnreadableFile(f"{here}: its header must have exactly descr, fortran_order and shape", fault="header")
     descr, fortran, shape = said["descr"], said["fortran_order"], said["shape"]
     if not isinstance(shape, tuple) or len(shape) > 64 or not all(map(_is_size, shape)) or type(fortran) is not bool:
         raise UnreadableFile(
-            f"{here}: shape {str(shape)[:80]}, fortran_order {str(fortran)[:80]} is no shape and order"
+            f"{here}: shape {str(shape)[:80]}, fortran_order {str(fortran)[:80]} is no shape and order",
+            fault="shape",
         )
     if prod(shape) >= MAX_DIMENSION:
-        raise UnreadableFile(f"{here}: shape {str(shape)[:80]} has more elements than any file")
+        raise UnreadableFile(f"{here}: shape {str(shape)[:80]} has more elements than any file", fault="shape")
     order, kind = (descr[:1], descr[1:]) if isinstance(descr, str) else ("", "")
     if kind.startswith("O"):
         raise UnsafePickle(f"{here}: refused: it holds pickled Python objects, and loading them could run code")
     if order not in "<>|=" or not order or kind not in _DTYPES:
         raise UnsupportedFormat(
-            f"{here}: numpy's type {str(descr)[:80]} is no plain number; save it as float32 or float16"
+            f"{here}: numpy's type {str(descr)[:80]} is no plain number; save it as float32 or float16",
+            fault="odd-tensor",
         )
     # MLX writes no order for bytes; "=" would be the writer's own, which the file does not tell.
     width = BITS[_DTYPES[kind]] // 8
     if order == "=" or (order == "|" and width > 1 and kind != "V2"):
         raise UnsupportedFormat(
-            f"{here}: numpy's type {descr} does not say in which order its bytes are; save it again"
+            f"{here}: numpy's type {descr} does not say in which order its bytes are; save it again",
+            fault="odd-tensor",
         )
     # In either order of axes a vector is the same.
     axes = sum(size > 1 for size in shape)

@@ -18,7 +18,7 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -154,16 +154,28 @@ class Staged:
             self._flushes.append(_Flush(os.dup(file.fileno())))
 
     def write_tensors(
-        self, name: str, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], progress: Progress = nothing
+        self,
+        name: str,
+        tensors: Mapping[str, LazyTensor],
+        metadata: Mapping[str, str],
+        progress: Progress = nothing,
+        as_ordered: bool = False,
     ) -> None:
-        """Stream tensors into a safetensors file, a MiB at a time."""
-        ordered = safetensors.in_file_order(tensors)
+        """Stream tensors into a safetensors file, a MiB at a time; `as_ordered` keeps the order of the mapping."""
+        ordered = list(tensors.items()) if as_ordered else safetensors.in_file_order(tensors)
         started = time.perf_counter()
         with open(self._path(name), "wb", buffering=0) as file:
             _write_all(file.fileno(), memoryview(safetensors.build_header(ordered, metadata)))
             _copy(ordered, file.fileno(), progress)
             self.timings.copy += time.perf_counter() - started
             self._flushes.append(_Flush(os.dup(file.fileno())))
+
+    def write_with(self, name: str, write: Callable[[str, Progress], None], progress: Progress = nothing) -> None:
+        """Let `write` make a file of another container at the path that it is given."""
+        started, path = time.perf_counter(), self._path(name)
+        write(path, progress)
+        self.timings.copy += time.perf_counter() - started
+        self._flushes.append(_Flush(os.open(path, os.O_RDONLY)))
 
     def commit(self) -> None:
         """Put the files in place, once all of them are on the disk.
@@ -184,6 +196,22 @@ class Staged:
                 _move_into(self.folder, self.target, self.files)
             self._made.clear()
         _flush_folder(os.path.dirname(os.path.abspath(self.target)))
+
+    def replace(self, removed: Iterable[str] = ()) -> None:
+        """Put files into a folder that exists, in the place of those of their names, and take others of it away.
+
+        All of it or nothing, as `commit` does; but whatever else stands in the folder is no obstacle.
+        """
+        for flush in self._flushes:
+            self.timings.flush += flush.wait()
+        _flush_folder(self.folder)
+        removed = [name for name in removed if name not in self.files]
+        with deferred():
+            if len(self.files) == 1 and not removed:
+                os.replace(os.path.join(self.folder, self.files[0]), os.path.join(self.target, self.files[0]))
+            else:
+                _move_into(self.folder, self.target, self.files, removed)
+        _flush_folder(self.target)
 
 
 def check_target(target: str, is_folder: bool, files: list[str], overwrite: bool) -> None:
@@ -301,8 +329,8 @@ _REPLACED = ".replaced"
 """Where old files stand until all new ones are in place.  Gone, it says that nothing in there is needed."""
 
 
-def _move_into(folder: str, target: str, files: list[str]) -> None:
-    """Replace files of an existing folder, putting the old ones back should one of the moves fail."""
+def _move_into(folder: str, target: str, files: list[str], removed: Iterable[str] = ()) -> None:
+    """Replace (and remove) files of an existing folder, putting the old ones back should one of the moves fail."""
     backup = os.path.join(folder, _REPLACED)
     undo: list[Callable[[], None]] = []
     touched = {target}
@@ -327,6 +355,9 @@ def _move_into(folder: str, target: str, files: list[str]) -> None:
                 make(os.path.dirname(old), False)
                 move(place, old)
             move(os.path.join(folder, name), place)
+        for name in removed:
+            make(backup, False)
+            move(os.path.join(target, name), os.path.join(backup, name))
     except BaseException as error:
         failures = []
         for step in reversed(undo):

@@ -1,20 +1,25 @@
-"""`.bin` and `.pt` files: read by `torch.load(weights_only=True)` or not at all."""
+"""`.bin` and `.pt` files: read by `torch.load(weights_only=True)` or not at all.
+
+What a file would do is read from its instructions first (`pickle_scan`): torch is asked, and imported, only for files of
+tensors and nothing else.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from adapterops.errors import NotAnAdapter, UnreadableFile, UnsafePickle
+from adapterops.storage import pickle_scan
+from adapterops.storage.archive import begin_of, entries_of
 from adapterops.storage.regular import open_regular
 from adapterops.storage.safetensors import insist_on_unicode
-from adapterops.storage.tensor import TORCH_NAMES, LazyTensor
+from adapterops.storage.tensor import NAMELESS, TORCH_NAMES, LazyTensor, numbered
 
 if TYPE_CHECKING:
     import torch
@@ -53,12 +58,50 @@ def read(path: str) -> dict[str, LazyTensor]:
     """The tensors of a pickled state dict.
 
     Raises `UnsafePickle` where the file holds more than tensors, `UnreadableFile` where it is damaged, and
-    `NotAnAdapter` where it is sound but is not a mapping from names to tensors.
+    `NotAnAdapter` where it is sound but holds no tensors by name.  A bare tensor is called `NAMELESS`, those of a list
+    `numbered`.
     """
     descriptor, (_, _, size, _) = open_regular(path)
-    os.close(descriptor)
-    zipped = _check_zip(path)
+    with open(descriptor, "rb") as file:
+        head = file.read(16)
+        zipped = head.startswith(b"PK\x03\x04")
+        if zipped:
+            for begin, end in _pickles_of_zip(path, file, size):
+                _insist_on_tensors(path, pickle_scan.scan(file, begin, end))
+        else:
+            _refuse_other_content(path, file, head, size)
+            _insist_on_tensors(path, pickle_scan.scan(file, 0, size))
     return _flatten(path, _load(path, zipped), size)
+
+
+def _insist_on_tensors(path: str, found: pickle_scan.Scan) -> None:
+    """Refuse a pickle that does more than making tensors, that breaks off, or that asks for too much."""
+    if found.does:
+        raise UnsafePickle(
+            f"{path}: refused: it holds more than tensors, and loading it would {found.does}. Save the plain state dict, "
+            "best as .safetensors"
+        )
+    if found.bomb:
+        raise UnreadableFile(
+            f"{path}: refused as a bomb: its pickle cannot be an adapter's: {found.bomb}", fault="bomb"
+        )
+    if found.damage:
+        raise UnreadableFile(
+            f"{path}: not a file of torch.save, or damaged: {found.damage}; download it again", fault="cut-short"
+        )
+
+
+def _refuse_other_content(path: str, file: IO[bytes], head: bytes, size: int) -> None:
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        raise UnreadableFile(
+            f"{path}: is a safetensors file, and is called as a pickle; rename it to .safetensors", fault="wrong-suffix"
+        )
+    file.seek(257)  # where tar archives have their mark
+    if file.read(5) == b"ustar":
+        raise UnreadableFile(
+            f"{path}: is a tar archive, perhaps of a torch.save before version 0.2; load and save it again with a torch "
+            "of those days"
+        )
 
 
 def _load(path: str, zipped: bool) -> object:
@@ -80,13 +123,18 @@ def _load(path: str, zipped: bool) -> object:
                 "Save the plain state dict, best as .safetensors"
             ) from error
         raise UnreadableFile(
-            f"{path}: not a file of torch.save, or damaged: {_first_line(error)}; download it again"
+            f"{path}: not a file of torch.save, or damaged: {_first_line(error)}; download it again",
+            fault="cut-short",
         ) from error
     except OSError as error:
-        raise UnreadableFile(f"{path}: cut short or damaged: {error.strerror or error}; download it again") from error
+        raise UnreadableFile(
+            f"{path}: cut short or damaged: {error.strerror or error}; download it again", fault="cut-short"
+        ) from error
     # Whatever bytes a stranger wrote decide what is raised here: KeyError, struct.error, OverflowError, MemoryError …
     except Exception as error:
-        raise UnreadableFile(f"{path}: torch.load cannot read it: {_first_line(error)}; download it again") from error
+        raise UnreadableFile(
+            f"{path}: torch.load cannot read it: {_first_line(error)}; download it again", fault="cut-short"
+        ) from error
 
 
 @contextlib.contextmanager
@@ -127,28 +175,32 @@ def _reason(error: Exception) -> str:
     return text.partition("WeightsUnpickler error:")[2] or text.partition("from a trusted source.")[2] or text
 
 
-def _check_zip(path: str) -> bool:
-    """Whether the file is a zip.  Raises `UnreadableFile` for one that torch.save cannot have written."""
-    try:
-        with open(path, "rb") as file:
-            if file.read(4) != b"PK\x03\x04":
-                return False
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    # The last three are what zipfile makes of a damaged list of entries.
-    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError, EOFError) as error:
-        raise UnreadableFile(f"{path}: cut short or damaged ({error}); download it again") from error
+def _pickles_of_zip(path: str, file: IO[bytes], size: int) -> list[tuple[int, int]]:
+    """Where the pickles of a zip stand.  Raises `UnreadableFile` for a zip that torch.save cannot have written."""
+    entries, end = entries_of(path, file, size, "a file of torch.save")
     names = [entry.filename for entry in entries]
     if any("/code/" in name for name in names) and any(name.endswith("/constants.pkl") for name in names):
-        raise UnsafePickle(f"{path}: refused: it is a TorchScript program; save the plain state dict")
+        raise UnsafePickle(
+            f"{path}: refused: it is a TorchScript program; save the plain state dict", fault="torchscript"
+        )
+    if names and all(name.endswith(".npy") for name in names):
+        raise UnreadableFile(
+            f"{path}: is a numpy archive, not a file of torch.save; rename it to .npz", fault="wrong-suffix"
+        )
     for entry in entries:
         # torch stores its tensors as they are; memory mapping relies on it, and an entry that expands may be a bomb.
         if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != entry.compress_size:
             raise UnreadableFile(
-                f"{path}: entry {entry.filename[:200]!r} is compressed, which torch.save never does; "
-                "load it where it came from and save it again, best as .safetensors"
+                f"{path}: entry {entry.filename[:200]!r} is compressed ({entry.compress_size} bytes that claim to be "
+                f"{entry.file_size}), which torch.save never does; load it where it came from and save it again, best as "
+                ".safetensors",
+                fault="compressed",
             )
-    return True
+    pickles = [entry for entry in entries if entry.filename.endswith("data.pkl")]
+    if not pickles:
+        raise UnreadableFile(f"{path}: a zip, but not one of torch.save (it has no data.pkl); download it again")
+    begins = [begin_of(path, file, entry, end) for entry in pickles]
+    return [(begin, begin + entry.file_size) for begin, entry in zip(begins, pickles, strict=True)]
 
 
 def _flatten(path: str, loaded: object, size: int) -> dict[str, LazyTensor]:
@@ -156,6 +208,10 @@ def _flatten(path: str, loaded: object, size: int) -> dict[str, LazyTensor]:
 
     if isinstance(loaded, Mapping) and set(loaded) == {"state_dict"} and isinstance(loaded["state_dict"], Mapping):
         loaded = loaded["state_dict"]
+    if isinstance(loaded, torch.Tensor):
+        loaded = {NAMELESS: loaded}
+    elif isinstance(loaded, (list, tuple)) and loaded and all(isinstance(value, torch.Tensor) for value in loaded):
+        loaded = {numbered(position): value for position, value in enumerate(loaded)}
     if not isinstance(loaded, Mapping):
         raise NotAnAdapter(
             f"{path}: holds a bare {type(loaded).__name__}, not a state dict (names to tensors): "
@@ -172,16 +228,22 @@ def _flatten(path: str, loaded: object, size: int) -> dict[str, LazyTensor]:
             )
         insist_on_unicode(path, [key])
         if key == "__metadata__":
-            raise UnreadableFile(f"{path}: a tensor is named {key!r}, which safetensors reserves; rename it")
+            raise UnreadableFile(
+                f"{path}: a tensor is named {key!r}, which safetensors reserves; rename it", fault="reserved-name"
+            )
         name = _DTYPES.get(str(value.dtype).removeprefix("torch."))
         if name is None or value.layout != torch.strided or value.device.type != "cpu":
             raise UnreadableFile(
                 f"{path}: tensor {key[:80]!r} has dtype {value.dtype}, layout {value.layout}, device {value.device}: "
-                "only plain tensors can be used; save it as one"
+                "only plain tensors can be used; save it as one",
+                fault="odd-tensor",
+                keys=(key,),
             )
         tensors[key] = LazyTensor(key, name, tuple(value.shape), TensorSource(path, value), 0)
     # A view may repeat one number without end, and many keys may name one tensor: a small file, a huge output.
     total = sum(tensor.nbytes for tensor in tensors.values())
     if total > _MAX_RATIO * max(size, 1 << 20):
-        raise UnreadableFile(f"{path}: its tensors claim {total} bytes, but the file has {size}; refused as a bomb")
+        raise UnreadableFile(
+            f"{path}: its tensors claim {total} bytes, but the file has {size}; refused as a bomb", fault="bomb"
+        )
     return tensors

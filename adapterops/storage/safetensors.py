@@ -10,20 +10,27 @@ entry, takes an entry written as a list, white space before the JSON, and more t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Iterable, Mapping
+from io import RawIOBase
+from math import prod
+from operator import itemgetter
 from typing import Any
 
 from adapterops.errors import CannotRepresent, InvalidHeader, UnreadableFile
 from adapterops.storage import dtypes
 from adapterops.storage.regular import open_regular
-from adapterops.storage.tensor import FileSource, LazyTensor
+from adapterops.storage.tensor import ByteSource, FileSource, LazyTensor
 
-MAX_HEADER = 100_000_000
-"""Bytes; the reference implementation refuses longer headers too."""
-MAX_VALUES = 4_000_000
-"""Values in the header's JSON, which take many times their text in memory.  A tensor needs about ten."""
+MAX_HEADER = 16_000_000
+"""Bytes.  100,000 tensors take 13 million, and the longest headers of published adapters (sd-scripts' lists of tags) a few
+million.  The reference implementation takes up to 100 million, which need a gigabyte of memory once parsed: more than a
+stranger's file of that size may ask of us."""
+MAX_VALUES = 640_000
+"""Values in the header's JSON, which take many times their text in memory.  A tensor of two axes needs eight, and the largest
+adapters (three projections of 128 experts in 94 layers) have 72,000 tensors."""
 MAX_DIMENSION = 2**53
 
 
@@ -46,6 +53,10 @@ def no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return out
 
 
+class NullMetadata(dict[str, str]):
+    """The empty strings of a header that says `"__metadata__": null`, as MLX writes it."""
+
+
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON value")
 
@@ -55,11 +66,23 @@ def _integer(digits: str) -> int | None:
     return int(digits) if len(digits) <= 20 and not digits.startswith("-") else None
 
 
+def _parsed(text: str) -> Any:
+    """The JSON of a header.  Raises `Duplicate`, and what `json.loads` does.
+
+    A look at every number takes a fifth of the time; it is spent where one may be negative (0 as well as −0 would be
+    read) or is too long.
+    """
+    if "-" not in text:
+        with contextlib.suppress(ValueError, RecursionError):
+            return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=_no_constant)
+    return json.loads(text, object_pairs_hook=no_duplicates, parse_constant=_no_constant, parse_int=_integer)
+
+
 def insist_on_unicode(path: str, texts: list[str]) -> None:
     """Raise `InvalidHeader` for half a character (a lone surrogate): JSON can spell it, no file can hold it."""
     for text in texts:
         if not text.isascii() and _SURROGATE.search(text):
-            raise InvalidHeader(f"{path}: {text[:200]!r} in the header is not valid Unicode")
+            raise InvalidHeader(f"{path}: {text[:200]!r} in the header is not valid Unicode", fault="not-unicode")
 
 
 def read_header(path: str) -> tuple[dict[str, LazyTensor], dict[str, str]]:
@@ -68,35 +91,51 @@ def read_header(path: str) -> tuple[dict[str, LazyTensor], dict[str, str]]:
     Raises `InvalidHeader` or `UnreadableFile`, each naming the file, what is wrong, and the tensor if there is one.
     """
     descriptor, identity = open_regular(path)
-    size = identity[2]
     try:
         with open(descriptor, "rb", buffering=0) as file:
-            raw = _read_json(path, file, size)
-            data_start = file.tell()
+            return read_header_from(file, identity[2], FileSource(path, identity))
     except OSError as error:
         raise UnreadableFile(f"{path}: {error.strerror}") from error
-    metadata = raw.pop("__metadata__", None)
+
+
+def read_header_from(file: RawIOBase, size: int, source: ByteSource) -> tuple[dict[str, LazyTensor], dict[str, str]]:
+    """`read_header` of what an open file of `size` bytes, at its start, holds; `source` reads its tensors."""
+    path = source.path
+    raw = _read_json(path, file, size)
+    data_start = file.tell()
+    metadata = raw.pop("__metadata__", {})
     # MLX writes `"__metadata__": null`; the reference reader takes it as empty, and so do we.
     if metadata is None:
-        metadata = {}
+        metadata = NullMetadata()
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise InvalidHeader(f"{path}: `__metadata__` in the header must map strings to strings")
+        raise InvalidHeader(f"{path}: `__metadata__` in the header must map strings to strings", fault="metadata")
     insist_on_unicode(path, [*raw, *metadata, *metadata.values()])
-    source = FileSource(path, identity)
-    entries = [_entry(path, key, value, size - data_start) for key, value in raw.items()]
-    entries.sort(key=lambda e: e[3:])
+    entries = [_entry(path, key, value) for key, value in raw.items()]
+    entries.sort(key=itemgetter(3, 4))
     tensors, position = {}, 0
     for key, dtype, shape, begin, end in entries:
         if begin != position:
-            what = "overlap" if begin < position else "leave a gap"
+            overlap = begin < position
             raise InvalidHeader(
-                f"{path}: tensor {key[:200]!r}: bytes {begin} to {end} {what}: the one before ends at {position}"
+                f"{path}: tensor {key[:200]!r}: bytes {begin} to {end} {'overlap' if overlap else 'leave a gap'}: the one "
+                f"before ends at {position}",
+                fault="overlap" if overlap else "gap",
+                keys=(key,),
             )
         tensors[key] = LazyTensor(key, dtype, shape, source, data_start + begin)
         position = end
-    if position != size - data_start:
+    held = size - data_start
+    if position > held:
+        lost = [key for key, _, _, _, end in entries if end > held]
         raise InvalidHeader(
-            f"{path}: the header accounts for {position} bytes of tensors, but {size - data_start} follow it"
+            f"{path}: cut short: the header accounts for {position} bytes of tensors, but {held} follow it; "
+            f"{len(lost)} of {len(entries)} tensors, {lost[0][:200]!r} among them, are not whole; download it again",
+            fault="cut-short",
+            keys=lost,
+        )
+    if position < held:
+        raise InvalidHeader(
+            f"{path}: the header accounts for {position} bytes of tensors, but {held} follow it", fault="trailing"
         )
     return tensors, metadata
 
@@ -105,32 +144,34 @@ def _read_json(path: str, file: Any, size: int) -> dict[str, Any]:
     """The header as a JSON object, read from an open file of `size` bytes."""
     head = file.read(8)
     if len(head) < 8:
-        raise UnreadableFile(f"{path}: {size} bytes are too few for a safetensors file; download it again")
-    if head == b"version ":
-        raise UnreadableFile(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull`")
+        raise UnreadableFile(
+            f"{path}: {size} bytes are too few for a safetensors file; download it again", fault="cut-short"
+        )
     length = int.from_bytes(head, "little")
     if length > size - 8:
-        if head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1] in range(2, 6)):
-            raise InvalidHeader(f"{path}: not a safetensors file but one that torch.save wrote; rename it to .bin")
-        raise InvalidHeader(
-            f"{path}: not a safetensors file, or cut short: its first 8 bytes announce a header of {length} bytes, "
-            f"but only {size - 8} follow"
-        )
+        _refuse_other_content(path, head, length, size)
     if length > MAX_HEADER:
-        raise InvalidHeader(f"{path}: the header claims {length} bytes; more than {MAX_HEADER} is not accepted")
+        raise InvalidHeader(
+            f"{path}: the header claims {length} bytes; more than {MAX_HEADER} is not accepted", fault="header-size"
+        )
     text = file.read(length)
     if len(text) != length:
-        raise UnreadableFile(f"{path}: was cut short while being read")
+        raise UnreadableFile(f"{path}: was cut short while being read", fault="cut-short")
     if not text.startswith(b"{"):
         raise InvalidHeader(f"{path}: the header is not a JSON object (it must start with `{{`)")
     if sum(map(text.count, (b",", b"[", b"{"))) > MAX_VALUES:
-        raise InvalidHeader(f"{path}: the header holds more than {MAX_VALUES} values; no adapter has so many tensors")
-    try:
-        raw = json.loads(
-            text.decode("utf-8"), object_pairs_hook=no_duplicates, parse_constant=_no_constant, parse_int=_integer
+        raise InvalidHeader(
+            f"{path}: the header holds more than {MAX_VALUES} values; no adapter has so many tensors",
+            fault="header-size",
         )
+    try:
+        decoded = text.decode("utf-8")
+        del text  # the header is held once
+        raw = _parsed(decoded)
     except Duplicate as error:
-        raise InvalidHeader(f"{path}: the header names {error.args[0][:200]!r} twice") from error
+        raise InvalidHeader(
+            f"{path}: the header names {error.args[0][:200]!r} twice", fault="duplicate", keys=(error.args[0],)
+        ) from error
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise InvalidHeader(f"{path}: the header is not JSON: {reason[:200]}") from error
@@ -139,35 +180,90 @@ def _read_json(path: str, file: Any, size: int) -> dict[str, Any]:
     return raw
 
 
+def _refuse_other_content(path: str, head: bytes, length: int, size: int) -> None:
+    """Say what a file is whose first eight bytes are no length of a header in it."""
+    if head == b"version ":
+        raise UnreadableFile(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull`", fault="lfs-pointer")
+    if is_pickle(head):
+        raise InvalidHeader(
+            f"{path}: not a safetensors file but one that torch.save wrote; rename it to .bin", fault="wrong-suffix"
+        )
+    if all(32 <= byte < 127 or byte in b"\t\r\n" for byte in head):
+        raise InvalidHeader(
+            f"{path}: not a safetensors file, or cut short: it begins with the text {head.decode()!r}, which as the length "
+            f"of a header would announce {length} bytes",
+            fault="text",
+        )
+    if length > 100_000_000:
+        raise InvalidHeader(
+            f"{path}: not a safetensors file, or cut short: its first 8 bytes announce a header of {length} bytes, "
+            f"but only {size - 8} follow"
+        )
+    raise InvalidHeader(
+        f"{path}: cut short: its first 8 bytes announce a header of {length} bytes, but only {size - 8} follow; download "
+        "it again",
+        fault="cut-short",
+    )
+
+
+def is_pickle(head: bytes) -> bool:
+    """Whether a file that begins so may be one of torch.save."""
+    return head[:4] == b"PK\x03\x04" or (head[:1] == b"\x80" and head[1] in range(2, 6))
+
+
 def _is_size(value: object) -> bool:
     return type(value) is int and 0 <= value <= MAX_DIMENSION
 
 
-def _entry(path: str, key: str, value: Any, available: int) -> tuple[str, str, tuple[int, ...], int, int]:
-    """One checked header entry: key, dtype, shape, begin, end."""
+_Entry = tuple[str, str, tuple[int, ...], int, int]
+"""Key, dtype, shape, begin, end."""
+
+
+def _entry(path: str, key: str, value: Any) -> _Entry:
+    """One checked header entry.  What is right is told from a few looks; what is not, or may not be, from many."""
+    if type(value) is dict and len(value) == 3:
+        dtype: Any
+        shape: Any
+        offsets: Any
+        dtype, shape, offsets = value.get("dtype"), value.get("shape"), value.get("data_offsets")
+        known = isinstance(dtype, str) and dtype in dtypes.BITS and type(shape) is type(offsets) is list
+        if known and len(offsets) == 2 and len(shape) <= 8:
+            begin, end = offsets
+            whole = set(map(type, (begin, end, *shape))) == {int} and begin >= 0 < min(shape, default=1)
+            if whole and prod(shape) * dtypes.BITS[dtype] == (end - begin) * 8 < 2**56:
+                return key, dtype, tuple(shape), begin, end
+    return _doubtful_entry(path, key, value)
+
+
+def _doubtful_entry(path: str, key: str, value: Any) -> _Entry:
+    """One header entry, checked for everything.  Raises `InvalidHeader` for the first thing that is wrong with it."""
     here = f"{path}: tensor {key[:200]!r}"
+
+    def wrong(what: str, fault: str) -> InvalidHeader:
+        return InvalidHeader(f"{here}: {what}", fault=fault, keys=(key,))
+
     if not isinstance(value, dict) or value.keys() != {"dtype", "shape", "data_offsets"}:
-        raise InvalidHeader(f"{here}: the header entry must have exactly dtype, shape and data_offsets")
+        raise wrong("the header entry must have exactly dtype, shape and data_offsets", "header")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in dtypes.BITS:
-        raise InvalidHeader(f"{here}: unknown dtype {str(dtype)[:80]!r}")
+        raise wrong(f"unknown dtype {str(dtype)[:80]!r}", "dtype")
     if not isinstance(shape, list) or len(shape) > 64 or not all(map(_is_size, shape)):
-        raise InvalidHeader(f"{here}: shape {repr(shape)[:80]} is not a list of sizes")
+        raise wrong(f"shape {repr(shape)[:80]} is not a list of sizes", "shape")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_size, offsets)):
-        raise InvalidHeader(f"{here}: data_offsets {repr(offsets)[:80]} is not a pair of positions")
+        raise wrong(f"data_offsets {repr(offsets)[:80]} is not a pair of positions", "offsets")
     begin, end = offsets
-    if begin > end or end > available:
-        raise InvalidHeader(f"{here}: bytes {begin} to {end} lie outside the {available} bytes of data: cut short?")
+    if begin > end:
+        raise wrong(f"bytes {begin} to {end}: they end before they begin", "offsets")
     elements = 1
     for size in shape:
         elements *= size
         # A later 0 does not make it right: other readers multiply in 64 bits and may wrap.
         if elements >= 2**64:
-            raise InvalidHeader(f"{here}: shape {str(shape)[:80]} has more elements than 64 bits can count")
+            raise wrong(f"shape {str(shape)[:80]} has more elements than 64 bits can count", "shape")
     bits = elements * dtypes.BITS[dtype]
     if bits != (end - begin) * 8:
-        raise InvalidHeader(
-            f"{here}: {dtype} {str(shape)[:80]} takes {bits / 8:g} bytes, but data_offsets give it {end - begin}"
+        raise wrong(
+            f"{dtype} {str(shape)[:80]} takes {bits / 8:g} bytes, but data_offsets give it {end - begin}", "shape"
         )
     return key, dtype, tuple(shape), begin, end
 

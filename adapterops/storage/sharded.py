@@ -17,8 +17,8 @@ from adapterops.storage.safetensors import insist_on_unicode
 from adapterops.storage.tensor import LazyTensor
 
 INDEX_SUFFIX = ".safetensors.index.json"
-MAX_INDEX = 50_000_000
-"""Bytes."""
+MAX_INDEX = 25_000_000
+"""Bytes.  The index of a base model of 100,000 tensors has about ten million."""
 MAX_SHARDS = 500
 """Files that are open at one time.  The largest base models have about 200."""
 _NUMBERED = re.compile(r"-(\d+)-of-(\d+)\.safetensors$")
@@ -45,7 +45,8 @@ def read(
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         example = next(key for key, shard in weight_map.items() if shard == missing[0])
         raise UnreadableFile(
-            f"{here}: the shard {missing[0]}{more} is not beside it (it holds {example[:200]!r}); download it too"
+            f"{here}: the shard {missing[0]}{more} is not beside it (it holds {example[:200]!r}); download it too",
+            fault="missing-shard",
         )
     for shard in shards:
         held, header = open_shard(shard)
@@ -56,7 +57,9 @@ def read(
                 what = "does not list" if listed is None else f"places in {listed}"
                 raise InvalidHeader(
                     f"{at}: tensor {key[:200]!r}: {name} {what}: index and shards are not of one adapter, or it is in "
-                    "two of them; download all of them again"
+                    "two of them; download all of them again",
+                    fault="index",
+                    keys=(key,),
                 )
         tensors.update(held)
         _merge(metadata, header, shard, notes)
@@ -64,7 +67,9 @@ def read(
         if key not in tensors:
             raise InvalidHeader(
                 f"{os.path.join(folder.path, shard)}: has no tensor {key[:200]!r}, which {name} places in it: index and "
-                "shards are not of one adapter; download all of them again"
+                "shards are not of one adapter; download all of them again",
+                fault="index",
+                keys=(key,),
             )
     # The sizes in an index (total_size …) are numbers and say nothing that the tensors do not.
     said = index.get("metadata")
@@ -87,16 +92,22 @@ def files_of(path: str, index: Mapping[str, Any]) -> dict[str, str]:
     """
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
-        raise UnreadableFile(f"{path}: is no index of shards: it must have a `weight_map` from tensor names to files")
+        raise UnreadableFile(
+            f"{path}: is no index of shards: it must have a `weight_map` from tensor names to files", fault="index"
+        )
     for key, shard in weight_map.items():
         if not isinstance(shard, str) or not _plain(shard):
             raise UnreadableFile(
-                f"{path}: tensor {key[:200]!r}: the shard {str(shard)[:200]!r} is not the plain name of a file beside it"
+                f"{path}: tensor {key[:200]!r}: the shard {str(shard)[:200]!r} is not the plain name of a file beside it",
+                fault="outside",
+                keys=(key,),
             )
         if not shard.endswith(".safetensors"):
-            raise UnsupportedFormat(f"{path}: the shard {shard[:200]!r} is no .safetensors file; only these are read")
+            raise UnsupportedFormat(
+                f"{path}: the shard {shard[:200]!r} is no .safetensors file; only these are read", fault="index"
+            )
     if len(set(weight_map.values())) > MAX_SHARDS:
-        raise UnreadableFile(f"{path}: names more than {MAX_SHARDS} shards; no adapter has so many")
+        raise UnreadableFile(f"{path}: names more than {MAX_SHARDS} shards; no adapter has so many", fault="index")
     return weight_map
 
 

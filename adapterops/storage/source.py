@@ -6,11 +6,12 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from enum import Enum
 from typing import Any, NamedTuple
 
-from adapterops.errors import AdapterOpsError, NotAnAdapter, UnreadableFile, UnsupportedFormat
+from adapterops.errors import AdapterOpsError, NotAnAdapter, UnreadableFile, UnsafePickle
 from adapterops.storage import safetensors
-from adapterops.storage.folder import Folder, LocalFolder, named
+from adapterops.storage.folder import NOT_FETCHED, Folder, LocalFolder, named
 from adapterops.storage.regular import open_regular
 from adapterops.storage.tensor import LazyTensor
 
@@ -19,10 +20,14 @@ FOLDER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 HUB = "hf://"
 INDEX_SUFFIX = ".safetensors.index.json"
 FOLDER_INDEX = "adapter_model" + INDEX_SUFFIX
+OTHER_WEIGHTS = ("adapters.safetensors", "adapters.npz")
+"""What mlx-lm calls an adapter beside its `adapter_config.json`, and its numbered checkpoints after it."""
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 _MAX_CONFIG = 10_000_000
 """Bytes.  A config that lists a pattern for each of 10,000 modules has two."""
-WEIGHTS_SUFFIXES = (".safetensors", *_PICKLES, ".npz")
+_MAX_VALUES = 500_000
+"""Values in a config or an index, which take many times their text in memory."""
+WEIGHTS_SUFFIXES = (".safetensors", *_PICKLES, ".npz", ".gguf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,11 +168,17 @@ def _open_file(folder: Folder, name: str, tell: Callable[[AdapterOpsError], None
             weights = weights._replace(notes=(*weights.notes, *_alone(folder, name)))
     source = Source(path, weights.tensors, weights.metadata, notes=(*folder.notes, *weights.notes))
     # peft writes the two side by side under fixed names; any other file does not own the config next to it.
-    if name in (*FOLDER_WEIGHTS, FOLDER_INDEX) and _has_file(folder, CONFIG_NAME):
+    fixed = name in (*FOLDER_WEIGHTS, FOLDER_INDEX, *OTHER_WEIGHTS) or _is_checkpoint(name)
+    if fixed and _has_file(folder, CONFIG_NAME):
         config = _read_config(folder, tell)
         config_path = os.path.join(folder.path, CONFIG_NAME) if config is not None else ""
         return replace(source, config=config, config_path=config_path)
     return source
+
+
+def _is_checkpoint(name: str) -> bool:
+    number, _, rest = name.partition("_")
+    return number.isdecimal() and rest in OTHER_WEIGHTS
 
 
 def _has_file(folder: Folder, name: str) -> bool:
@@ -184,7 +195,8 @@ def _alone(folder: Folder, name: str) -> tuple[str, ...]:
     if index is not None:
         raise UnreadableFile(
             f"{os.path.join(folder.path, name)}: is one shard of several, as {index} beside it says; name that index, "
-            "or the folder"
+            "or the folder",
+            fault="shard",
         )
     return sharded.number_note(name)
 
@@ -202,7 +214,8 @@ def _read_config(folder: Folder, tell: Callable[[AdapterOpsError], None] | None 
     except AdapterOpsError as error:
         if tell is None:
             raise
-        error.fault = "config-unreadable"
+        if error.fault != NOT_FETCHED:
+            error.fault = "config-unreadable"
         tell(error)
         return None
 
@@ -224,37 +237,100 @@ def _read_index(folder: Folder, name: str) -> _Weights:
 
 
 def _read_file(folder: Folder, name: str) -> _Weights:
+    part = folder.ranges(name)
+    if part is not None:
+        with part.reader() as file:
+            kind = _kind(part.path, file.read(16) or b"")
+        if kind is _Kind.SAFETENSORS:
+            with part.reader() as file:
+                weights = _Weights(*safetensors.read_header_from(file, part.size, part))
+            part.expect((t.start, t.start + t.nbytes) for t in weights.tensors.values())
+            return weights
+        if kind is _Kind.GGUF:
+            from adapterops.storage import gguf_file
+
+            with part.reader() as file:
+                gguf_file.check(file, part.size, part.path)  # a model is refused before it is downloaded
     with named(folder, name) as path:
         return _read_weights(path)
 
 
+class _Kind(Enum):
+    SAFETENSORS = "safetensors"
+    NPZ = "npz"
+    PICKLE = "pickle"
+    GGUF = "gguf"
+
+
 def _read_weights(path: str) -> _Weights:
-    suffix = os.path.splitext(path)[1].lower()
     descriptor, _ = open_regular(path)
     try:
         with open(descriptor, "rb", buffering=0) as file:
             head = file.read(16)
     except OSError as error:
         raise UnreadableFile(f"{path}: {error.strerror}") from error
-    if not head:
-        raise UnreadableFile(f"{path}: the file is empty; download it again")
-    if head.startswith(b"version https:/"):
-        raise UnreadableFile(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull`")
-    if head.lstrip()[:5].lower() in (b"<!doc", b"<html", b"<?xml"):
-        raise UnreadableFile(f"{path}: is a web page (a log-in page or an error?); download the file again")
-    if head.startswith(b"GGUF"):
-        raise UnsupportedFormat(f"{path}: is a GGUF file; this version does not convert GGUF adapters")
-    if suffix == ".npz":
+    kind = _kind(path, head)
+    if kind is _Kind.NPZ:
         from adapterops.storage import npz
 
         return _Weights(*npz.read(path))
-    if suffix == ".json" and head.lstrip()[:1] in (b"{", b"["):
-        raise NotAnAdapter(f"{path}: is a JSON file, not weights; name the weights or their folder")
-    if suffix in _PICKLES or (suffix != ".safetensors" and (head[:2] == b"PK" or head[:1] == b"\x80")):
+    if kind is _Kind.GGUF:
+        from adapterops.storage import gguf_file
+
+        return _Weights(*gguf_file.read(path))
+    if kind is _Kind.PICKLE:
         from adapterops.storage import pickle  # with it come zip archives, and torch when it reads
 
         return _Weights(pickle.read(path), {})
     return _Weights(*safetensors.read_header(path))
+
+
+def _kind(path: str, head: bytes) -> _Kind:
+    """How weights are read, by their file's name and first bytes.  Raises for what is plainly something else."""
+    suffix = os.path.splitext(path)[1].lower()
+    if not head:
+        raise UnreadableFile(f"{path}: the file is empty; download it again", fault="empty-file")
+    if head.startswith(b"version https:/"):
+        raise UnreadableFile(f"{path}: is a Git LFS pointer, not the weights; run `git lfs pull`", fault="lfs-pointer")
+    if head.lstrip()[:5].lower() in (b"<!doc", b"<html", b"<?xml"):
+        raise UnreadableFile(
+            f"{path}: is a web page (a log-in page or an error?); download the file again", fault="web-page"
+        )
+    if head.startswith(b"GGUF"):
+        return _Kind.GGUF
+    if suffix == ".npz":
+        return _Kind.NPZ
+    if suffix == ".json" and head.lstrip()[:1] in (b"{", b"["):
+        _refuse_pickle_as_text(path)
+        raise NotAnAdapter(f"{path}: is a JSON file, not weights; name the weights or their folder")
+    if suffix in _PICKLES or (suffix != ".safetensors" and (head[:2] == b"PK" or head[:1] == b"\x80")):
+        return _Kind.PICKLE
+    return _Kind.SAFETENSORS
+
+
+def _refuse_pickle_as_text(path: str) -> None:
+    """Raise `UnsafePickle` for a JSON object one of whose values is a pickle in base64 (soft prompts are shared so)."""
+    try:
+        value = read_json(path) if os.path.isfile(path) else {}
+    except UnreadableFile:
+        return  # what it is then is for the caller to say
+    for name, text in value.items():
+        if isinstance(text, str) and text.startswith("gA") and _is_pickle_in_base64(text):
+            raise UnsafePickle(
+                f"{path}: refused: the field {name[:80]!r} holds a pickle as text, as mkultra saves soft prompts, and loading one can run "
+                "code. Load it where it came from, and save the tensor as .safetensors (a prompt of PEFT under the key "
+                "prompt_embeddings, beside an adapter_config.json)"
+            )
+
+
+def _is_pickle_in_base64(text: str) -> bool:
+    from base64 import b64decode
+
+    try:
+        data = b64decode(text, validate=True)
+    except ValueError:
+        return False
+    return data[:1] == b"\x80" and 2 <= data[1] <= 5 and data.endswith(b".")
 
 
 def _open_folder(folder: Folder, tell: Callable[[AdapterOpsError], None] | None = None) -> Source:
@@ -273,7 +349,7 @@ def _open_folder(folder: Folder, tell: Callable[[AdapterOpsError], None] | None 
         return Source(folder.path, parts=_Parts(folder, parts))
     lone = CONFIG_NAME in names
     what = f"has {CONFIG_NAME} but no weights ({' or '.join(FOLDER_WEIGHTS)})" if lone else "holds no weights"
-    raise NotAnAdapter(f"{folder.path}: {what}")
+    raise NotAnAdapter(f"{folder.path}: {what}", fault="no-weights" if lone else "no-adapter")
 
 
 def _choose(folder: Folder, names: list[str], visible: list[str]) -> tuple[str, tuple[str, ...]]:
@@ -293,6 +369,9 @@ def _choose(folder: Folder, names: list[str], visible: list[str]) -> tuple[str, 
         for name in indexes:
             shards.update(files_of(os.path.join(folder.path, name), _read_index_json(folder, name)).values())
     weights = [n for n in visible if os.path.splitext(n)[1].lower() in WEIGHTS_SUFFIXES and n not in shards] + indexes
+    last = next((name for name in OTHER_WEIGHTS if name in weights), "")
+    if last and all(name == last or _is_checkpoint(name) for name in weights):
+        return last, tuple(f"{last} is read; {name}, a checkpoint, is not" for name in weights if name != last)
     if len(weights) > 1:
         raise NotAnAdapter(f"{folder.path}: holds several weight files ({', '.join(weights)}); name one of them")
     return (weights[0] if weights else ""), ()
@@ -308,20 +387,24 @@ def read_json(path: str, limit: int = _MAX_CONFIG) -> dict[str, Any]:
     descriptor, (_, _, size, _) = open_regular(path)
     with open(descriptor, "rb") as file:
         if size > limit:
-            raise UnreadableFile(f"{path}: {size} bytes are too many for a config; is it one?")
+            raise UnreadableFile(f"{path}: {size} bytes are too many for a config; is it one?", fault="json-size")
         try:
             text = file.read()
         except OSError as error:
             raise UnreadableFile(f"{path}: {error.strerror}") from error
+    if sum(map(text.count, (b",", b"[", b"{"))) > _MAX_VALUES:
+        raise UnreadableFile(f"{path}: holds more than {_MAX_VALUES} values; is it a config?", fault="json-size")
     try:
         value = json.loads(text.decode("utf-8"), object_pairs_hook=safetensors.no_duplicates)
         # What was read must be writable again; JSON can spell half a character, no file can hold it.
         json.dumps(value, ensure_ascii=False).encode()
     except safetensors.Duplicate as error:
-        raise UnreadableFile(f"{path}: names the field {error.args[0][:200]!r} twice; remove one") from error
+        raise UnreadableFile(
+            f"{path}: names the field {error.args[0][:200]!r} twice; remove one", fault="json"
+        ) from error
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise UnreadableFile(f"{path}: is not JSON: {reason[:200]}") from error
+        raise UnreadableFile(f"{path}: is not JSON: {reason[:200]}", fault="json") from error
     if not isinstance(value, dict):
-        raise UnreadableFile(f"{path}: must be a JSON object, not a {type(value).__name__}")
+        raise UnreadableFile(f"{path}: must be a JSON object, not a {type(value).__name__}", fault="json")
     return value
