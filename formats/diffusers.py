@@ -175,9 +175,6 @@ class Diffusers(Format):
     foreign = {
         r"^(controlnet|vae|image_encoder|image_proj)\.": "belongs to a component that no format here converts",
         r"^lora_controlnet$": f"is a Stability control-LoRA; {_LATER}",
-        r"^(unet|text_encoder):\d+:(up|down)$": (
-            f"is cloneofsimo's spelling (positions in place of module names); {_LATER}"
-        ),
         r"^transformer_blocks\.\d+\..*\.(lora_down|lora_up|lora_A|lora_B)\.": (
             f"is spelled without a component (DiffSynth and others); {_LATER}"
         ),
@@ -206,7 +203,7 @@ class Diffusers(Format):
         adapter = read_by_table(reading, source, request, rule)
         for component, config in configs.items():
             own = [u for u in adapter.as_stated() if u.component == component]
-            describes(config.fields, config.where, own, _conflict)
+            describes(config.fields, config.where, own, lambda sentence: request.wrong(errors.Conflict(sentence)))
         silent = [c for c in adapter.components if c not in configs]
         notes = [f"the header's {METADATA_KEY} says nothing of {c}: scale 1 is assumed" for c in silent]
         notes += [
@@ -233,10 +230,6 @@ class Diffusers(Format):
             )
         file = OutputFile("", spelled.tensors, metadata)
         return Output((file,), tuple(spelled.kept), tuple(spelled.dropped), tuple(notes))
-
-
-def _conflict(sentence: str) -> None:
-    raise errors.Conflict(sentence)
 
 
 def _plain(adapter: Adapter) -> bool:

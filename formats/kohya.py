@@ -133,15 +133,26 @@ class Kohya(Format):
         r"^lora_unet_blocks_\d+_(cross|self)_attn_": f"belongs to an Anima or Wan adapter in Kohya's spelling; {_LATER}",
     }
 
+    # Conversions by hand that replaced every dot, or put the prefix before a name that had its component already.
+    botched = {
+        r"^lora_unet_unet_": "lora_unet_",
+        r"^lora_te_text_encoder_(?!2_)": "lora_te_",
+        r"^(lora_(?:unet|te\d?)_.+)_lora_(down|up)\.weight$": r"\1.lora_\2.weight",
+        r"^(lora_(?:unet|te\d?)_.+)_alpha$": r"\1.alpha",
+    }
+
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
         refuse_scale(request.fields, "a Kohya file")
         adapter = read_by_table(reading, source, request)
         read = [u for u in adapter if u.alpha is not None and u.alpha.certainty is Certainty.READ]
         other = _contradicted(adapter.with_updates(read), source.metadata)
         if other is not None and not isinstance(request.alpha, (str, float)):
-            raise errors.Conflict(
-                f"{source.path}: two alphas: the header's ss_network_alpha is {source.metadata['ss_network_alpha'][:40]}, but "
-                f"no module has it ({other.name}: {other.alpha}); --alpha tensors believes the tensors, as readers do"
+            request.wrong(
+                errors.Conflict(
+                    f"{source.path}: two alphas: the header's ss_network_alpha is {source.metadata['ss_network_alpha'][:40]}, "
+                    f"but no module has it ({other.name}: {other.alpha}); --alpha tensors believes the tensors, as readers do",
+                    fault="header-alpha",
+                )
             )
         return adapter
 

@@ -39,6 +39,8 @@ class Miss(Peft):
     for_lora = "peft"
     title = "MiSS in a PEFT folder; what Bone became"
     dialects = (MISS,)
+    rules = ""  # the PEFT format's hold for it
+    readers: ClassVar = {}  # servers read LoRA alone
     foreign: ClassVar = {}
 
     def types(self) -> Sequence[TypeRow]:

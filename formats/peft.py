@@ -35,6 +35,7 @@ from adapterops_formats.peft_names import MODULES, ONCE, TOP
 from adapterops_formats.peft_parameters import METHOD as PARAMETERS
 from adapterops_formats.peft_parameters import key_name
 from adapterops_formats.peft_patterns import Base
+from adapterops_formats.peft_serving import READERS, fitted, listed_targets
 from adapterops_formats.peft_write import write_config
 
 from adapterops.plugin import (
@@ -44,6 +45,7 @@ from adapterops.plugin import (
     Carried,
     Certainty,
     Dialect,
+    Fitted,
     Format,
     Group,
     Output,
@@ -51,6 +53,7 @@ from adapterops.plugin import (
     Place,
     Reading,
     Request,
+    Rounding,
     ScaleRule,
     Source,
     Suffix,
@@ -109,15 +112,13 @@ class Peft(Format):
     dialects = (PEFT,)
     is_folder = True
     tells_init = True
+    readers = READERS
+    rules = "adapterops_formats.peft_rules"
     variants: ClassVar = {
         _PREFIX: (_PREFIX + _PREFIX, "base_model.", "module." + _PREFIX, "_orig_mod." + _PREFIX, ""),
     }
     foreign: ClassVar = {
-        r"\.lora_(a|b)$": f"is MLX's spelling (lora_a, lora_b); {_LATER}",
-        r"\.multi_lora_[ab]$": f"is (IA)³ as T-Few spells it; {_LATER}",
         r"finegates_": f"is FineGates, a method of a peft fork; {_LATER}",
-        r"^w_[ab]_\d+$": f"is Sam_LoRA's spelling (no module names); {_LATER}",
-        r"\.adapter\.linear_(in|out)\.": f"is NeMo's or Megatron's spelling; {_LATER}",
     }
 
     def types(self) -> Sequence[TypeRow]:
@@ -145,7 +146,7 @@ class Peft(Format):
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
         method = _method(reading, request.fields)
         ignored: list[str] = []
-        config = _config_of(source, request, method, _only_kind([reading]), ignored)
+        config = _config_of(source, request, method, reading, ignored)
         # Where the config says every alpha, `--alpha` speaks in a repair of those that a wrong rank makes doubtful.
         resized = request.repair and source.config is not None and config is not None and config.states_alpha
         asked = replace(request, alpha=None) if resized and isinstance(request.alpha, float) else request
@@ -159,9 +160,11 @@ class Peft(Format):
 
         def settle(groups: list[Group]) -> list[Group]:
             groups = chosen(groups, method, config)
+            if request.tell is not None:
+                groups = [entry for entry in groups if _is_of_kind(entry, config, request)]
             for entry in groups:
                 _insist_on_kind(entry, config)
-            if config is not None:
+            if config is not None and request.tell is None:
                 refuse_unknown(config)
             about = _about(request, component)
             groups += _unlisted(groups, config, method, about)
@@ -171,12 +174,13 @@ class Peft(Format):
 
         def refine(updates: list[Update]) -> list[Update]:
             indices = config.fields.get("trainable_token_indices") if config is not None else None
-            updates = [_with_indices(u, indices) if u.method == "trainable_tokens" else u for u in updates]
+            updates = [_with_indices(u, indices, request) if u.method == "trainable_tokens" else u for u in updates]
             return [_say_why_unknown(u, source, method) for u in method.complete(updates)]
 
         _insist_on_one_kind(source, reading, request)
         adapter = read_by_table(reading, source, asked, rule, refine, settle)
-        _insist_on_all(adapter, reading, config.method if config is not None else method)
+        if request.tell is None:
+            _insist_on_all(adapter, reading, config.method if config is not None else method)
         notes = [
             *adapter.provenance.notes,
             *_left_out(source, reading),
@@ -188,9 +192,9 @@ class Peft(Format):
         if config is None:
             return adapter
         name = adapter.components[0] if adapter.components else "model"
-        if resized:
+        if resized and request.tell is None:
             adapter = rescaled(adapter, config, request)
-        if source.config is not None:
+        if source.config is not None and request.tell is None:
             said_wrong: list[str] = []
             problem = said_wrong.append if request.repair else _contradicted
             describes(config.fields, config.where, adapter.as_stated(), problem, config.method)
@@ -213,6 +217,9 @@ class Peft(Format):
 
     def prepared(self, adapter: Adapter) -> Adapter:
         return adapter.with_updates(KINDS[KIND_OF[u.method]].fitted(u) if u.method in KIND_OF else u for u in adapter)
+
+    def fitted(self, adapter: Adapter, target: Target, rounding: Rounding) -> Fitted:
+        return fitted(adapter, target, rounding)
 
     def write(self, adapter: Adapter, target: Target) -> Output:
         whole = adapter
@@ -238,6 +245,9 @@ class Peft(Format):
             own = [u for u in part if u.key in left]
             part = spelled.adapter.with_updates(_handed_out(spelled.adapter, own, method))
             config, said = write_config(part, component, target)
+            if target.reader:
+                parts = target.architecture.components if target.architecture else {}
+                config = listed_targets(config, part, Base.of(parts.get(component)))
             notes += said
             notes += _lost_prefix(part, component, target)
             kept += own
@@ -362,8 +372,12 @@ def _insist_on_one_kind(source: Source, reading: Reading, request: Request) -> N
     if source.config is None and not request.fields.get("peft_type") and len(kinds) > 1 and common:
         names = " and ".join(kind.title for kind in kinds)
         count = {2: "two", 3: "three"}.get(len(kinds), str(len(kinds)))
-        raise errors.UnsupportedFormat(
-            f"{source.path}: holds {count} types of adapter ({names}), and a PEFT config is for one; split it into a file each"
+        request.wrong(
+            errors.UnsupportedFormat(
+                f"{source.path}: holds {count} types of adapter ({names}), and a PEFT config is for one; split it into a file "
+                "each",
+                fault="peft-type",
+            )
         )
 
 
@@ -419,8 +433,52 @@ def _insist_on_kind(entry: Group, config: PeftConfig | None) -> None:
         return
     raise errors.Conflict(
         f"{next(iter(entry.tensors.values())).where}: is a tensor of {method.title}, but {config.where} says peft_type "
-        f"{config.method.kind}; if the config is another adapter's, take it away; --set peft_type={method.kind} overrides it"
+        f"{config.method.kind}; if the config is another adapter's, take it away; --set peft_type={method.kind} overrides it",
+        fault="peft-type",
     )
+
+
+def _is_of_kind(entry: Group, config: PeftConfig | None, request: Request) -> bool:
+    """Whether a group is of the config's type; told of, where it is not."""
+    try:
+        _insist_on_kind(entry, config)
+    except errors.Conflict as error:
+        request.wrong(error, (tensor.key for tensor in entry.tensors.values()))
+        return False
+    return True
+
+
+def _understood(source: Source, own: Mapping[str, Any], reading: Reading, request: Request) -> PeftConfig:
+    """What can be understood of the config beside the weights: its faults are told, and what the tensors show of the type
+    is believed."""
+    shown = _only_kind([reading])
+    try:
+        kind = kind_named(own.get("peft_type") or (shown or LORA).kind, source.config_path, shown)
+    except errors.UnsupportedFormat as error:
+        request.wrong(error)
+        kind = shown or LORA
+    fields = dict(own)
+    if shown is not None and _is_other(shown, kind, reading):
+        keys = [c.key for c in reading.claims if c.suffix.method in KIND_OF]
+        request.wrong(
+            errors.Conflict(
+                f"{source.config_path}: peft_type is {kind.kind}, but the tensors are those of {shown.title} "
+                f"({keys[0]!r}): peft finds none of its own and leaves the adapter as it was before training",
+                fault="peft-type",
+            ),
+            keys,
+        )
+        kind = shown
+        fields = {name: value for name, value in fields.items() if name in kind.all_fields}
+    return PeftConfig.lenient({**fields, "peft_type": kind.kind}, source.config_path, kind, request.wrong)
+
+
+def _is_other(shown: PeftMethod, kind: PeftMethod, reading: Reading) -> bool:
+    """Whether tensors of one type cannot be those of a config of another."""
+    if not set(shown.methods).isdisjoint(kind.methods) or (shown.kind == "TRAINABLE_TOKENS" and kind.tokens):
+        return False
+    own = [c for c in reading.claims if c.suffix.method in KIND_OF]
+    return kind.targeted or not all(c.place.whole for c in own)
 
 
 def _collected(part: Adapter, component: str, method: PeftMethod) -> Adapter:
@@ -450,7 +508,7 @@ def _handed_out(spelled: Adapter, own: list[Update], method: PeftMethod) -> list
 
 
 def _config_of(
-    source: Source, request: Request, method: PeftMethod, shown: PeftMethod | None, said: list[str]
+    source: Source, request: Request, method: PeftMethod, reading: Reading, said: list[str]
 ) -> PeftConfig | None:
     """The config beside the weights with the user's fields over it; the user's alone; or None.
 
@@ -459,10 +517,11 @@ def _config_of(
     own = source.config
     if own is None:
         check_given(request.fields, method)
+    elif request.tell is not None:
+        return _understood(source, own, reading, request)
     else:
-        kind = kind_named(
-            request.fields.get("peft_type") or own.get("peft_type") or method.kind, source.config_path, shown
-        )
+        stated = request.fields.get("peft_type") or own.get("peft_type") or method.kind
+        kind = kind_named(stated, source.config_path, _only_kind([reading]))
         foreign = [name for name in own if name not in kind.all_fields]
         check_given(request.fields, kind, foreign)
         removed = {name for name in foreign if name in request.fields}
@@ -537,8 +596,8 @@ def _placed(groups: list[Group], component: str) -> list[Group]:
     return [replace(g, place=places[g.place]) for g in groups]
 
 
-def _with_indices(update: Update, stated: Any) -> Update:
-    """The update with the token indices that the config gives for its embedding."""
+def _with_indices(update: Update, stated: Any, request: Request) -> Update:
+    """The update with the token indices that the config gives for its embedding; what are none is wrong."""
     indices = stated
     if isinstance(stated, Mapping):
         name = next((k for k in stated if update.module == k or update.module.endswith("." + k)), None)
@@ -546,7 +605,9 @@ def _with_indices(update: Update, stated: Any) -> Update:
     if indices is None:
         return update
     if not isinstance(indices, Sequence) or not all(type(i) is int and i >= 0 for i in indices):
-        raise errors.UnreadableFile(f"{update.name}: trainable_token_indices must be a list of token numbers")
+        wrong = f"{update.name}: trainable_token_indices must be a list of token numbers"
+        request.wrong(errors.UnreadableFile(wrong, fault="config-type"))
+        return update
     return replace(update, options={**update.options, "indices": list(indices)})
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite, sqrt
 from types import NoneType
@@ -34,6 +34,9 @@ Config = Mapping[str, Any]
 
 MUTATING = ("pissa", "olora", "corda", "lora_ga")
 """Values of `init_lora_weights` (or their beginnings) after which the base weights are no longer the published ones."""
+ALPHA_DEFAULT = 8
+"""What peft takes where a config of these types says no alpha."""
+_EIGHT = ("LORA", "ADALORA", "LOHA", "LOKR")
 _CHOICES = {
     "task_type": (*(None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"),),
     "peft_type": tuple(KINDS),
@@ -77,8 +80,8 @@ def refuse_scale(fields: Config, title: str) -> None:
         )
 
 
-def _bad(where: str, name: str, value: object, wanted: str) -> errors.AdapterOpsError:
-    return errors.UnreadableFile(f"{where}: {name} is {json.dumps(value, default=str)[:80]}, not {wanted}")
+def _bad(where: str, name: str, value: object, wanted: str, fault: str = "config-type") -> errors.AdapterOpsError:
+    return errors.UnreadableFile(f"{where}: {name} is {json.dumps(value, default=str)[:80]}, not {wanted}", fault=fault)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +122,30 @@ class PeftConfig:
         if "decompose_factor" in method.shaping and type(factor) not in (int, NoneType):
             raise _bad(where, "decompose_factor", factor, "a number of pieces, -1, or null")
         return cls(fields, where, method=method)
+
+    @classmethod
+    def lenient(
+        cls, fields: Config, where: str, method: PeftMethod, tell: Callable[[errors.AdapterOpsError], None]
+    ) -> PeftConfig:
+        """What can be understood of a config: fields that are wrong are told of and left out.
+
+        A rank that is wrong is then that of the tensors; an alpha that is wrong or missing is peft's own default.
+        """
+        kept = dict(fields)
+        try:
+            cls.parse(fields, where, method)
+        except errors.AdapterOpsError:
+            for name, value in fields.items():
+                try:
+                    cls.parse({name: value}, where, method)
+                except errors.AdapterOpsError as error:
+                    tell(error)
+                    del kept[name]
+                    if name == method.rank:
+                        kept[name] = None
+        if method.kind in _EIGHT:
+            kept.setdefault(method.alpha, ALPHA_DEFAULT)
+        return cls.parse(kept, where, method)
 
     @property
     def states_alpha(self) -> bool:
@@ -278,21 +305,26 @@ def kind_named(kind: object, where: str, shown: PeftMethod | None = None) -> Pef
         hint = f"; did its writer mean {near[0]}? --set peft_type={near[0]}" if near else ""
     raise errors.UnsupportedFormat(
         f"{where}: peft_type is {name[:40]}, which is no method of peft 0.21 (a fork's, or a later peft's){hint}; "
-        "adapterops methods lists those that are known"
+        "adapterops methods lists those that are known",
+        fault="peft-type-unknown",
     )
 
 
 def refuse_unknown(config: PeftConfig) -> None:
     """Raise `UnsupportedFormat` for a field that says something and that the method's config does not have."""
-    known = {*config.method.all_fields, *_OF_CLASSES}
-    for name, value in config.fields.items():
-        if name not in known and value not in (None, False, "", "none", 0, [], {}):
-            raise errors.UnsupportedFormat(
-                f"{config.where}: {str(name)[:60]} is {json.dumps(value, default=str)[:60]}, a field that the "
-                f"{config.method.title} config of PEFT 0.21 "
-                "does not have (a later version's, or a fork's); what it does to the tensors is not known; if it does "
-                f"nothing to them, --set {str(name)[:60]}=null takes it out"
-            )
+    for name in unknown_fields(config.method, config.fields):
+        raise errors.UnsupportedFormat(
+            f"{config.where}: {str(name)[:60]} is {json.dumps(config.fields[name], default=str)[:60]}, a field that the "
+            f"{config.method.title} config of PEFT 0.21 "
+            "does not have (a later version's, or a fork's); what it does to the tensors is not known; if it does "
+            f"nothing to them, --set {str(name)[:60]}=null takes it out"
+        )
+
+
+def unknown_fields(method: PeftMethod, fields: Config) -> list[str]:
+    """The fields that say something and that the method's config does not have."""
+    known = {*method.all_fields, *_OF_CLASSES}
+    return [n for n, v in fields.items() if n not in known and v not in (None, False, "", "none", 0, [], {})]
 
 
 def _check_within(fields: Config, where: str, setting: Setting) -> None:
@@ -378,13 +410,13 @@ def _compile(where: str, name: str, pattern: str) -> None:
         wanted = (
             f"a pattern that surely ends in bounded time (a repeat inside a repeat?); --set {name}=null leaves it out"
         )
-        raise _bad(where, name, pattern, wanted)
+        raise _bad(where, name, pattern, wanted, "config-slow-pattern")
     try:
         # By itself, and as peft puts it into patterns of its own (flags may stand only at the beginning of one).
         re.compile(pattern)
         re.compile(f"(.*\\.)?({pattern})$")
     except (re.error, RecursionError, OverflowError) as error:
-        raise _bad(where, name, pattern, f"a regular expression ({error})") from error
+        raise _bad(where, name, pattern, f"a regular expression ({error})", "config-pattern") from error
 
 
 def _is_number(value: object) -> bool:
@@ -590,8 +622,7 @@ def describes(
     """Call `problem` with a sentence for everything that `config` and the tensors of `updates` say differently."""
     view = PeftConfig.parse(config, where, method)
     method = view.method
-    own = adapted(updates, method)
-    for update in own:
+    for update in adapted(updates, method):
         tensor = update.tensors["B"] if method is LORA else next(iter(update.tensors.values()))
         rank = METHODS[update.method].rank(update)
         stated = view.rank(update.module) if method.rank else None
@@ -609,13 +640,8 @@ def describes(
                 f"{tensor.where}: {where} targets no such module ({narrowing}), so peft would ignore this tensor; "
                 "--set target_modules=null derives it anew"
             )
-        for setting in method.settings:
-            said, has = view.setting(setting, update.module), update.options.get(setting.name)
-            if setting.name in update.options and _frozen(said) != _frozen(has):
-                problem(
-                    f"{tensor.where}: {setting.name} is {as_json(has)}, but {where} says {as_json(said)}; "
-                    f"--set {setting.name}={as_argument(has)}"
-                )
+        for sentence in _other_settings(view, update):
+            problem(sentence)
         for name, role in method.roles:
             if bool(config.get(name, False)) != (role in update.tensors):
                 has = "has no" if config.get(name) else "has a"
@@ -623,5 +649,26 @@ def describes(
                     f"{tensor.where}: the module {has} {role}, but {where} says {name}="
                     f"{json.dumps(bool(config.get(name, False)))}; --set {name}={json.dumps(role in update.tensors)}"
                 )
-    for sentence in method.problems(view, own, base or Base()):
+    for sentence in method.problems(view, adapted(updates, method), base or Base()):
         problem(sentence)
+
+
+def contradictions(view: PeftConfig, updates: Sequence[Update]) -> Iterator[str]:
+    """A sentence for everything that a config and the tensors say differently, but for ranks, targets and roles (DoRA's
+    magnitudes): those are rules of their own."""
+    own = adapted(updates, view.method)
+    for update in own:
+        yield from _other_settings(view, update)
+    yield from view.method.problems(view, own, Base())
+
+
+def _other_settings(view: PeftConfig, update: Update) -> Iterator[str]:
+    """A sentence for each setting of which the update has another value than its config."""
+    tensor = update.tensors["B"] if view.method is LORA else next(iter(update.tensors.values()))
+    for setting in view.method.settings:
+        said, has = view.setting(setting, update.module), update.options.get(setting.name)
+        if setting.name in update.options and _frozen(said) != _frozen(has):
+            yield (
+                f"{tensor.where}: {setting.name} is {as_json(has)}, but {view.where} says {as_json(said)}; "
+                f"--set {setting.name}={as_argument(has)}"
+            )

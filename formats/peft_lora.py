@@ -28,6 +28,8 @@ _BY_FIELD = (
 """Fields that make every module's LoRA something else."""
 _SUBCONFIGS = {"monteclora_config": "monteclora_sampler.", "velora_config": "velora_embed"}
 """Sub-configs of training, and the roles of the tensors that they leave."""
+_PLAIN = {"A", "B", "bias", "magnitude"}
+"""The roles of LoRA's tensors that no field of FIELDS makes."""
 FIELDS = (
     *("kasa_config", "use_bdlora", "use_qalora", "alora_invocation_tokens", "arrow_config", "layer_replication"),
     *("monteclora_config", "velora_config", "target_parameters"),
@@ -101,12 +103,15 @@ def options(entry: Group, config: Any, given: Mapping[str, Any], weight: tuple[i
         out["nblocks"] = stated.get("nblocks", 1)
         if type(out["nblocks"]) is not int or out["nblocks"] < 1:
             raise errors.UnreadableFile(
-                f"{config.where}: nblocks of use_bdlora is {out['nblocks']!r:.40}, not a number"
+                f"{config.where}: nblocks of use_bdlora is {out['nblocks']!r:.40}, not a number",
+                fault="config-type",
             )
     elif entry.method == "qalora" and (str(config.certainty) == "read" or "qalora_group_size" in fields):
         size = fields.get("qalora_group_size", 16)
         if type(size) is not int or size < 1:
-            raise errors.UnreadableFile(f"{config.where}: qalora_group_size is {size!r:.40}, not a number of inputs")
+            raise errors.UnreadableFile(
+                f"{config.where}: qalora_group_size is {size!r:.40}, not a number of inputs", fault="config-type"
+            )
         out["qalora_group_size"] = size
     elif entry.method == "alora":
         out["alora_invocation_tokens"] = _checked(config, "alora_invocation_tokens", _is_numbers, "token numbers")
@@ -125,7 +130,9 @@ def options(entry: Group, config: Any, given: Mapping[str, Any], weight: tuple[i
 def _checked(config: Any, name: str, sound: Any, wanted: str) -> list[Any]:
     value = config.fields[name]
     if not isinstance(value, Sequence) or isinstance(value, str) or not sound(value):
-        raise errors.UnreadableFile(f"{config.where}: {name} is {value!r:.80}, not a list of {wanted}")
+        raise errors.UnreadableFile(
+            f"{config.where}: {name} is {value!r:.80}, not a list of {wanted}", fault="config-type"
+        )
     return [list(part) if isinstance(part, Sequence) else part for part in value]
 
 
@@ -251,6 +258,9 @@ def _words(names: Sequence[str], others: Sequence[str]) -> list[str]:
 
 def problems(config: Any, updates: Sequence[Update], base: Base) -> Iterator[str]:
     """Where the config says a variant that the tensors are not, or the other way round."""
+    said = any(config.fields.get(name) for name in FIELDS) or config.fields.get("kasa_config") is not None
+    if not said and all(_is_plain(update) for update in updates):
+        return
     wanted = fields(updates, base)
     yield from peft_parameters.agree(config, updates)
     for name in FIELDS[:-1]:
@@ -268,6 +278,10 @@ def problems(config: Any, updates: Sequence[Update], base: Base) -> Iterator[str
                 f"{'those of ' + METHODS[updates[0].method].title if has or has == {} else 'not made so'}; --set {name}="
                 f"{json.dumps(has, default=str)[:60]}"
             )
+
+
+def _is_plain(update: Update) -> bool:
+    return update.method == "lora" and update.tensors.keys() <= _PLAIN and not update.options.get("layer_replication")
 
 
 def fitted(update: Update) -> Update:

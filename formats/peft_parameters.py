@@ -50,7 +50,9 @@ def meant(groups: list[Group], config: Any, architecture: Architecture | None) -
             continue
         if [steps for steps, _ in own] != list(range(len(own)))[::-1]:
             first = next(iter(own[0][1].tensors.values()))
-            raise errors.BrokenAdapter(f"{first.where}: of the nested factors of {module} some are missing")
+            raise errors.BrokenAdapter(
+                f"{first.where}: of the nested factors of {module} some are missing", fault="missing-half"
+            )
         members = [replace(entry, method=METHOD) for _, entry in own]
         names = _names(members, module, own_parameters, stated, config)
         for at, ((steps, entry), member) in enumerate(zip(own, members, strict=True)):
@@ -83,7 +85,9 @@ def _stated(module: str, config: Any) -> list[str]:
     """
     targets = (config.fields.get("target_parameters") if config is not None else None) or []
     if not isinstance(targets, Sequence) or isinstance(targets, str) or not all(isinstance(t, str) for t in targets):
-        raise errors.UnreadableFile(f"{config.where}: target_parameters is {targets!r:.80}, not a list of names")
+        raise errors.UnreadableFile(
+            f"{config.where}: target_parameters is {targets!r:.80}, not a list of names", fault="config-type"
+        )
     return [
         name for owner, _, name in (t.rpartition(".") for t in targets) if owner and f".{module}".endswith(f".{owner}")
     ]
@@ -143,7 +147,8 @@ def fields(updates: Iterable[Update], base: Base) -> dict[str, Any]:
         else:
             raise errors.UnknownFact(
                 f"{update.tensors['A'].where}: acts on a parameter of {nesting(update.module)[0]}, and no key says on which; "
-                "--base CONFIG finds it by its shape, or say it with --set target_parameters='[\"experts.gate_up_proj\", …]'"
+                "--base CONFIG finds it by its shape, or say it with --set target_parameters='[\"experts.gate_up_proj\", …]'",
+                fault="parameters-ambiguous",
             )
     endings = sorted({".".join(path.split(".")[-2:]) for path in paths})
     exact = base.parameters and all(

@@ -59,7 +59,7 @@ def _options(entry: Group, config: Any, given: Mapping[str, Any], weight: tuple[
 
 def _count(value: Any, where: str) -> int:
     if type(value) is not int or value < 0:
-        raise errors.UnreadableFile(f"{where}: init_r is {value!r:.80}, not a number of triplets")
+        raise errors.UnreadableFile(f"{where}: init_r is {value!r:.80}, not a number of triplets", fault="config-type")
     return value
 
 
@@ -67,13 +67,16 @@ def _masks(config: Any) -> dict[str, Sequence[bool]]:
     """Which triplets are left, by module.  Raises `UnreadableFile` for anything but lists of true and false."""
     pattern = config.fields.get("rank_pattern") or {}
     if not isinstance(pattern, Mapping):
-        raise errors.UnreadableFile(f"{config.where}: rank_pattern of AdaLoRA is a list of true and false a module")
+        raise errors.UnreadableFile(
+            f"{config.where}: rank_pattern of AdaLoRA is a list of true and false a module", fault="config-type"
+        )
     out = {}
     for key, mask in pattern.items():
         if not isinstance(mask, Sequence) or isinstance(mask, str) or not set(mask) <= {True, False}:
             raise errors.UnreadableFile(
                 f"{config.where}: rank_pattern[{key!r}] is {mask!r:.60}; AdaLoRA's says of every triplet whether it is left "
-                "(true or false)"
+                "(true or false)",
+                fault="config-type",
             )
         # Saved by hand, a key ends with the adapter's name.
         out[key.partition(".lora_E")[0].removeprefix("base_model.model.")] = mask

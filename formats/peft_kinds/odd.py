@@ -49,7 +49,9 @@ def number(view: Any, name: str, default: Any = None, kinds: tuple[type, ...] = 
     """A number that a config says; `default` where it says nothing.  Raises `UnreadableFile` for what is none."""
     value = view.fields.get(name)
     if value is not None and (type(value) not in kinds or not is_finite(value)):
-        raise errors.UnreadableFile(f"{view.where}: {name} is {value!r:.80}; it must be a finite number")
+        raise errors.UnreadableFile(
+            f"{view.where}: {name} is {value!r:.80}; it must be a finite number", fault="config-type"
+        )
     return default if value is None else value
 
 
@@ -144,7 +146,8 @@ def _super_options(entry: Group, config: Any, given: Mapping[str, Any], weight: 
     for name, kinds in (("select_top", (bool,)), ("sparsity", (int, float)), ("lora_alpha", (int, float))):
         if out.get(name) is not None and (type(out[name]) not in kinds or not is_finite(out[name])):
             raise errors.UnreadableFile(
-                f"{first_of(entry).where}: its config says {name} {out[name]!r:.80}, which it cannot be"
+                f"{first_of(entry).where}: its config says {name} {out[name]!r:.80}, which it cannot be",
+                fault="config-type",
             )
     return {name: value for name, value in out.items() if value is not None}
 
@@ -379,7 +382,9 @@ def _osf_problems(view: Any, updates: Sequence[Update], base: Base) -> Iterator[
     patterns = view.fields.get("rank_pattern") or {}
     usual = number(view, "effective_rank", kinds=(int, float))
     if not isinstance(patterns, Mapping) or any(type(v) not in (int, float) for v in patterns.values()):
-        raise errors.UnreadableFile(f"{view.where}: rank_pattern is {patterns!r:.80}; it must be a table of numbers")
+        raise errors.UnreadableFile(
+            f"{view.where}: rank_pattern is {patterns!r:.80}; it must be a table of numbers", fault="config-type"
+        )
     for update in updates:
         side, kept = _side(update)
         said = next((v for k, v in patterns.items() if _found(k, update.module, view.where)), usual)
@@ -448,7 +453,9 @@ def _token_options(entry: Group, config: Any, given: Mapping[str, Any], weight: 
     if found is None or entry.options.get("kind") != "alone":
         return {}
     if not isinstance(found, Sequence) or not all(type(i) is int and i >= 0 for i in found):
-        raise errors.UnreadableFile(f"{first_of(entry).where}: token_indices must be a list of token numbers")
+        raise errors.UnreadableFile(
+            f"{first_of(entry).where}: token_indices must be a list of token numbers", fault="config-type"
+        )
     return {"indices": list(found)}
 
 

@@ -119,7 +119,7 @@ class Setting:
         if typed and type(value) in (int, float):
             low, high = (None if bound is None else f"{bound:,}" for bound in (self.least, self.most))
             wanted = f"from {low} to {high}" if low and high else f"at most {high}" if high else "a finite number"
-        raise errors.UnreadableFile(f"{where}: {self.name} is {value!r:.80}; it must be {wanted}")
+        raise errors.UnreadableFile(f"{where}: {self.name} is {value!r:.80}; it must be {wanted}", fault="config-type")
 
     def _is_within(self, value: Any) -> bool:
         if type(value) not in (int, float):
