@@ -9,6 +9,7 @@ import io
 import json
 import os
 import sys
+from itertools import pairwise
 from typing import Any
 
 import click
@@ -20,12 +21,17 @@ COMMANDS = {
     "inspect": "What an adapter file is and holds.",
     "convert": "Convert an adapter to another format, with proof.",
     "merge": "Make one adapter of several.",
+    "validate": "Lint adapters: what is wrong, why, and how to mend it.",
     "to-lora": "Make a plain LoRA of an adapter of any method.",
     "loftq": "Start a LoRA as what quantisation takes from the base.",
     "formats": "The formats and dialects that are read and written.",
     "architectures": "The base models whose module names are built in.",
     "methods": "The adapter methods that are understood (--merge: the ways to merge).",
+    "rules": "The rules of validate.",
+    "rule": "What one rule is about: why, what to do, examples.",
 }
+_MODULES = {"formats": "lists", "architectures": "lists", "methods": "lists", "rule": "rules"}
+"""The files of commands that share one."""
 
 
 class LazyGroup(click.Group):
@@ -37,9 +43,8 @@ class LazyGroup(click.Group):
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         if name not in COMMANDS:
             return None
-        module = "lists" if name in ("formats", "architectures", "methods") else name
         attribute = name.replace("-", "_")
-        command = getattr(importlib.import_module(f"adapterops.cli.{module.replace('-', '_')}"), attribute)
+        command = getattr(importlib.import_module(f"adapterops.cli.{_MODULES.get(name, attribute)}"), attribute)
         assert isinstance(command, click.Command)
         return command
 
@@ -65,7 +70,7 @@ class LazyGroup(click.Group):
 @click.version_option(__version__, prog_name="adapterops")
 @click.option("--debug", is_flag=True, help="Show the Python traceback of an error.")
 def main(debug: bool) -> None:
-    """Read, understand, convert and merge LoRA adapters and their kin, with proof.
+    """Read, understand, convert, merge and validate LoRA adapters and their kin, with proof.
 
     \b
     Examples:
@@ -73,6 +78,7 @@ def main(debug: bool) -> None:
       adapterops convert style.safetensors --to peft
       adapterops convert my-peft-folder --to kohya -o style.safetensors
       adapterops merge style.safetensors face.safetensors --method svd --weights 0.7,0.5
+      adapterops validate zoo
     """
 
 
@@ -88,7 +94,7 @@ def run(arguments: list[str] | None = None) -> None:
     debug = "--debug" in arguments
     # An option of the whole command, taken wherever it stands.
     arguments = [a for a in arguments if a != "--debug"]
-    wants_json = "--json" in arguments
+    wants_json = "--json" in arguments or "--format=json" in arguments or ("--format", "json") in pairwise(arguments)
     try:
         main.main(args=arguments, prog_name="adapterops", standalone_mode=False, color=_color())
     except AdapterOpsError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Iterator
 
 from adapterops.errors import AdapterOpsError, UsageError
@@ -28,6 +29,10 @@ TRAINING_STATE = (
     "pytorch_model_fsdp",
 )
 """How the names of files begin that trainers keep beside an adapter to go on with it."""
+_ENCODED = re.compile(rb'"gA[I-X][A-Za-z0-9+/]{200}')
+"""Base64 of the first bytes of a pickle."""
+_SMALLEST_TENSOR = 1000
+_MAX_LOOK = 1 << 16
 _MAX_DEPTH = 24
 """Folders within folders."""
 
@@ -48,14 +53,24 @@ def _places(path: str) -> Iterator[Place]:
     if path.startswith(HUB):
         from adapterops.storage import hub
 
-        folder, file = hub.locate(path)
-        yield from [Place(folder, file)] if file else _of(folder)
+        repository, file = hub.locate(path, ranges=True)
+        yield from [Place(repository, file)] if file else _of(repository)
     elif os.path.isdir(path):
         yield from _of(LocalFolder(os.path.normpath(path)))
     elif os.path.lexists(path):
-        yield Place(LocalFolder(os.path.dirname(path)), os.path.basename(path))
+        folder, name = LocalFolder(os.path.dirname(path)), os.path.basename(path)
+        yield Place(LocalFolder(os.path.normpath(folder.path))) if _is_part(folder, name) else Place(folder, name)
     else:
         raise UsageError(f"{path}: no such file or folder")
+
+
+def _is_part(folder: Folder, name: str) -> bool:
+    """Whether a file is that of an adapter's folder: its config, or the weights that are taken of those beside the config."""
+    if name == CONFIG_NAME:
+        return True
+    names = folder.names() if name in (*FOLDER_WEIGHTS, FOLDER_INDEX) else []
+    taken = [own for own in (*FOLDER_WEIGHTS, FOLDER_INDEX) if own in names]
+    return CONFIG_NAME in names and taken[:1] == [name]
 
 
 def _of(folder: Folder) -> list[Place]:
@@ -82,7 +97,11 @@ def _walk(folder: Folder, depth: int, seen: set[str]) -> Iterator[Place]:
         name
         for name in visible
         if name not in skipped
-        and (name.endswith(INDEX_SUFFIX) or (is_weights(name) and not name.startswith(TRAINING_STATE)))
+        and (
+            name.endswith(INDEX_SUFFIX)
+            or (is_weights(name) and not name.startswith(TRAINING_STATE))
+            or _holds_a_pickle(folder, name)
+        )
     ]
     # A config without weights of its name is told of with the folder, unless it may be that of another file.
     if own & (set(visible) - folders) or (CONFIG_NAME in visible and not others):
@@ -92,6 +111,20 @@ def _walk(folder: Folder, depth: int, seen: set[str]) -> Iterator[Place]:
     for name in visible:
         if name in folders and depth:
             yield from _walk(folder.folder(name), depth - 1, seen)
+
+
+def _holds_a_pickle(folder: Folder, name: str) -> bool:
+    """Whether a JSON file of this disk has the text of a pickle in it: a soft prompt, as mkultra and KoboldAI write them."""
+    if not name.endswith(".json") or not isinstance(folder, LocalFolder):
+        return False
+    path = folder.fetch(name)
+    try:
+        if not os.path.isfile(path) or os.path.getsize(path) < _SMALLEST_TENSOR:
+            return False
+        with open(path, "rb") as file:
+            return _ENCODED.search(file.read(_MAX_LOOK)) is not None
+    except OSError:
+        return False
 
 
 def is_weights(name: str) -> bool:

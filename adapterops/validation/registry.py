@@ -12,7 +12,7 @@ from adapterops.errors import UsageError
 from adapterops.validation.rule import Finding, Rule
 from adapterops.validation.subject import Subject
 
-_GROUPS = ("container", "tensors", "base", "scale", "loaders", "card")
+_GROUPS = ("container", "files", "tensors", "base", "scale", "loaders", "card", "hub", "internal")
 """The modules of `validation.rules`, each with `RULES` and `CHECKERS`."""
 
 

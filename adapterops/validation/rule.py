@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import IntEnum, StrEnum
+from enum import Enum, IntEnum, StrEnum
 from typing import Any
 
 
@@ -30,8 +30,12 @@ class Needs(IntEnum):
     """The bytes of the tensors as well."""
 
 
-REMOVE: Any = None
-"""In a `Change`, the value of a field or header entry that goes."""
+class _Remove(Enum):
+    REMOVE = "remove"
+
+
+REMOVE: Any = _Remove.REMOVE
+"""In a `Change`, the value of a field or header entry that goes.  (A field whose value is None becomes null.)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +56,9 @@ class Change:
     metadata: Mapping[str, str | None] = field(default_factory=dict)
     """Entries of the header and their new values; REMOVE takes one out."""
     rewrite: bool = False
-    """The weights are written anew as safetensors (a pickle; a header whose spelling is at fault)."""
+    """The weights are written anew as safetensors (a pickle, which goes; a header whose spelling is at fault)."""
     rename: str = ""
-    """The file's new name in its folder."""
+    """The new name, in its folder, of the finding's file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +176,7 @@ GROUPS = {
     "S": "scale",
     "L": "loaders",
     "D": "card and licence",
+    "X": "adapterops itself",
 }
 """The letters of codes."""
 

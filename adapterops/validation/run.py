@@ -32,6 +32,7 @@ def validate(
     load_test: bool = False,
     header_only: bool = False,
     jobs: int = 1,
+    skip: Callable[[str], bool] | None = None,
     progress: Progress | None = None,
 ) -> Report:
     """What is wrong with adapters: files, folders, trees of folders, or `hf://owner/repo`.
@@ -41,7 +42,8 @@ def validate(
     - `targets` are the loaders that they are for (peft, diffusers, comfy, vllm, mlx, gguf);
     - `load_test` loads them with peft or diffusers, into a model without weights;
     - `header_only` asks only rules that read no tensor's bytes;
-    - `jobs` is the number of processes.
+    - `jobs` is the number of processes; 0 is one a core where there are many adapters;
+    - `skip` says of an adapter's path whether to leave it out.
 
     Raises `UsageError` for a path that does not exist and for options that cannot be understood; whatever is wrong inside
     what exists is a finding.
@@ -50,13 +52,15 @@ def validate(
         raise UsageError("--arch and --base both name the base model; give one of them")
     architecture = architectures.load(arch) if arch is not None else None
     if base is not None:
-        architecture = base if isinstance(base, Architecture) else architectures.from_config(base)
+        architecture = base if isinstance(base, Architecture) else architectures.from_base(base)
     unknown = [name for name in targets if name not in TARGETS]
     if unknown:
         raise UsageError(f"--targets {unknown[0]!r} is none of {', '.join(TARGETS)}")
     options = Options(tuple(select), tuple(ignore), architecture, tuple(targets), load_test)
     rules = [r for r in chosen(registry.rules(), options) if not (header_only and r.needs is Needs.TENSORS)]
     places = discover(os.fspath(path) for path in paths)
+    if skip is not None:
+        places = [place for place in places if not skip(place.path)]
     return Report(tuple(run_all(examine, places, options, rules, jobs, progress)), tuple(rules))
 
 

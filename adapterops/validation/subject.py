@@ -15,8 +15,9 @@ from adapterops.dialects.read import Request
 from adapterops.errors import AdapterOpsError, UnreadableFile
 from adapterops.plugin import Format
 from adapterops.storage import LazyTensor, Source
-from adapterops.storage.folder import Folder
-from adapterops.storage.source import CONFIG_NAME, FOLDER_INDEX, FOLDER_WEIGHTS, open_in
+from adapterops.storage.folder import NOT_FETCHED, Folder
+from adapterops.storage.source import CONFIG_NAME, FOLDER_INDEX, FOLDER_WEIGHTS, open_in, read_json
+from adapterops.validation.names import mended, training_state
 from adapterops.validation.options import Options
 from adapterops.validation.rule import Finding
 
@@ -51,6 +52,10 @@ class Subject:
         self.options = options
         self.faults: list[AdapterOpsError] = []
         """What opening and reading told, in order."""
+        self.renamed: dict[str, str] = {}
+        """The keys that a wrapper or a broken script spelled wrongly, with the names under which `tensors` has them."""
+        self.leftover: tuple[str, ...] = ()
+        """The keys of an optimizer's state, which `tensors` has not."""
         self.source: Source | None = self._open()
 
     @property
@@ -147,7 +152,11 @@ class Subject:
         try:
             with open(self.place.folder.fetch(name), "rb") as file:
                 return file.read(_MAX_TEXT).decode("utf-8", errors="replace")
-        except (OSError, AdapterOpsError):
+        except AdapterOpsError as error:
+            if error.fault == NOT_FETCHED and str(error) not in map(str, self.faults):
+                self.faults.append(error)
+            return None
+        except OSError:
             return None
 
     def _open(self) -> Source | None:
@@ -156,8 +165,28 @@ class Subject:
         except AdapterOpsError as error:
             self.faults.append(error)
             return None
+        self.leftover = training_state(source.tensors)
+        self.renamed = mended(key for key in source.tensors if key not in self.leftover)
+        if self.renamed or self.leftover:
+            kept = {key: t for key, t in source.tensors.items() if key not in self.leftover}
+            source = replace(source, tensors={self.renamed.get(key, key): t for key, t in kept.items()})
+        source = self._with_config(source)
         own = os.path.basename(os.path.abspath(self.place.folder.path))
         return replace(source, component=own) if self.is_folder and own in COMPONENTS else source
+
+    def _with_config(self, source: Source) -> Source:
+        """Weights whose name peft does not look for have the PEFT config beside them all the same."""
+        if not self.place.name or source.config is not None or CONFIG_NAME not in self.files:
+            return source
+        if any(name in self.files for name in FOLDER_WEIGHTS):
+            return source
+        try:
+            config = read_json(self.place.folder.fetch(CONFIG_NAME))
+        except AdapterOpsError as error:
+            error.fault = "config-unreadable"
+            self.faults.append(error)
+            return source
+        return replace(source, config=config, config_path=self.config_path) if "peft_type" in config else source
 
 
 Findings = Iterable[Finding]

@@ -1,0 +1,69 @@
+"""Keys that a wrapper or a broken script spelled wrongly, and how they should be."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from adapterops import registry
+
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Names under which torch.compile, FSDP and activation checkpointing keep the module that they wrap.
+
+Sources: torch `_dynamo/eval_frame.py` (`OptimizedModule`), `distributed/fsdp/_common_utils.py` (`FSDP_WRAPPED_MODULE`),
+`distributed/algorithms/_checkpoint/checkpoint_wrapper.py`.
+"""
+_PARALLEL = "module"
+"""The same of DataParallel and DDP; modules may be called so as well, so it counts where all keys have it near the front."""
+_FRONT = 4
+_STATE = re.compile(
+    r"^(optimizers?|optimizer_states?|optim|lr_schedulers?|grad_scaler)\.|"
+    r"\.(exp_avg|exp_avg_sq|max_exp_avg_sq|exp_avg_diff|momentum_buffer|exp_inf)$"
+)
+"""How the state of torch's optimizers is called (`torch/optim/adam.py`, `sgd.py`, `adamax.py`)."""
+
+
+def mended(keys: Iterable[str]) -> dict[str, str]:
+    """The keys that should be spelled otherwise, with their right names; none where two would become one."""
+    keys = list(keys)
+    skipped = _parallel(keys)
+    botched = [(re.compile(p), r) for form in registry.formats().values() for p, r in form.botched.items()]
+    out = {}
+    for key in keys:
+        new = key
+        if skipped >= 0 or "_" in key:
+            parts = key.split(".")
+            new = ".".join(p for at, p in enumerate(parts) if at != skipped and p not in WRAPPERS)
+        for pattern, replacement in botched:
+            new = pattern.sub(replacement, new)
+        if new and new != key:
+            out[key] = new
+    taken = {out.get(key, key) for key in keys}
+    return out if len(taken) == len(keys) else {}
+
+
+def training_state(keys: Iterable[str]) -> tuple[str, ...]:
+    """The keys that are an optimizer's or a scheduler's state; none where there are no others."""
+    keys = list(keys)
+    found = tuple(key for key in keys if _STATE.search(key))
+    return found if len(found) < len(keys) else ()
+
+
+def is_wrapped(key: str, new: str) -> bool:
+    """Whether a wrapper's name is all that `new` lacks of `key`."""
+    rest = [part for part in key.split(".") if part not in WRAPPERS]
+    return new == ".".join(rest) or any(
+        part == _PARALLEL and new == ".".join(rest[:at] + rest[at + 1 :]) for at, part in enumerate(rest[:_FRONT])
+    )
+
+
+def _parallel(keys: list[str]) -> int:
+    """Where in every key DataParallel's name stands; -1 where it does not."""
+    if len(keys) < 2:
+        return -1
+    first = keys[0].split(".", _FRONT)
+    at = next((n for n, part in enumerate(first[:_FRONT]) if part == _PARALLEL), -1)
+    if at < 0:
+        return -1
+    start = ".".join(first[: at + 1]) + "."
+    return at if all(key.startswith(start) for key in keys) else -1

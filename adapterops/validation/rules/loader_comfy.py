@@ -1,0 +1,173 @@
+"""What ComfyUI makes of adapters.  Read in its code; it logs what it leaves out and goes on."""
+
+from __future__ import annotations
+
+import re
+
+from adapterops.validation.rules.loader_facts import (
+    Effect,
+    Fact,
+    architecture,
+    ending,
+    fact,
+    in_files,
+    of_role,
+    spelled,
+)
+from adapterops.validation.subject import Subject
+
+_SD = ("sd1", "sd2", "sdxl")
+_KEYS = "comfy/lora.py (model_lora_keys_unet)"
+_UNET_ATTENTION = re.compile(r"unet\..*\.(to_[qkv]|to_out\.0)\.(lora_[AB]\.weight|lora\.(down|up)\.weight)$")
+_USO = ("single_blocks.37.processor.qkv_lora.up.weight", "double_blocks.18.processor.qkv_lora2.up.weight")
+_CONTROL = ("img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale")
+
+
+def _unet_attention(subject: Subject) -> list[str]:
+    if architecture(subject) not in _SD or not subject.dialect.startswith("diffusers"):
+        return []
+    return [key for key in subject.tensors if _UNET_ATTENTION.match(key)]
+
+
+def _flux_names(subject: Subject) -> list[str]:
+    if subject.dialect == "bfl-peft":
+        return list(subject.tensors)
+    needed = {"xlabs": _USO, "bfl": _CONTROL}.get(subject.dialect, ())
+    return [] if all(key in subject.tensors for key in needed) else list(subject.tensors)
+
+
+def _flat_magnitudes(subject: Subject) -> list[str]:
+    if subject.recognised is None:
+        return []
+    return [key for key in ending(subject, ".dora_scale") if len(subject.tensors[key].shape) == 1]
+
+
+def _output_magnitudes(subject: Subject) -> list[str]:
+    keys = [u.tensors["magnitude"].key for u in subject.updates if u.options.get("dora_axis") == "out"]
+    return [k for k in keys if k.endswith(".dora_scale") and len(subject.tensors[k].shape) > 1]
+
+
+FACTS: tuple[Fact, ...] = (
+    fact(
+        "L531",
+        "comfy",
+        "magnitude-vector",
+        Effect.DROPS,
+        lambda s: (
+            ending(s, ".lora_magnitude_vector", ".lora_magnitude_vector.weight")
+            if s.recognised is not None and s.dialect != "peft"
+            else []
+        ),
+        "Comfy leaves out {n} DoRA magnitudes ({keys}) and applies the rest as plain LoRA",
+        why="Comfy reads magnitudes as dora_scale only.",
+        remedy="Run adapterops convert FILE --to kohya.",
+        fires="unet.….lora_magnitude_vector",
+        passes="lora_unet_….dora_scale",
+        source="ComfyUI comfy/lora.py (load_lora); ComfyUI#4259",
+    ),
+    fact(
+        "L532",
+        "comfy",
+        "flat-dora-scale",
+        Effect.MISREADS,
+        _flat_magnitudes,
+        "Comfy divides {n} magnitudes of one dimension ({keys}) by a column of norms: an outer product, which spoils square "
+        "weights and fails on others",
+        why="Comfy takes a DoRA magnitude as it stands; without a second dimension it is broadcast to a matrix.",
+        remedy="Run adapterops convert FILE --to kohya, which writes (out, 1) or (1, in).",
+        fires="lora_unet_….dora_scale (320,)",
+        passes="lora_unet_….dora_scale (1, 320)",
+        source="ComfyUI comfy/weight_adapter/base.py (weight_decompose); ComfyUI#12938",
+    ),
+    fact(
+        "L533",
+        "comfy",
+        "dora-per-output",
+        Effect.MISREADS,
+        _output_magnitudes,
+        "Comfy normalises {n} modules ({keys}) by the base weight's norms, not by those of the sum",
+        why="For magnitudes per output Comfy divides by ‖W‖ instead of ‖W+ΔW‖.",
+        remedy="Train with magnitudes per input (LyCORIS: wd_on_output=False), or tell readers to load it with LyCORIS.",
+        fires="lora_unet_….dora_scale (320, 1)",
+        passes="lora_unet_….dora_scale (1, 320)",
+        source="ComfyUI comfy/weight_adapter/base.py (weight_decompose); ComfyUI#15458",
+    ),
+    fact(
+        "L534",
+        "comfy",
+        "peft-names",
+        Effect.DROPS,
+        lambda s: spelled(s, ("loralib", "miss")) or ([] if architecture(s) == "sd3" else spelled(s, ("peft",))),
+        "Comfy knows no base_model.model. of this base and leaves out all {n} tensors ({keys})",
+        why="Comfy reads peft's own names for few bases only (SD3, PixArt, HunyuanDiT, ACE-Step).",
+        remedy="Run adapterops convert FOLDER --to kohya (or comfy).",
+        fires="base_model.model.down_blocks.0.attentions.0.proj_in.lora_A.weight",
+        passes="lora_unet_down_blocks_0_attentions_0_proj_in.lora_down.weight",
+        source=f"ComfyUI {_KEYS}",
+    ),
+    fact(
+        "L535",
+        "comfy",
+        "unet-attention",
+        Effect.DROPS,
+        _unet_attention,
+        "Comfy looks for processor.to_q and the like and leaves out {n} tensors of the attention ({keys})",
+        why="In diffusers' names for a UNet Comfy knows the attention only as its old processors spelled it.",
+        remedy="Run adapterops convert FILE --to kohya.",
+        fires="unet.….attn1.to_q.lora_A.weight",
+        passes="lora_unet_…_attn1_to_q.lora_down.weight, unet.….attn1.processor.to_q_lora.down.weight",
+        source=f"ComfyUI {_KEYS}; diffusers#10860, ComfyUI#12452",
+    ),
+    fact(
+        "L536",
+        "comfy",
+        "flux-names",
+        Effect.DROPS,
+        _flux_names,
+        "Comfy knows none of these names of Flux.1 and leaves out all {n} tensors ({keys})",
+        why="Of Flux.1's other spellings Comfy reads control LoRAs and USO only.",
+        remedy="Run adapterops convert FILE --to comfy.",
+        fires="double_blocks.0.processor.qkv_lora1.down.weight",
+        passes="diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight",
+        source="ComfyUI comfy/lora_convert.py (convert_lora)",
+    ),
+    fact(
+        "L537",
+        "comfy",
+        "ia3",
+        Effect.DROPS,
+        lambda s: in_files(s, "ia3"),
+        "Comfy has no (IA)³ and leaves out {n} tensors ({keys})",
+        why="Among Comfy's weight adapters there is no (IA)³.",
+        remedy="Publish it for LyCORIS' own loader, or train a LoRA.",
+        fires="lora_unet_….on_input",
+        passes="lora_unet_….lora_down.weight",
+        source="ComfyUI comfy/weight_adapter/__init__.py; ComfyUI#1071",
+    ),
+    fact(
+        "L538",
+        "comfy",
+        "bundled-embeddings",
+        Effect.DROPS,
+        lambda s: in_files(s, "bundled"),
+        "Comfy loads no embeddings from a LoRA's file and leaves out {n} tensors ({keys})",
+        why="The prompt's own word means nothing to Comfy while its embedding is inside the LoRA.",
+        remedy="Publish the embeddings as a file of their own, for models/embeddings.",
+        fires="bundle_emb.ohwx.clip_l",
+        passes="ohwx.safetensors beside the LoRA",
+        source="ComfyUI comfy/lora.py (load_lora)",
+    ),
+    fact(
+        "L539",
+        "comfy",
+        "lora-bias",
+        Effect.DROPS,
+        lambda s: [] if s.dialect in ("bfl", "bfl-peft", "peft") else of_role(s, "bias", "lora"),
+        "Comfy leaves out {n} biases of the factors ({keys})",
+        why="Comfy reads lora_B.bias in control LoRAs of Flux.1 only.",
+        remedy="Train with lora_bias=False; no other tensor of Comfy's says the same of every module.",
+        fires="transformer.….lora_B.bias",
+        passes="transformer.….lora_B.weight alone",
+        source="ComfyUI comfy/weight_adapter/lora.py (LoRAAdapter.load)",
+    ),
+)

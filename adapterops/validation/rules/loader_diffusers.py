@@ -1,0 +1,380 @@
+"""What diffusers makes of adapters.  Every row has been tried with diffusers 0.42.1."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+from adapterops.adapter import Certainty, Update
+from adapterops.validation.rules.loader_facts import (
+    Effect,
+    Fact,
+    architecture,
+    fact,
+    first_key,
+    in_files,
+    of_role,
+    spelled,
+)
+from adapterops.validation.subject import Subject
+
+_SD = ("sd1", "sd2", "sdxl")
+_LORA = "loaders/lora_pipeline.py"
+_CONVERSION = "loaders/lora_conversion_utils.py"
+_EMBEDDERS = re.compile(r"(lora_unet_|diffusion_model\.)(img_in|txt_in|time_in|guidance_in|vector_in|final_layer)[._]")
+_T5 = ("lora_te2_", "lora_te3_", "text_encoders.t5xxl.")
+_ANIMA = re.compile(r"lora_unet_(llm_adapter_)?blocks_\d+_(self|cross)_attn_(q|k|v|o|output)_proj\.")
+_ONETRAINER_ATTENTION = re.compile(r"_attn_(to_[qkv]|to_out_0|to_add_out|add_[qkv]_proj)$")
+_ATTENTION = re.compile(r"\.(to_[qkv]|to_out\.0)$")
+
+
+def _kohya_names(subject: Subject) -> list[str]:
+    return (
+        spelled(subject, ("kohya", "kohya-diffusers", "onetrainer"), ("sd3",))
+        or spelled(subject, ("onetrainer",), ("qwen_image", *_SD))
+        or spelled(subject, ("kohya-diffusers",), ("flux",))
+    )
+
+
+def _comfy(subject: Subject) -> list[str]:
+    # With lora_down the names are taken for Kohya's, which diffusers converts for Flux.1.
+    return spelled(subject, ("comfy",), ("sd3", "flux", *_SD)) or spelled(subject, ("comfy-down",), ("sd3", *_SD))
+
+
+def _anima(subject: Subject) -> list[str]:
+    return [key for key in subject.tensors if _ANIMA.match(key)]
+
+
+def _flux_embedders(subject: Subject) -> list[str]:
+    if architecture(subject) != "flux" or subject.dialect not in ("kohya", "comfy-down"):
+        return []
+    return [key for key in subject.tensors if _EMBEDDERS.match(key)]
+
+
+def _flux_t5(subject: Subject) -> list[str]:
+    if architecture(subject) != "flux" or subject.dialect not in ("kohya", "comfy-down"):
+        return []
+    return [key for key in subject.tensors if key.startswith(_T5)]
+
+
+def _encoder_attention(subject: Subject) -> list[str]:
+    """The attention's tensors of text encoders that lack what diffusers knows their spelling by: an out_proj."""
+    if architecture(subject) not in (*_SD, "flux") or subject.dialect not in ("kohya", "kohya-diffusers", "comfy-down"):
+        return []
+    lost: list[str] = []
+    for component in ("text_encoder", "text_encoder_2"):
+        own = [
+            u for u in subject.updates if u.component == component and u.method == "lora" and ".self_attn." in u.module
+        ]
+        if own and not any(u.module.endswith(".out_proj") for u in own):
+            lost += [t.key for u in own for t in u.tensors.values()]
+    return lost
+
+
+def _onetrainer_flux(subject: Subject) -> list[str]:
+    """What the converter of OneTrainer's Flux.1 files has no name for: in the blocks all but the attention; no alpha."""
+    if subject.dialect != "onetrainer" or architecture(subject) != "flux":
+        return []
+    stems = {key.partition(".")[0] for key in subject.tensors if key.startswith("lora_transformer_")}
+    unknown = {stem for stem in stems if "transformer_blocks_" in stem and not _ONETRAINER_ATTENTION.search(stem)}
+    unknown |= {stem for stem in stems if f"{stem}.alpha" not in subject.tensors}
+    return [key for key in subject.tensors if key.partition(".")[0] in unknown]
+
+
+def _alphas(subject: Subject) -> list[str]:
+    """The modules that diffusers gives the alpha of the others.
+
+    `get_peft_kwargs` takes the commonest alpha of a component for all of it, and writes the others under names that the
+    attention's projections do not have, nor, since transformers 5 dropped text_model. from CLIP's names, any module of a
+    text encoder; a module without an alpha gets that of the others too.
+    """
+    if subject.adapter is None or architecture(subject) not in _SD or not subject.dialect.startswith("kohya"):
+        return []
+    wrong: list[str] = []
+    for component in subject.adapter.components:
+        updates = [u for u in subject.adapter.of(component) if u.method == "lora"]
+        stated = {u.key: float(u.alpha.value) for u in updates if _stated(u) and u.alpha and u.alpha.value is not None}
+        if not stated:
+            continue
+        common = Counter(stated.values()).most_common(1)[0][0]
+        for update in updates:
+            own = stated.get(update.key, float(update.tensors["A"].shape[0]))
+            encoder = component.startswith("text_encoder")
+            lost = update.key not in stated or encoder or _ATTENTION.search(f".{update.module}")
+            if own != common and lost:
+                wrong.append(first_key(update))
+    return wrong
+
+
+def _stated(update: Update) -> bool:
+    return update.alpha is not None and update.alpha.certainty is Certainty.READ
+
+
+FACTS: tuple[Fact, ...] = (
+    fact(
+        "L510",
+        "diffusers",
+        "kohya-names",
+        Effect.DROPS,
+        _kohya_names,
+        "diffusers has no converter for these names of this base: it leaves out all {n} tensors ({keys}) with a log line, or "
+        "refuses them (Flux.1)",
+        why="diffusers has no converter for sd-scripts' and OneTrainer's names of some bases, and loads such a file as if "
+        "it were empty.",
+        remedy="Run adapterops convert FILE --to diffusers.",
+        fires="lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight (Stable Diffusion 3)",
+        passes="lora_unet_input_blocks_4_1_proj_in.lora_down.weight (SDXL)",
+        source=f"diffusers 0.42 {_LORA} (SD3LoraLoaderMixin.lora_state_dict)",
+    ),
+    fact(
+        "L511",
+        "diffusers",
+        "comfy-names",
+        Effect.DROPS,
+        _comfy,
+        "diffusers looks for unet. or transformer. and leaves out all {n} tensors ({keys}), or refuses their alphas",
+        why="For this base diffusers knows no names behind diffusion_model. and puts nothing into the model.",
+        remedy="Run adapterops convert FILE --to diffusers.",
+        fires="diffusion_model.double_blocks.0.img_attn.proj.lora_A.weight",
+        passes="transformer.transformer_blocks.0.attn.to_out.0.lora_A.weight",
+        source=f"diffusers 0.42 {_LORA} (lora_state_dict), loaders/peft.py (load_lora_adapter)",
+    ),
+    fact(
+        "L512",
+        "diffusers",
+        "peft-names",
+        Effect.DROPS,
+        lambda s: spelled(s, ("peft", "miss", "loralib")),
+        "diffusers' load_lora_weights finds none of its components before {keys}: it leaves out all {n} tensors, or fails "
+        "with a KeyError (Flux.1)",
+        why="load_lora_weights reads what stands behind unet., transformer. or text_encoder., not a PEFT folder's names.",
+        remedy="Run adapterops convert FOLDER --to diffusers, or load the folder with peft.",
+        fires="base_model.model.down_blocks.0.attentions.0.proj_in.lora_A.weight",
+        passes="unet.down_blocks.0.attentions.0.proj_in.lora_A.weight",
+        source="diffusers 0.42 loaders/peft.py (load_lora_adapter)",
+    ),
+    fact(
+        "L513",
+        "diffusers",
+        "lycoris-names",
+        Effect.REFUSES,
+        lambda s: spelled(s, ("lycoris",), ("sd3", "flux", "qwen_image", *_SD)),
+        'diffusers knows no names that begin with lycoris_ ({keys}): "Invalid LoRA checkpoint"',
+        why="For this base diffusers has no converter for the names that LyCORIS itself writes.",
+        remedy="Run adapterops convert FILE --to diffusers (to-lora first, where the method is not LoRA).",
+        fires="lycoris_transformer_blocks_0_attn_to_q.lora_down.weight (Flux.1)",
+        passes="lora_unet_double_blocks_0_img_attn_proj.lora_down.weight",
+        source=f"diffusers 0.42 {_CONVERSION}",
+    ),
+    fact(
+        "L514",
+        "diffusers",
+        "alpha-keys",
+        Effect.REFUSES,
+        lambda s: [k for k in spelled(s, ("diffusers-alpha",), ("sd3", "qwen_image", *_SD)) if k.endswith(".alpha")],
+        "diffusers takes {n} alpha tensors ({keys}) for no part of a LoRA: it refuses the file (SD), or finds none of its "
+        "modules (Qwen-Image)",
+        why="Beside diffusers' own names only the loader of Flux.1 takes alpha tensors.",
+        remedy="Run adapterops convert FILE --to diffusers, which says the scale in the header.",
+        fires="unet.mid_block.attentions.0.proj_in.alpha",
+        passes="transformer.transformer_blocks.0.attn.to_q.alpha (Flux.1)",
+        source=f"diffusers 0.42 {_LORA} (load_lora_weights)",
+    ),
+    fact(
+        "L515",
+        "diffusers",
+        "anima",
+        Effect.DROPS,
+        _anima,
+        "diffusers has no converter for Kohya's names of Anima and leaves out {n} tensors ({keys}) with a log line",
+        why="diffusers loads a Kohya file for Anima as if it were empty.",
+        remedy="Train or convert to Comfy's names (diffusion_model.…) without alpha tensors.",
+        fires="lora_unet_blocks_0_self_attn_q_proj.lora_down.weight",
+        passes="lora_unet_blocks_0_self_attn_q.lora_down.weight (Wan)",
+        source=f"diffusers 0.42 {_LORA} (AnimaLoraLoaderMixin.lora_state_dict)",
+    ),
+    fact(
+        "L516",
+        "diffusers",
+        "flux-embedders",
+        Effect.DROPS,
+        _flux_embedders,
+        "diffusers renames {n} tensors ({keys}) to modules without transformer. before them and leaves them out in silence",
+        why="The converter of Kohya's Flux.1 files loses the embedders and the last layer, without a word.",
+        remedy="Run adapterops convert FILE --to diffusers, or load it with adapterops.integrations.diffusers.",
+        fires="lora_unet_img_in.lora_down.weight",
+        passes="transformer.x_embedder.lora_A.weight",
+        source=f"diffusers 0.42 {_CONVERSION} (_convert_kohya_flux_lora_to_diffusers)",
+    ),
+    fact(
+        "L517",
+        "diffusers",
+        "flux-t5",
+        Effect.DROPS,
+        _flux_t5,
+        "diffusers leaves out {n} tensors of the T5 encoder ({keys}) with a log line",
+        why="diffusers has no adapters on the T5 encoder of Flux.1.",
+        remedy="Tell readers that the encoder's part is for Comfy, or load it with adapterops.integrations.diffusers.",
+        fires="lora_te3_encoder_block_0_layer_0_SelfAttention_q.lora_down.weight",
+        passes="lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight",
+        source=f"diffusers 0.42 {_CONVERSION} (_convert_kohya_flux_lora_to_diffusers)",
+    ),
+    fact(
+        "L518",
+        "diffusers",
+        "bare-processors",
+        Effect.DROPS,
+        lambda s: spelled(s, ("diffusers-attn-bare",)),
+        "load_lora_weights looks for names behind unet. and leaves out all {n} tensors ({keys}) with a log line",
+        why="Files of the first attention processors have no component before their names, and only load_attn_procs reads "
+        "those.",
+        remedy="Run adapterops convert FILE --to diffusers, or tell readers to load it with pipe.unet.load_attn_procs.",
+        fires="mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight",
+        passes="unet.mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight",
+        source="diffusers 0.42 loaders/peft.py (load_lora_adapter), loaders/unet.py (load_attn_procs)",
+    ),
+    fact(
+        "L519",
+        "diffusers",
+        "no-component",
+        Effect.REFUSES,
+        lambda s: spelled(s, ("diffusers-down",), ("sd3", "flux", *_SD)),
+        "diffusers looks for unet. or transformer. before {keys}: it leaves out all {n} tensors, or refuses their alphas",
+        why="Without a component before the names diffusers reads the files of few bases (Qwen-Image, Z-Image, Wan).",
+        remedy="Run adapterops convert FILE --to diffusers.",
+        fires="transformer_blocks.0.attn.to_q.lora_down.weight (Flux.1)",
+        passes="transformer_blocks.0.attn.to_q.lora_down.weight (Qwen-Image)",
+        source=f"diffusers 0.42 {_LORA} (lora_state_dict)",
+    ),
+    fact(
+        "L520",
+        "diffusers",
+        "dora-scale",
+        Effect.DROPS,
+        lambda s: [k for k in s.tensors if "dora_scale" in k] if s.recognised is not None else [],
+        "diffusers takes out {n} DoRA magnitudes ({keys}) with a log line and applies the rest as plain LoRA",
+        why="diffusers drops every dora_scale and computes something other than was trained.",
+        remedy="Run adapterops convert FILE --to diffusers, which spells magnitudes per output as diffusers reads them.",
+        fires="lora_unet_….dora_scale (320, 1)",
+        passes="unet.….lora_magnitude_vector (320,)",
+        source=f'diffusers 0.42 {_LORA} (lora_state_dict, "dora_scale")',
+    ),
+    fact(
+        "L521",
+        "diffusers",
+        "mixed-alphas",
+        Effect.MISREADS,
+        _alphas,
+        "diffusers gives {n} modules ({keys}) the commonest alpha of the component instead of their own",
+        why="diffusers applies a UNet's attention, and a text encoder, with the alpha that most modules have, not with each own.",
+        remedy="Run adapterops convert FILE --to diffusers, or --fold-alpha to have scale 1 everywhere.",
+        fires="…attn1_to_q.alpha = 1 where most modules have alpha = 4",
+        passes="one alpha in the whole UNet",
+        source="diffusers 0.42 utils/peft_utils.py (get_peft_kwargs), lora_conversion_utils.py (_get_alpha_name)",
+    ),
+    fact(
+        "L522",
+        "diffusers",
+        "loha",
+        Effect.REFUSES,
+        lambda s: in_files(s, "loha"),
+        'diffusers reads no LoHa ({keys}): "keys have not been correctly renamed", or it leaves them out (Flux.1)',
+        why="diffusers has LoRA and, for few bases, LoKr; LoHa it has not.",
+        remedy="Run adapterops to-lora FILE --to diffusers.",
+        fires="lora_unet_….hada_w1_a",
+        passes="lora_unet_….lora_down.weight",
+        source=f"diffusers 0.42 {_CONVERSION} (_convert_non_diffusers_lora_to_diffusers)",
+    ),
+    fact(
+        "L523",
+        "diffusers",
+        "lokr",
+        Effect.REFUSES,
+        lambda s: in_files(s, "lokr"),
+        "diffusers reads no LoKr of this base ({keys}): a ValueError, or it leaves them out (Flux.1)",
+        why="Among diffusers' loaders only those of Flux.2 and Z-Image read LoKr.",
+        remedy="Run adapterops to-lora FILE --to diffusers.",
+        fires="lora_unet_….lokr_w1",
+        passes="lora_unet_….lora_down.weight",
+        source=f"diffusers 0.42 {_CONVERSION}, utils/peft_utils.py (_create_lokr_config)",
+    ),
+    fact(
+        "L524",
+        "diffusers",
+        "tucker",
+        Effect.REFUSES,
+        lambda s: of_role(s, "mid", "lora"),
+        'diffusers knows no lora_mid ({keys}): "keys have not been correctly renamed"',
+        why="diffusers refuses a file with Tucker cores.",
+        remedy="Run adapterops to-lora FILE, which multiplies the cores in.",
+        fires="lora_unet_….lora_mid.weight (4, 4, 3, 3)",
+        passes="lora_unet_….lora_down.weight (4, 320, 3, 3)",
+        source=f"diffusers 0.42 {_CONVERSION} (_convert_non_diffusers_lora_to_diffusers)",
+    ),
+    fact(
+        "L525",
+        "diffusers",
+        "ia3",
+        Effect.REFUSES,
+        lambda s: in_files(s, "ia3"),
+        "diffusers reads no (IA)³ ({keys})",
+        why="diffusers has no (IA)³ and refuses the file, or loads nothing of it.",
+        remedy="Publish it for LyCORIS' own loader, or train a LoRA.",
+        fires="lora_unet_….on_input",
+        passes="lora_unet_….lora_down.weight",
+        source=f"diffusers 0.42 {_CONVERSION} (_convert_non_diffusers_lora_to_diffusers)",
+    ),
+    fact(
+        "L526",
+        "diffusers",
+        "differences",
+        Effect.REFUSES,
+        lambda s: in_files(s, "diff"),
+        "diffusers reads no whole differences ({keys}): a ValueError, or biases left out with a log line (Flux.1)",
+        why="diffusers takes factors only, not differences of whole weights, norms and biases.",
+        remedy="Run adapterops to-lora FILE for weights; norms and biases need Comfy or LyCORIS.",
+        fires="lora_unet_….diff",
+        passes="lora_unet_….lora_down.weight",
+        source=f"diffusers 0.42 {_CONVERSION}",
+    ),
+    fact(
+        "L527",
+        "diffusers",
+        "bundled-embeddings",
+        Effect.REFUSES,
+        lambda s: in_files(s, "bundled"),
+        'diffusers refuses a LoRA with embeddings in its file ({keys}): "all LoRA param names contain lora"',
+        why="With a textual inversion inside, diffusers takes the file for no LoRA.",
+        remedy="Publish the embeddings as a file of their own, for load_textual_inversion.",
+        fires="bundle_emb.ohwx.clip_l",
+        passes="ohwx.safetensors beside the LoRA",
+        source=f"diffusers 0.42 {_LORA} (load_lora_weights)",
+    ),
+    fact(
+        "L528",
+        "diffusers",
+        "encoder-without-out-proj",
+        Effect.DROPS,
+        _encoder_attention,
+        "diffusers knows an attention's spelling by its out_proj, which no module here is: it leaves out {n} tensors ({keys}), "
+        "or cannot infer the type of the file",
+        why="Of a text encoder in Kohya's spelling diffusers loads q, k and v only where some out_proj is there too.",
+        remedy="Run adapterops convert FILE --to diffusers.",
+        fires="lora_te_…_self_attn_q_proj and lora_te_…_mlp_fc1, and no lora_te_…_self_attn_out_proj",
+        passes="all of lora_te_…_self_attn_q_proj, k_proj, v_proj and out_proj",
+        source="diffusers 0.42 utils/state_dict_utils.py (convert_state_dict_to_diffusers)",
+    ),
+    fact(
+        "L529",
+        "diffusers",
+        "onetrainer-modules",
+        Effect.REFUSES,
+        _onetrainer_flux,
+        "diffusers' converter of OneTrainer's Flux.1 files fails on {n} tensors ({keys}) with a KeyError",
+        why="In the blocks the converter knows the attention only, and it insists on an alpha for every module.",
+        remedy="Run adapterops convert FILE --to diffusers.",
+        fires="lora_transformer_single_transformer_blocks_0_proj_out.lora_down.weight",
+        passes="lora_transformer_transformer_blocks_0_attn_to_out_0.lora_down.weight with its alpha",
+        source=f"diffusers 0.42 {_CONVERSION} (_convert_mixture_state_dict_to_diffusers)",
+    ),
+)

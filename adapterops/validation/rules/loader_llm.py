@@ -1,0 +1,449 @@
+"""What peft, vLLM, mlx-lm and llama.cpp make of adapters.  Rows about peft have been tried with peft 0.21.2."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping
+from math import sqrt
+from typing import Any
+
+from adapterops.validation.rules.loader_facts import (
+    Effect,
+    Fact,
+    fact,
+    first_key,
+    of_role,
+    peft_config,
+    same,
+    scale,
+)
+from adapterops.validation.subject import Subject
+
+_MLX = (".lora_a", ".lora_b")
+_MLX_FILE = "adapters.safetensors"
+_LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
+_PAIR = re.compile(r"\.lora_[AB]\.weight$|\.lora_embedding_[AB]$")
+_VLLM_SKIPPED = ("embed_tokens.base_layer.weight", "lm_head.base_layer.weight")
+_VLLM_DEFAULT, _VLLM_MOST = 16, 512
+_LONGEST = 1_000_000
+
+
+def _is_mlx(subject: Subject) -> bool:
+    return any(key.endswith(_MLX) for key in subject.tensors)
+
+
+def _foreign(subject: Subject) -> list[str]:
+    """All keys of an adapter that is no PEFT folder's."""
+    known = subject.recognised is not None or _is_mlx(subject)
+    return list(subject.tensors) if known and subject.dialect not in ("peft", "miss") else []
+
+
+def _not_mlx(subject: Subject) -> list[str]:
+    return list(subject.tensors) if subject.recognised is not None and not _is_mlx(subject) else []
+
+
+def _bone(subject: Subject) -> list[str]:
+    return ["BONE"] if peft_config(subject).get("peft_type") == "BONE" else []
+
+
+def _other_type(subject: Subject) -> list[str]:
+    kind = peft_config(subject).get("peft_type")
+    return [str(kind)] if kind not in (None, "LORA") and subject.recognised is not None else []
+
+
+def _lora(subject: Subject) -> Mapping[str, Any]:
+    """The config of a PEFT folder with a LoRA; empty for everything else."""
+    config = peft_config(subject)
+    return config if config.get("peft_type") == "LORA" and subject.recognised is not None else {}
+
+
+def _flag(name: str, subject: Subject) -> list[str]:
+    return [name] if _lora(subject).get(name) else []
+
+
+def _saved(subject: Subject) -> list[str]:
+    listed = _lora(subject).get("modules_to_save")
+    return [str(name) for name in listed] if isinstance(listed, list) else []
+
+
+def _others(subject: Subject) -> list[str]:
+    """Tensors of a LoRA that are neither factors nor DoRA's magnitudes, which have rules of their own."""
+    if not _lora(subject):
+        return []
+    return [key for key in subject.tensors if not _PAIR.search(key) and "lora_magnitude_vector" not in key]
+
+
+def _vllm_others(subject: Subject) -> list[str]:
+    # Where modules_to_save has names, vLLM stops at the config already.
+    saved = set(_saved(subject))
+    return [key for key in _others(subject) if not key.endswith(_VLLM_SKIPPED) and not saved & set(key.split("."))]
+
+
+def _gguf_others(subject: Subject) -> list[str]:
+    return [
+        key
+        for key in _others(subject)
+        if not key.endswith(".base_layer.weight") and "_layernorm" not in key and ".norm" not in key
+    ]
+
+
+def _ranks(subject: Subject) -> list[int]:
+    return [u.tensors["A"].shape[0] for u in subject.updates if u.method == "lora" and "A" in u.tensors]
+
+
+def _rank_to_name(subject: Subject) -> list[str]:
+    largest = max(_ranks(subject), default=0) if _lora(subject) else 0
+    return [str(largest)] if _VLLM_DEFAULT < largest <= _VLLM_MOST else []
+
+
+def _rank_too_large(subject: Subject) -> list[str]:
+    largest = max(_ranks(subject), default=0) if _lora(subject) else 0
+    return [str(largest)] if largest > _VLLM_MOST else []
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 else None
+
+
+def _vllm_scales(subject: Subject) -> list[str]:
+    """Modules whose scale is not the one that the config's r and lora_alpha make."""
+    config = _lora(subject)
+    alpha, rank = _number(config.get("lora_alpha")), _number(config.get("r"))
+    if alpha is None or rank is None:
+        return []
+    one = alpha / (sqrt(rank) if config.get("use_rslora") else rank)
+    known = [(u, s) for u in subject.updates if (s := scale(u)) is not None]
+    return [first_key(update) for update, own in known if not same(own, one)]
+
+
+def _gguf_scales(subject: Subject) -> list[str]:
+    """Modules whose alpha is not the config's (llama.cpp divides it by each module's own rank)."""
+    config = _lora(subject)
+    alpha = _number(config.get("lora_alpha"))
+    if alpha is None or config.get("use_rslora"):
+        return []
+    known = [(u, s) for u in subject.updates if (s := scale(u)) is not None and "A" in u.tensors]
+    return [first_key(update) for update, own in known if not same(own, alpha / update.tensors["A"].shape[0])]
+
+
+def _targets_parameters(subject: Subject) -> list[str]:
+    listed = _lora(subject).get("target_parameters")
+    return [str(name) for name in listed] if isinstance(listed, list) else []
+
+
+def _mlx_config(subject: Subject) -> dict[str, Any] | None:
+    text = subject.text(os.path.basename(subject.config_path)) if _is_mlx(subject) else None
+    if text is None or len(text) > _LONGEST:
+        return None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def _mlx_name(subject: Subject) -> list[str]:
+    return [os.path.basename(subject.weights)] if _is_mlx(subject) and _MLX_FILE not in subject.files else []
+
+
+def _mlx_fields(subject: Subject) -> list[str]:
+    if not _is_mlx(subject) or subject.is_folder:
+        return []
+    config = _mlx_config(subject)
+    if config is None:
+        return ["adapter_config.json"]
+    inner = config.get("lora_parameters")
+    missing = [] if "num_layers" in config else ["num_layers"]
+    if not isinstance(inner, dict):
+        return [*missing, "lora_parameters"]
+    return missing + [f"lora_parameters.{name}" for name in ("rank", "scale", "dropout") if name not in inner]
+
+
+def _mlx_layers(subject: Subject) -> list[str]:
+    config = _mlx_config(subject)
+    count = config.get("num_layers") if config is not None else None
+    if not isinstance(count, int) or count <= 0:
+        return []
+    layers = {key: int(match.group(1)[:9]) for key in subject.tensors if (match := _LAYER.search(key))}
+    kept = sorted(set(layers.values()))[-count:]
+    return [key for key, layer in layers.items() if layer not in kept]
+
+
+_VLLM = "vllm lora/peft_helper.py (PEFTHelper)"
+_VLLM_MODEL = "vllm lora/lora_model.py (LoRAModel.from_local_checkpoint)"
+_MLX_LOAD = "mlx-lm mlx_lm/tuner/utils.py (load_adapters)"
+_GGUF = "llama.cpp convert_lora_to_gguf.py"
+
+FACTS: tuple[Fact, ...] = (
+    fact(
+        "L501",
+        "peft",
+        "not-a-peft-folder",
+        Effect.REFUSES,
+        _foreign,
+        "peft reads folders of adapter_config.json and adapter_model.safetensors; this has other names ({keys})",
+        why="peft cannot load other spellings than its own.",
+        remedy="Run adapterops convert FILE --to peft.",
+        fires="style.safetensors with lora_unet_….lora_down.weight",
+        passes="a folder of adapter_config.json and adapter_model.safetensors",
+        source="peft 0.21 peft_model.py (PeftModel.from_pretrained)",
+    ),
+    fact(
+        "L502",
+        "peft",
+        "bone",
+        Effect.REFUSES,
+        _bone,
+        "peft no longer has peft_type BONE and fails with a KeyError",
+        why="Bone was taken out of peft in favour of MiSS.",
+        remedy="Run adapterops convert FOLDER --to peft, which writes the same as MiSS.",
+        fires='"peft_type": "BONE"',
+        passes='"peft_type": "MISS"',
+        source="peft 0.21 mapping.py (PEFT_TYPE_TO_CONFIG_MAPPING); peft#3051",
+        field="peft_type",
+    ),
+    fact(
+        "L545",
+        "vllm",
+        "not-a-peft-folder",
+        Effect.REFUSES,
+        _foreign,
+        "vLLM reads peft's folders only; this has other names ({keys})",
+        why="vLLM knows no other spelling than peft's.",
+        remedy="Run adapterops convert FILE --to peft.",
+        fires="adapters.safetensors with layers.0.self_attn.q_proj.lora_a",
+        passes="a folder of adapter_config.json and adapter_model.safetensors",
+        source=_VLLM_MODEL,
+    ),
+    fact(
+        "L547",
+        "vllm",
+        "other-method",
+        Effect.REFUSES,
+        _other_type,
+        "vLLM reads LoRA only, not peft_type {keys}",
+        why="vLLM has no other method than LoRA.",
+        remedy="Run adapterops to-lora FOLDER.",
+        fires='"peft_type": "LOHA"',
+        passes='"peft_type": "LORA"',
+        source=_VLLM_MODEL,
+        field="peft_type",
+    ),
+    fact(
+        "L548",
+        "vllm",
+        "dora",
+        Effect.REFUSES,
+        lambda s: _flag("use_dora", s),
+        'vLLM refuses DoRA: "vLLM does not yet support DoRA"',
+        why="vLLM refuses every adapter whose config has use_dora.",
+        remedy="Merge the adapter into the base (peft: merge_and_unload) and serve the result, or train without DoRA.",
+        fires='"use_dora": true',
+        passes='"use_dora": false',
+        source=f"{_VLLM}; vllm#9280",
+        field="use_dora",
+    ),
+    fact(
+        "L549",
+        "vllm",
+        "modules-to-save",
+        Effect.REFUSES,
+        _saved,
+        'vLLM refuses modules_to_save ({keys}): "vLLM only supports modules_to_save being None"',
+        why="vLLM refuses every adapter whose config lists modules that were trained whole.",
+        remedy="Train without modules_to_save, or merge the adapter into the base and serve the result.",
+        fires='"modules_to_save": ["lm_head"]',
+        passes='"modules_to_save": null',
+        source=f"{_VLLM}; vllm#9280",
+        field="modules_to_save",
+    ),
+    fact(
+        "L550",
+        "vllm",
+        "other-tensors",
+        Effect.REFUSES,
+        _vllm_others,
+        'vLLM refuses {n} tensors that are no LoRA factors ({keys}): "unsupported LoRA weight"',
+        why="vLLM stops at the first tensor that is neither lora_A nor lora_B.",
+        remedy="Train with bias none and without saved heads or embeddings, or merge the adapter into the base.",
+        fires="base_model.model.score.weight",
+        passes="base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+        source="vllm lora/utils.py (parse_fine_tuned_lora_name)",
+    ),
+    fact(
+        "L551",
+        "vllm",
+        "patterns",
+        Effect.MISREADS,
+        _vllm_scales,
+        "vLLM applies lora_alpha/r of the config to all modules; {n} ({keys}) have another scale",
+        why="vLLM reads r and lora_alpha and ignores rank_pattern and alpha_pattern.",
+        remedy="Run adapterops convert FOLDER --to peft --fold-alpha, which leaves one scale for all modules.",
+        fires='"alpha_pattern": {"q_proj": 32} beside "lora_alpha": 16',
+        passes='"alpha_pattern": {}',
+        source=_VLLM,
+    ),
+    fact(
+        "L552",
+        "vllm",
+        "max-lora-rank",
+        Effect.NEEDS,
+        _rank_to_name,
+        "vLLM refuses rank {keys} until it is started with a --max-lora-rank of at least that (default 16)",
+        why="vLLM reserves room for ranks up to --max-lora-rank, which is 16.",
+        remedy="Tell users the --max-lora-rank to start vLLM with.",
+        fires="rank 64",
+        passes="rank 16",
+        source="vllm config/lora.py (LoRAConfig.max_lora_rank)",
+        field="r",
+    ),
+    fact(
+        "L553",
+        "vllm",
+        "rank-too-large",
+        Effect.REFUSES,
+        _rank_too_large,
+        "vLLM has no --max-lora-rank above 512; this adapter has rank {keys}",
+        why="vLLM's largest rank is 512.",
+        remedy="Run adapterops to-lora FOLDER --rank 512, or merge the adapter into the base.",
+        fires="rank 1024",
+        passes="rank 512",
+        source="vllm config/lora.py (MaxLoRARanks)",
+        field="r",
+    ),
+    fact(
+        "L554",
+        "vllm",
+        "target-parameters",
+        Effect.MISREADS,
+        _targets_parameters,
+        "vLLM applies the factors on parameters ({keys}) transposed, or leaves them out",
+        why="vLLM reads peft's target_parameters in another orientation than peft writes them.",
+        remedy="Merge the adapter into the base and serve the result.",
+        fires='"target_parameters": ["mlp.experts.down_proj"]',
+        passes='"target_parameters": null',
+        source="vllm#52198, vllm#41384",
+        field="target_parameters",
+    ),
+    fact(
+        "L560",
+        "mlx",
+        "not-mlx",
+        Effect.REFUSES,
+        _not_mlx,
+        "mlx-lm reads lora_a (in, r) and lora_b (r, out) of its own training, not {keys}",
+        why="mlx-lm cannot read peft's or any other adapters.",
+        remedy="Merge the adapter into the base with peft, and convert the result with mlx_lm.convert.",
+        fires="base_model.model.….lora_A.weight",
+        passes="model.layers.0.self_attn.q_proj.lora_a",
+        source=f"{_MLX_LOAD}; mlx-lm#1119",
+    ),
+    fact(
+        "L561",
+        "mlx",
+        "file-name",
+        Effect.REFUSES,
+        _mlx_name,
+        "mlx-lm reads adapters.safetensors; the folder has {keys} only",
+        why="mlx-lm opens one name, adapters.safetensors, beside adapter_config.json.",
+        remedy="Name the file adapters.safetensors.",
+        fires="0000100_adapters.safetensors alone, or adapters.npz",
+        passes="adapters.safetensors",
+        source=_MLX_LOAD,
+    ),
+    fact(
+        "L562",
+        "mlx",
+        "config-fields",
+        Effect.REFUSES,
+        _mlx_fields,
+        "mlx-lm cannot build the layers without {keys}",
+        why="mlx-lm takes rank, scale, dropout and the number of layers from adapter_config.json.",
+        remedy="Add the missing fields to adapter_config.json as they were in training.",
+        fires='{"lora_parameters": {"rank": 8}}',
+        passes='{"num_layers": 16, "lora_parameters": {"rank": 8, "scale": 20.0, "dropout": 0.0}}',
+        source=f"{_MLX_LOAD}, linear_to_lora_layers",
+        field="lora_parameters",
+    ),
+    fact(
+        "L563",
+        "mlx",
+        "layers",
+        Effect.DROPS,
+        _mlx_layers,
+        "mlx-lm adapts only the last num_layers layers and leaves out {n} tensors of others ({keys}) in silence",
+        why="mlx-lm loads without strictness: tensors of layers that it did not wrap vanish.",
+        remedy="Set num_layers in adapter_config.json to the number of layers that have tensors.",
+        fires='tensors of layers 8 to 23 with "num_layers": 4',
+        passes='tensors of layers 8 to 23 with "num_layers": 16',
+        source=_MLX_LOAD,
+    ),
+    fact(
+        "L570",
+        "gguf",
+        "not-a-peft-folder",
+        Effect.REFUSES,
+        _foreign,
+        "llama.cpp converts peft's folders only; this has other names ({keys})",
+        why="convert_lora_to_gguf.py reads adapter_config.json and lora_A, lora_B.",
+        remedy="Run adapterops convert FILE --to peft first.",
+        fires="adapters.safetensors with layers.0.self_attn.q_proj.lora_a",
+        passes="a folder of adapter_config.json and adapter_model.safetensors",
+        source=_GGUF,
+    ),
+    fact(
+        "L572",
+        "gguf",
+        "other-method",
+        Effect.REFUSES,
+        _other_type,
+        'llama.cpp converts LoRA only, not peft_type {keys}: "Not a lora_A or lora_B tensor"',
+        why="A GGUF adapter is a LoRA and nothing else.",
+        remedy="Run adapterops to-lora FOLDER.",
+        fires='"peft_type": "LOHA"',
+        passes='"peft_type": "LORA"',
+        source=f"{_GGUF} (get_tensors)",
+        field="peft_type",
+    ),
+    fact(
+        "L574",
+        "gguf",
+        "alpha-pattern",
+        Effect.MISREADS,
+        _gguf_scales,
+        "a GGUF adapter has one alpha, the config's; {n} modules ({keys}) have another",
+        why="convert_lora_to_gguf.py writes lora_alpha once and ignores alpha_pattern.",
+        remedy="Run adapterops convert FOLDER --to peft --fold-alpha first.",
+        fires='"alpha_pattern": {"q_proj": 32} beside "lora_alpha": 16',
+        passes='"alpha_pattern": {}, ranks by rank_pattern',
+        source=f"{_GGUF} (set_gguf_parameters)",
+    ),
+    fact(
+        "L575",
+        "gguf",
+        "dora",
+        Effect.REFUSES,
+        lambda s: of_role(s, "magnitude") if _lora(s) else [],
+        'llama.cpp stops at {n} DoRA magnitudes ({keys}): "Not a lora_A or lora_B tensor"',
+        why="A GGUF adapter has no place for DoRA's magnitudes.",
+        remedy="Merge the adapter into the base (peft: merge_and_unload) and convert the result, or train without DoRA.",
+        fires="….lora_magnitude_vector",
+        passes="….lora_A.weight and ….lora_B.weight alone",
+        source=f"{_GGUF} (get_tensors)",
+    ),
+    fact(
+        "L576",
+        "gguf",
+        "other-tensors",
+        Effect.REFUSES,
+        _gguf_others,
+        "llama.cpp stops at {n} tensors that are no LoRA factors ({keys}), norms excepted",
+        why="A GGUF adapter has no place for whole heads, embeddings and biases.",
+        remedy="Train without modules_to_save and with bias none, or merge the adapter into the base and convert that.",
+        fires="base_model.model.lm_head.weight",
+        passes="base_model.model.model.layers.0.input_layernorm.weight",
+        source=f"{_GGUF} (get_tensors); llama.cpp#9948",
+    ),
+)
