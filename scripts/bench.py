@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import click
-from benchmarks import convert, factors, merge
+from benchmarks import convert, factors, merge, validate
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -13,6 +13,7 @@ def main() -> None:
 
 main.add_command(convert.command)
 main.add_command(merge.command)
+main.add_command(validate.command)
 for job in factors.JOBS:
     main.add_command(factors.command(job))
 
