@@ -24,15 +24,18 @@ from fuzzing.check import Outcome
 @click.option("--only", type=click.IntRange(0), metavar="N", help="Run input N alone and say everything about it.")
 @click.option("--keep", type=click.Path(path_type=Path), metavar="DIR", help="Save inputs with findings below DIR.")
 @click.option("--timeout", default=workers.SECONDS, show_default=True, help="Seconds that one call may take.")
-def main(count: int, seed: int, processes: int, only: int | None, keep: Path | None, timeout: float) -> None:
-    """Damage adapters and see that adapterops gives a clean error or a sound output, and never anything else.
+@click.option("--validate", is_flag=True, help="Only validate: neither inspect nor convert.")
+def main(
+    count: int, seed: int, processes: int, only: int | None, keep: Path | None, timeout: float, validate: bool
+) -> None:
+    """Damage adapters and see that adapterops gives findings, a clean error or a sound output, and never anything else.
 
     Bytes, headers, meanings, header strings, configs, pickles, zip archives and indices of shards are damaged; the
     adapters are the fixtures and, for every installed dialect, small ones made from its table.  Exit status 1 where
     anything was found.
     """
     tally = report.Tally(seed, keep)
-    plan = workers.Plan(seed, timeout)
+    plan = workers.Plan(seed, timeout, validate)
     started = time.monotonic()
 
     def tell(outcome: Outcome) -> None:
@@ -46,7 +49,7 @@ def main(count: int, seed: int, processes: int, only: int | None, keep: Path | N
     if only is not None:
         if keep is not None:
             report.save(keep, seed, Outcome(only, "", ""))
-        workers.run([only], workers.Plan(seed, timeout, 1), 1, tell)
+        workers.run([only], workers.Plan(seed, timeout, validate, 1), 1, tell)
     else:
         workers.run(range(count), plan, processes, tell)
         click.echo(tally.text())

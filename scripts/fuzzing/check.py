@@ -21,10 +21,16 @@ from typing import Any
 
 import adapterops as ao
 from adapterops.errors import AdapterOpsError, ProofFailed
+from adapterops.validation.fix import mend
+from adapterops.validation.options import TARGETS
+from adapterops.validation.rule import Severity
 from fuzzing.inputs import FOLDER, Input
 from fuzzing.pickle_damage import EXECUTED
 
 CONVERTED = "converted"
+CLEAN = "clean"
+VALIDATING = 5.0
+"""Seconds that a validation may take."""
 _LONGEST_MESSAGE = 3000
 _MOST_MEMORY = 200
 """MiB that one input may add to the process; the largest has 1 MiB, and a bomb in it claims more."""
@@ -65,8 +71,8 @@ class Refused:
     error: AdapterOpsError
 
 
-def run(given: Input, place: Path, seconds: float, with_cli: bool = False) -> Outcome:
-    """Write the input's files into the new folder `place`, convert them, and look at what is left.
+def run(given: Input, place: Path, seconds: float, with_cli: bool = False, only_validate: bool = False) -> Outcome:
+    """Write the input's files into the new folder `place`, validate and convert them, and look at what is left.
 
     Changes the current folder to `place`, so that paths and messages are the same on every machine; the folder is
     removed at the end.
@@ -79,14 +85,21 @@ def run(given: Input, place: Path, seconds: float, with_cli: bool = False) -> Ou
         _write(given)
         memory, resident, started = _reset_peak(), _resident(), time.perf_counter()
         descriptors = _open_descriptors()
-        report = _guard(lambda: _inspected(given), seconds, "inspect", outcome)
-        result = _guard(lambda: _converted(given), seconds, "convert", outcome)
+        found = _guard(lambda: _validated(given, outcome), min(seconds, VALIDATING), "validate", outcome)
+        report = result = None
+        if not only_validate:
+            report = _guard(lambda: _inspected(given), seconds, "inspect", outcome)
+            result = _guard(lambda: _converted(given), seconds, "convert", outcome)
         outcome.seconds = time.perf_counter() - started
         # Where the peak cannot be set back, what is still held shows all the same.
         outcome.memory = max(_peak() - memory, _resident() - resident)
-        _judge(given, result, outcome)
+        if only_validate:
+            outcome.result = "fault" if found is None else found
+        else:
+            _judge(given, result, outcome)
+            _insist_on_findings(given, found, report, outcome)
         _check_files(given, result, outcome)
-        if with_cli and not outcome.findings:
+        if with_cli and not outcome.findings and not only_validate:
             _check_cli(given, report, result, outcome)
         del report, result
         if outcome.memory > _MOST_MEMORY:
@@ -114,6 +127,27 @@ def _inspected(given: Input) -> str:
 
 def _converted(given: Input) -> Any:
     return ao.convert(given.path, given.to, given.output, **given.reading, **given.writing)
+
+
+def _validated(given: Input, outcome: Outcome) -> str:
+    """What validation says of the input: the worst of its findings, or that it is clean."""
+    found = ao.validate(given.path, targets=TARGETS if given.number % 2 else ())
+    json.dumps(found.to_dict())
+    for finding in found:
+        if finding.code == "X001":
+            outcome.findings.append(Finding(f"validate: {finding.message[:120]}", finding.message))
+    for checked in found.adapters:
+        if any(finding.change is not None for finding in checked.findings):
+            mend(checked, dry_run=True)
+    worst = [str(severity) for severity in Severity if found.count(severity)]
+    return worst[0] if worst else CLEAN
+
+
+def _insist_on_findings(given: Input, found: str | None, report: Any, outcome: Outcome) -> None:
+    """What cannot be read must not be called clean."""
+    if found == CLEAN and not given.reading and isinstance(report, Refused):
+        said = f"{type(report.error).__name__}: {report.error}"
+        outcome.findings.append(Finding(f"validate finds nothing where reading fails in {_where(report.error)}", said))
 
 
 def _guard(action: Callable[[], Any], seconds: float, name: str, outcome: Outcome) -> Any:

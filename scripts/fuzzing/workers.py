@@ -32,6 +32,7 @@ class Plan:
 
     seed: int
     seconds: float = SECONDS
+    only_validate: bool = False
     cli_every: int = _CLI_EVERY
     """One input in so many goes through the command line too; 0: none."""
 
@@ -99,7 +100,7 @@ def _work(numbers: list[int], plan: Plan, folder: str, pipe: Connection) -> None
             given = inputs.make(plan.seed, number)
         place = Path(folder, str(number))
         with_cli = plan.cli_every > 0 and number % plan.cli_every == 0
-        pipe.send(check.run(given, place, plan.seconds, with_cli))
+        pipe.send(check.run(given, place, plan.seconds, with_cli, plan.only_validate))
     pipe.close()
     # Nothing of the parent's (its temporary folder, its streams) is to be taken down here.
     os._exit(0)
