@@ -1,0 +1,112 @@
+"""The entries of a GGUF adapter's header: what llama.cpp reads there, and what is kept for the way back.
+
+Sources: https://github.com/ggml-org/llama.cpp `src/llama-adapter.cpp` (`llama_adapter_lora_init_impl`); gguf `constants.py`
+(`Keys`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from math import isfinite
+from typing import Any
+
+from adapterops.plugin import Adapter, Source, Update, errors, header
+
+FORMAT = "gguf"
+"""The dialect under whose name the types of entries are kept."""
+ALPHA = "adapter.lora.alpha"
+TOKENS = "adapter.alora.invocation_tokens"
+INVOCATION = "alora_invocation_tokens"
+OWN = (
+    *("general.architecture", "general.type", "general.alignment", "adapter.type", ALPHA, TOKENS),
+    *("general.file_type", "general.quantization_version"),
+)
+"""The header's entries that are made anew, or are true of one file's bytes only."""
+HEADS = (".attention.head_count", ".attention.head_count_kv")
+
+
+def alpha_of(source: Source) -> float | None:
+    """The header's alpha.  Raises `InvalidHeader` for what is no number."""
+    text = source.metadata.get(ALPHA)
+    value = None if text is None else _json(text)
+    if text is not None and (value is None or type(value) not in (int, float) or not isfinite(value)):
+        raise errors.InvalidHeader(f"{source.path}: {ALPHA} is {text!r:.60}, not a number", fault="metadata")
+    return None if value is None else float(value)
+
+
+def _json(text: str) -> Any:
+    """What a text says as JSON; None where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def tokens_of(source: Source) -> list[int] | None:
+    """aLoRA's tokens.  Raises `InvalidHeader` for what are none."""
+    text = source.metadata.get(TOKENS)
+    if text is None:
+        return None
+    value = _json(text)
+    if not isinstance(value, list) or not all(type(token) is int and token >= 0 for token in value):
+        raise errors.InvalidHeader(f"{source.path}: {TOKENS} is {text!r:.60}, not a list of tokens", fault="metadata")
+    return value or None
+
+
+def entries_of(
+    adapter: Adapter, updates: Sequence[Update], architecture: str, heads: Sequence[int] | None, alpha: float
+) -> dict[str, tuple[str, Any]]:
+    """The header's entries, each with its type.  Raises `CannotRepresent` where modules differ in what it says for all."""
+    out: dict[str, tuple[str, Any]] = {
+        "general.type": ("STRING", "adapter"),
+        "adapter.type": ("STRING", "lora"),
+        ALPHA: ("FLOAT32", alpha),
+    }
+    if heads is not None:
+        out |= {f"{architecture}{end}": ("UINT32", n) for end, n in zip(HEADS, heads, strict=True)}
+    tokens = {json.dumps(u.options.get(INVOCATION) if u.method == "alora" else None): u for u in updates}
+    if len(tokens) > 1:
+        one, two = list(tokens.values())[:2]
+        raise errors.CannotRepresent(
+            f"{one.name} and {two.name} are not called by the same tokens (aLoRA), and GGUF says them once for all modules"
+        )
+    invoked = next((json.loads(text) for text in tokens), None)
+    if invoked:
+        out[TOKENS] = ("ARRAY:UINT32", invoked)
+    types = adapter.provenance.carried.spelling.get(FORMAT, {}).get("types", {})
+    for key, text in header(adapter).items():
+        if key not in (*OWN, *out) and key != "format":
+            out[key] = _typed(text, types.get(key, ""))
+    return out
+
+
+_TYPES: Mapping[str, Any] = {
+    **{f"{sign}INT{bits}": int for sign in ("", "U") for bits in (8, 16, 32, 64)},
+    "FLOAT32": float,
+    "FLOAT64": float,
+    "BOOL": bool,
+    "STRING": str,
+}
+
+
+def _typed(text: str, kind: str) -> tuple[str, Any]:
+    """An entry under the type that its file gave it; a string where that no longer fits."""
+    main, _, inner = kind.partition(":")
+    value = _json(text) if main else None
+    if main == "ARRAY" and isinstance(value, list) and value and _TYPES.get(inner) is not None:
+        return (kind, value) if all(_holds(inner, each) for each in value) else ("STRING", text)
+    return (main, value) if main != "ARRAY" and _holds(main, value) else ("STRING", text)
+
+
+def _holds(kind: str, value: Any) -> bool:
+    wanted = _TYPES.get(kind)
+    if wanted is None or type(value) is not wanted:
+        return False
+    if wanted is float:
+        return bool(isfinite(value))
+    if wanted is not int:
+        return True
+    bits = int(kind.rpartition("INT")[2])
+    low, high = (0, 2**bits) if kind.startswith("U") else (-(2 ** (bits - 1)), 2 ** (bits - 1))
+    return bool(low <= value < high)
