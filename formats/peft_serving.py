@@ -20,6 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from adapterops_formats.peft_config import number
 from adapterops_formats.peft_patterns import Base, exact_endings, named
 
 from adapterops.plugin import METHODS, Adapter, Fitted, Rounding, Target, Update, errors, nothing, uniform
@@ -105,13 +106,8 @@ def fitted(adapter: Adapter, target: Target, rounding: Rounding) -> Fitted:
     )
     _insist_on_rank(source, even.rank, server)
     updates, added = _with_parts(even.updates, target, server)
-    rule = next((u for u in even.updates if u.method == "lora" and u.alpha is not None), None)
-    said = {
-        **_NOT_SAID,
-        "r": even.rank,
-        "lora_alpha": rule.alpha.value if rule is not None and rule.alpha is not None else None,
-        "use_rslora": even.rslora,
-    }
+    alpha = next(u.alpha.value for u in even.updates if u.method == "lora" and u.alpha is not None)
+    said = {**_NOT_SAID, "r": even.rank, "lora_alpha": number(alpha or 0.0), "use_rslora": even.rslora}
     config = {
         component: {name: said.get(name, value) for name, value in own.items()}
         for component, own in source.config.items()
