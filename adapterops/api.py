@@ -98,7 +98,8 @@ def save(
     insist_on_alphas(adapter)
     adapter = form.prepared(adapter)
     wanted = dtype_named(dtype)
-    target = Target(dialect, adapter.base, dict(fields or {}), format is None, allow_drop, repair, reader or "")
+    faithful = format is None and not reader  # a reader knows the usual spelling alone
+    target = Target(dialect, adapter.base, dict(fields or {}), faithful, allow_drop, repair, reader or "")
     _insist_on_init(adapter, form)
     try:
         fit = _fitted(adapter, form, target, Rounding(wanted, fold_alpha))

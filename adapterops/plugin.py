@@ -188,6 +188,8 @@ class Format:
     """Regular expressions of keys that broken scripts wrote for this format's, and what stands in their place (`re.sub`):
     `adapterops validate` tells of them and mends them."""
 
+    limits: ClassVar[Sequence[str]] = ()
+    """What its writers cannot say, beyond what its tables lack: sentences for docs/formats.md."""
     rules: ClassVar[str] = ""
     """The module that has this format's own rules of `adapterops validate` (RULES and CHECKERS)."""
 

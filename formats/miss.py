@@ -5,6 +5,8 @@ Bone is MiSS under its older name (peft 0.14 to 0.18): the tensors stay as they 
 the PEFT folder's; `--to peft` writes the same tensors, for whatever method there is.  Unlike peft's own script
 (`scripts/convert-bone-to-miss.py`, safetensors in a local folder) it takes what every conversion takes: a single file, a
 `.bin`, a source on the Hub, saved modules, a file without a config.
+
+Sources: huggingface/peft 0.21.2 `tuners/miss/layer.py`, `scripts/convert-bone-to-miss.py`; 0.18 `tuners/bone/layer.py`.
 """
 
 from __future__ import annotations

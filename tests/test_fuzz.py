@@ -52,7 +52,13 @@ def test_an_input_depends_on_the_seed_and_its_number_alone() -> None:
     assert first != [inputs.make(4, n) for n in range(40)]
 
 
-@pytest.mark.parametrize("name", [d.name for form in registry.formats().values() for d in form.dialects])
+NOT_FROM_TABLES = {"cloneofsimo", "cloneofsimo-0.15", "cloneofsimo-list", "gguf", "mlx", "sam-lora", "tgis"}
+"""Dialects that number modules, or stand in containers of their own: what is damaged of them are fixtures."""
+
+
+@pytest.mark.parametrize(
+    "name", [d.name for f in registry.formats().values() for d in f.dialects if d.name not in NOT_FROM_TABLES]
+)
 def test_every_dialect_has_a_sound_seed(name: str, tmp_path: Path) -> None:
     every = [s for s in seeds.from_tables() if s.name.startswith(f"{name}/")]
     own = [s for s in every if "/lora of" in s.name] or every

@@ -17,14 +17,25 @@ def formats(as_json: bool) -> None:
     from adapterops import registry
 
     found = [
-        {"format": form.name, "dialect": d.name, "title": d.title, "alpha": d.alpha.value, "example": d.example}
+        {
+            "format": form.name,
+            "dialect": d.name,
+            "title": d.title,
+            "written": d.written,
+            "alpha": d.alpha.value,
+            "example": d.example,
+        }
         for form in registry.formats().values()
         for d in form.dialects
     ]
     if as_json:
         print_json(found)
         return
-    rows = [[f["format"], f["dialect"], f["title"], f["alpha"], f["example"]] for f in found]
+    rows = []
+    for f in found:
+        row = {name: str(value) for name, value in f.items()}
+        title = row["title"] + ("" if f["written"] else " (read only)")
+        rows.append([row["format"], row["dialect"], title, row["alpha"], row["example"]])
     for line in table(["format", "dialect", "what it is", "alpha in", "a key"], rows):
         click.echo(line)
 

@@ -74,7 +74,7 @@ def read_keys(dialect: Dialect, keys: Iterable[str], variants: Mapping[str, tupl
     best: Reading | None = None
     names = _adapter_names(dialect, keys)
     # Most dialects have not one of a file's endings; that is cheap to see before their prefixes are tried.
-    present = frozenset().union(*_endings(keys).values())
+    present = _present(keys)
     texts = (text for place in dialect.places if not place.whole for name in names for text in _table(place, name))
     if present.isdisjoint(texts) and not any(_has_whole(place, keys) for place in dialect.places if place.whole):
         return Reading(dialect, (), keys)
@@ -155,6 +155,12 @@ def _endings(keys: tuple[str, ...]) -> dict[str, list[str]]:
     return out
 
 
+@lru_cache(maxsize=4)
+def _present(keys: tuple[str, ...]) -> frozenset[str]:
+    """Every dotted ending that some key has."""
+    return frozenset().union(*_endings(keys).values())
+
+
 def _claim(key: str, start: int, place: Place, ending: str, suffix: Suffix) -> Claim | None:
     stem = key[: len(key) - len(ending)]
     name = stem[start:]
@@ -212,22 +218,45 @@ _MOST_NAMES = 8
 
 def _adapter_names(dialect: Dialect, keys: tuple[str, ...]) -> list[str]:
     """The adapter names that the keys may hold, "" (none) first."""
-    around: dict[str, set[str]] = {}
+    found: dict[str, int] = {}
+    present = _present(keys)
+    for after, befores in _around(dialect):
+        if after.startswith(".") and after not in present:
+            continue
+        for (tail, name), count in _tails(keys, after).items():
+            if tail.endswith(befores):
+                found[name] = found.get(name, 0) + count
+    names = sorted((n for n in found if n and n not in PARAMETERS), key=lambda n: -found[n])
+    return ["", *names[:_MOST_NAMES]]
+
+
+@lru_cache(maxsize=256)
+def _around(dialect: Dialect) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """What stands behind an adapter's name, and what may stand before it there."""
+    around: dict[str, dict[str, None]] = {}
     for place in dialect.places:
         for suffix in place.suffixes:
             before, slot, after = suffix.text.partition(_SLOT)
             if slot:
-                around.setdefault(after, set()).add(before)
-    found: dict[str, int] = {}
-    for after, befores in around.items():
-        texts = tuple(befores)
-        for key in keys:
-            if key.endswith(after):
-                head, _, name = key[: len(key) - len(after)].rpartition(".")
-                if name and head.endswith(texts):
-                    found[name] = found.get(name, 0) + 1
-    names = sorted((n for n in found if n and n not in PARAMETERS), key=lambda n: -found[n])
-    return ["", *names[:_MOST_NAMES]]
+                around.setdefault(after, {})[before] = None
+    return tuple((after, tuple(own)) for after, own in around.items())
+
+
+_BEFORE = 64
+"""The most letters, of at most two parts, that stand before an adapter's name in a suffix."""
+
+
+@lru_cache(maxsize=16)
+def _tails(keys: tuple[str, ...], after: str) -> Counter[tuple[str, str]]:
+    """What may be adapters' names before `after` in the keys, each with the end of what stands before it."""
+    found: Counter[tuple[str, str]] = Counter()
+    for key in keys:
+        if key.endswith(after):
+            head, _, name = key[: len(key) - len(after)].rpartition(".")
+            if name and head:
+                at = head.rfind(".", 0, max(head.rfind("."), 0))
+                found[head[max(at, len(head) - _BEFORE, 0) :], name] += 1
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -317,9 +317,9 @@ def _refuse_pickle_as_text(path: str) -> None:
     for name, text in value.items():
         if isinstance(text, str) and text.startswith("gA") and _is_pickle_in_base64(text):
             raise UnsafePickle(
-                f"{path}: refused: the field {name[:80]!r} holds a pickle as text, as mkultra saves soft prompts, and loading one can run "
-                "code. Load it where it came from, and save the tensor as .safetensors (a prompt of PEFT under the key "
-                "prompt_embeddings, beside an adapter_config.json)"
+                f"{path}: refused: the field {name[:80]!r} holds a pickle as text, as mkultra saves soft prompts, and "
+                "loading one can run code. Load it where it came from, and save the tensor as .safetensors (a prompt of "
+                "PEFT under the key prompt_embeddings, beside an adapter_config.json)"
             )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 from adapterops.errors import AdapterOpsError, UsageError
 from adapterops.storage.folder import Folder, LocalFolder
@@ -37,29 +38,50 @@ _MAX_DEPTH = 24
 """Folders within folders."""
 
 
+@dataclass(frozen=True, slots=True)
+class Listed(LocalFolder):
+    """A folder of this disk that is listed once, for all the adapters that are found in it together."""
+
+    held: list[list[str]] = field(default_factory=list, compare=False, repr=False)
+    """The names, once they are known."""
+
+    def names(self) -> list[str]:
+        if not self.held:
+            self.held.append(LocalFolder.names(self))
+        return self.held[0]
+
+    def folder(self, name: str) -> Listed:
+        return Listed(os.path.join(self.path, name))
+
+    def __reduce__(self) -> tuple[type[Listed], tuple[str, tuple[str, ...]]]:
+        return Listed, (self.path, self.notes)
+
+
 def discover(paths: Iterable[str]) -> list[Place]:
     """The adapters that the paths mean, in their order; what two of them mean stands once.
 
     Raises `UsageError` for a path that does not exist, and what asking the Hub raises.
     """
     found: dict[str, Place] = {}
+    folders: dict[str, Listed] = {}
     for path in paths:
-        for place in _places(path):
+        for place in _places(path, folders):
             found.setdefault(place.path, place)
     return list(found.values())
 
 
-def _places(path: str) -> Iterator[Place]:
+def _places(path: str, folders: dict[str, Listed]) -> Iterator[Place]:
     if path.startswith(HUB):
         from adapterops.storage import hub
 
         repository, file = hub.locate(path, ranges=True)
         yield from [Place(repository, file)] if file else _of(repository)
     elif os.path.isdir(path):
-        yield from _of(LocalFolder(os.path.normpath(path)))
+        yield from _of(Listed(os.path.normpath(path)))
     elif os.path.lexists(path):
-        folder, name = LocalFolder(os.path.dirname(path)), os.path.basename(path)
-        yield Place(LocalFolder(os.path.normpath(folder.path))) if _is_part(folder, name) else Place(folder, name)
+        parent, name = os.path.split(path)
+        folder = folders.setdefault(parent, Listed(parent))
+        yield Place(Listed(os.path.normpath(parent))) if _is_part(folder, name) else Place(folder, name)
     else:
         raise UsageError(f"{path}: no such file or folder")
 

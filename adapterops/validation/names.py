@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from functools import cache
 
 from adapterops import registry
 
@@ -27,19 +28,34 @@ def mended(keys: Iterable[str]) -> dict[str, str]:
     """The keys that should be spelled otherwise, with their right names; none where two would become one."""
     keys = list(keys)
     skipped = _parallel(keys)
-    botched = [(re.compile(p), r) for form in registry.formats().values() for p, r in form.botched.items()]
+    hint = _hint()
     out = {}
     for key in keys:
-        new = key
-        if skipped >= 0 or "_" in key:
-            parts = key.split(".")
-            new = ".".join(p for at, p in enumerate(parts) if at != skipped and p not in WRAPPERS)
-        for pattern, replacement in botched:
+        if skipped < 0 and not hint.search(key):
+            continue
+        parts = key.split(".")
+        new = ".".join(p for at, p in enumerate(parts) if at != skipped and p not in WRAPPERS)
+        for pattern, replacement in _botched():
             new = pattern.sub(replacement, new)
         if new and new != key:
             out[key] = new
+    if not out:
+        return out
     taken = {out.get(key, key) for key in keys}
     return out if len(taken) == len(keys) else {}
+
+
+@cache
+def _botched() -> tuple[tuple[re.Pattern[str], str], ...]:
+    """What scripts are known to misspell, and how it is spelled."""
+    return tuple((re.compile(p), r) for form in registry.formats().values() for p, r in form.botched.items())
+
+
+@cache
+def _hint() -> re.Pattern[str]:
+    """What one look at a key finds where it may have to be mended."""
+    wrapped = rf"(?:^|\.)(?:{'|'.join(sorted(WRAPPERS))})(?:\.|$)"
+    return re.compile("|".join([wrapped, *(f"(?:{pattern.pattern})" for pattern, _ in _botched())]))
 
 
 def training_state(keys: Iterable[str]) -> tuple[str, ...]:

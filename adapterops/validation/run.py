@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 from adapterops import architectures
 from adapterops.architectures import Architecture
@@ -67,26 +68,31 @@ def validate(
 def examine(place: Place, options: Options, rules: Sequence[Rule]) -> Checked:
     """What the rules find in one adapter."""
     subject = Subject(place, options)
-    asked = {rule.code for rule in rules}
+    asked, checkers = _asked(tuple(rule.code for rule in rules), tuple(map(id, registry.checkers())))
     found: list[Finding] = []
-    for check in registry.checkers():
-        if any(rule.code in asked for rule in check.rules):
-            try:
-                found += check.find(subject)
-            except AdapterOpsError as error:
-                subject.faults.append(error)
+    for check in checkers:
+        try:
+            found += check.find(subject)
+        except AdapterOpsError as error:
+            subject.faults.append(error)
     adapter = subject.adapter  # whose faults are told now, if no checker has asked for it
     found = [*_told(subject), *found]
     found = [replace(f, adapter=place.path) for f in found if f.rule.code in asked]
-    order = {rule.code: at for at, rule in enumerate(registry.rules())}
     return Checked(
         place.path,
         subject.dialect,
         (adapter.architecture.value or "") if adapter is not None else "",
         len({(u.component, u.module) for u in subject.updates}),
         sum(tensor.nbytes for tensor in subject.tensors.values()),
-        tuple(sorted(found, key=lambda f: order[f.rule.code])),
+        tuple(sorted(found, key=lambda f: f.rule.code)),
     )
+
+
+@lru_cache(maxsize=4)
+def _asked(codes: tuple[str, ...], known: tuple[int, ...]) -> tuple[frozenset[str], tuple[registry.Checker, ...]]:
+    """The codes that are asked, and the checkers of any of them; `known` are all checkers, by identity."""
+    asked = frozenset(codes)
+    return asked, tuple(c for c in registry.checkers() if any(rule.code in asked for rule in c.rules))
 
 
 def _told(subject: Subject) -> list[Finding]:

@@ -14,8 +14,8 @@ from fuzzing import archive_damage, byte_damage, header_damage, json_damage, mea
 from fuzzing.sample import Files, Sample, npz_bytes, pickle_bytes, safetensors_bytes, shards, state_dict
 
 WEIGHTS = {
-    "none": 2, "bytes": 14, "header": 22, "meaning": 20, "metadata": 9,
-    "config": 12, "pickle": 10, "zip": 3, "npz": 5, "shards": 3,
+    "none": 2, "bytes": 14, "header": 20, "meaning": 19, "metadata": 9,
+    "config": 12, "pickle": 10, "zip": 3, "npz": 5, "shards": 3, "others": 3,
 }  # fmt: skip
 """How often each kind of damage is done, in parts of 100."""
 _WHOLE = 40
@@ -52,8 +52,8 @@ def make(seed: int, number: int) -> Input:
     kind = rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0]
     sample = rng.choice(seeds.fixtures() if rng.randrange(_WHOLE) == 0 else seeds.samples())
     what, path, files = _damaged(kind, sample, rng)
-    # Of three targets the first to which nothing but the damage stands in the way.
-    able = rng.sample(_dialects(), k=3)
+    # Of some targets the first to which nothing but the damage stands in the way.
+    able = rng.sample(_written(), k=8)
     to = next((dialect for dialect in able if seeds.can_be(sample.name, dialect)), able[0])
     folder = registry.find(to)[0].is_folder
     return Input(
@@ -65,6 +65,11 @@ def make(seed: int, number: int) -> Input:
 @cache
 def _dialects() -> tuple[str, ...]:
     return tuple(d.name for form in registry.formats().values() for d in form.dialects)
+
+
+@cache
+def _written() -> tuple[str, ...]:
+    return tuple(d.name for form in registry.formats().values() for d in form.dialects if d.written)
 
 
 def _reading(rng: Random) -> dict[str, Any]:
@@ -125,6 +130,11 @@ def _damaged(kind: str, sample: Sample, rng: Random) -> tuple[str, str, Files]:
         case "npz":
             what, raw = archive_damage.npz_damage(sample, rng)
             return what, *_in_place(sample, raw, rng, ".npz")
+        case "others":
+            files = dict(rng.choice(seeds.others()))
+            name = rng.choice(sorted(files))
+            what, files[name] = byte_damage.damaged(files[name], rng, files[rng.choice(sorted(files))])
+            return what, rng.choice((name, "", "")), files
     what, path, files = archive_damage.shard_damage(sample, rng)
     if sample.config is not None:
         files[_CONFIG] = json_damage.dump(sample.config)

@@ -76,6 +76,13 @@ def fixtures() -> tuple[Sample, ...]:
     return tuple(out)
 
 
+@cache
+def others() -> tuple[Mapping[str, bytes], ...]:
+    """The files of the fixtures that are folders in other formats than PEFT's."""
+    folders = sorted([*FIXTURES.glob("mlx-*"), *FIXTURES.glob("gguf-*")])
+    return tuple({path.name: path.read_bytes() for path in sorted(f.iterdir()) if path.is_file()} for f in folders)
+
+
 def memory() -> str | None:
     """A folder in memory, where there is one with room: what is looked for is not the disk's."""
     return "/dev/shm" if os.path.isdir("/dev/shm") and shutil.disk_usage("/dev/shm").free > 1 << 30 else None

@@ -213,8 +213,8 @@ def test_source_is_never_the_target(command: Callable[..., Outcome], tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--to", "kohja"], ["unknown format 'kohja'", "known: comfy, comfy-down, diffusers"]),
-        (["--to", "peft", "--from", "gguf"], ["unknown format 'gguf'"]),
+        (["--to", "kohja"], ["unknown format 'kohja'", "known: cloneofsimo, "]),
+        (["--to", "peft", "--from", "ggml"], ["unknown format 'ggml'"]),
         (["--to", "peft", "--from", "diffusers"], ["no key reads as diffusers"]),
         (["--to", "peft", "--arch", "sd9"], ["sd9", "flux, qwen_image, sd1, sd2, sd3, sdxl"]),
         (["--to", "peft", "--arch", "sd1", "--base", "x"], ["give one of them"]),

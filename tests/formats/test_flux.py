@@ -20,9 +20,17 @@ import adapterops as ao
 from adapterops import registry
 from adapterops.errors import BrokenAdapter, CannotRepresent, UnknownModule, UsageError
 
-# What is called after a method holds no other.
-DIALECTS = [d.name for form in registry.formats().values() for d in form.dialects if d.name != "miss"]
-UNETS = {"diffusers-lora", "diffusers-mixed", "diffusers-attn", "diffusers-attn-bare"}
+OTHERS = {"miss", "mlx", "gguf", "tfew", "sam-lora"}
+"""Spellings of other methods, or of other models, alone."""
+DIALECTS = [d.name for form in registry.formats().values() for d in form.dialects if d.written and d.name not in OTHERS]
+UNETS = {
+    "diffusers-lora",
+    "diffusers-mixed",
+    "diffusers-attn",
+    "diffusers-attn-bare",
+    "cloneofsimo",
+    "cloneofsimo-0.15",
+}
 """Spellings that UNets and text encoders alone have."""
 NO_ALPHA = {"bfl", "bfl-peft", "xlabs"}
 Tensors = dict[str, torch.Tensor]

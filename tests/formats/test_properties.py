@@ -42,8 +42,13 @@ from adapterops.storage import LazyTensor, dtypes
 from adapterops.storage.tensor import MemorySource
 
 EXAMPLES = 240
-DIALECTS = {d.name: (form, d) for form in registry.formats().values() for d in form.dialects if form.name != "miss"}
-"""All but the one that holds MiSS alone."""
+DIALECTS = {
+    d.name: (form, d)
+    for form in registry.formats().values()
+    for d in form.dialects
+    if form.name != "miss" and d.written
+}
+"""All but the one that holds MiSS alone, and those that are only read."""
 REFUSALS = (CannotRepresent, UnknownArchitectureOfFile, UnknownFact, Conflict)
 FLOATS = ("F32", "F16", "BF16")
 
@@ -520,7 +525,9 @@ def test_every_dialect_method_and_architecture(tmp_path: Path, monkeypatch: pyte
         run()
     assert drawn.keys() >= EXCHANGED
     assert set(BASES) <= drawn.keys()
-    assert DIALECTS.keys() <= held.keys(), f"never written: {DIALECTS.keys() - held.keys()}"
+    # llama.cpp runs none of these bases: it refuses them all here, and test_gguf.py has its own.
+    never = DIALECTS.keys() - held.keys() - {"gguf"}
+    assert not never, f"never written: {never}"
     assert held.keys() >= EXCHANGED, f"never held: {EXCHANGED - held.keys()}"
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from sound import codes, diffusers_file, kohya_file, peft_folder
 
 

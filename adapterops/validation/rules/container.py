@@ -401,7 +401,8 @@ def encoded_pickle(subject: Subject) -> Iterable[Finding]:
         found = scan_bytes(data, reads=_TORCH_BYTES)
         if found.damage or found.bomb:
             continue
-        take(subject, "not-an-adapter")
+        for fault in ("not-an-adapter", "unsafe-pickle"):
+            take(subject, fault)  # told of here, by what the pickle does
         what = f"holds a pickle of {len(data)} bytes as text"
         if found.does:
             yield UNSAFE_PICKLE.found(subject.path, f"{what}, and loading it would {found.does}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 
 from adapterops.errors import AdapterOpsError
 from adapterops.storage.folder import LocalFolder
@@ -155,9 +156,16 @@ _STEPS = (
 _CHECKPOINT = re.compile(r"checkpoint-\d+")
 
 
-def _weights(subject: Subject) -> list[str]:
-    """The folder's files that may be an adapter's weights."""
-    return [n for n in subject.files if is_weights(n) and not n.startswith((".", *TRAINING_STATE))]
+@lru_cache(maxsize=2)
+def _weights(files: tuple[str, ...]) -> list[str]:
+    """A folder's files that may be an adapter's weights."""
+    return [n for n in files if is_weights(n) and not n.startswith((".", *TRAINING_STATE))]
+
+
+@lru_cache(maxsize=2)
+def _left(files: tuple[str, ...]) -> list[str]:
+    """A folder's files that hold a trainer's state."""
+    return [n for n in files if n.startswith(TRAINING_STATE) and n.endswith(_STATE_SUFFIXES)]
 
 
 @checker(OTHER_NAME)
@@ -174,7 +182,7 @@ def other_name(subject: Subject) -> Iterable[Finding]:
     if subject.recognised is None or subject.recognised[0].name != "peft":
         return
     new = FOLDER_WEIGHTS[0] if name.endswith(".safetensors") else FOLDER_WEIGHTS[1]
-    change = Change(f"rename {name} to {new}", rename=new) if _weights(subject) == [name] else None
+    change = Change(f"rename {name} to {new}", rename=new) if _weights(subject.files) == [name] else None
     yield OTHER_NAME.found(
         subject.weights, f"peft looks for {' and '.join(FOLDER_WEIGHTS)}, and does not find {name}", change=change
     )
@@ -258,9 +266,9 @@ def unread(subject: Subject) -> Iterable[Finding]:
 @checker(TRAINING)
 def training(subject: Subject) -> Iterable[Finding]:
     """What trainers keep to go on."""
-    left = [n for n in subject.files if n.startswith(TRAINING_STATE) and n.endswith(_STATE_SUFFIXES)]
+    left = _left(subject.files)
     # Once a folder, however many adapters it holds.
-    if left and subject.source is not None and (subject.is_folder or _weights(subject)[:1] == [subject.place.name]):
+    if left and subject.source is not None and (subject.is_folder or _weights(subject.files)[:1] == [subject.place.name]):
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         yield TRAINING.found(
             os.path.join(subject.place.folder.path, left[0]),

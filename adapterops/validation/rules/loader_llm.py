@@ -385,7 +385,7 @@ FACTS: tuple[Fact, ...] = (
         "gguf",
         "not-a-peft-folder",
         Effect.REFUSES,
-        _foreign,
+        lambda s: [] if s.dialect == "gguf" else _foreign(s),  # which llama.cpp reads as it is
         "llama.cpp converts peft's folders only; this has other names ({keys})",
         why="convert_lora_to_gguf.py reads adapter_config.json and lora_A, lora_B.",
         remedy="Run adapterops convert FILE --to peft first.",
