@@ -51,6 +51,7 @@ class Comfy(Format):
 
     name = "comfy"
     title = "Comfy (the model's own names; ai-toolkit, OneTrainer)"
+    limits = ("Modules of a base that is not built in: the names are its authors'.",)
     dialects = (
         _dialect("comfy", "Comfy", _A_B, "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight"),
         _dialect(

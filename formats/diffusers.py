@@ -168,6 +168,11 @@ class Diffusers(Format):
 
     name = "diffusers"
     title = "diffusers (pytorch_lora_weights.safetensors)"
+    limits = (
+        "A DoRA magnitude per input, and methods other than LoRA; `diffusers-down` has LyCORIS' too, as far as "
+        "diffusers reads them.",
+        "A scale that is not 1, in the spellings without alpha: `--fold-alpha` multiplies it in.",
+    )
     dialects = (DIFFUSERS, BEFORE_PEFT, MIXED, PROCESSORS, BARE_PROCESSORS, WITHOUT_PREFIX, WITH_ALPHA)
     file_name = "pytorch_lora_weights.safetensors"
     # peft's wrapper, left in: https://github.com/bghira/SimpleTuner/issues/779.

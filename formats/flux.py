@@ -77,6 +77,7 @@ class Flux(Format):
 
     name = "flux"
     title = "Flux.1 by its authors' names (BFL, fal, XLabs)"
+    limits = ("Any base but Flux.1, any component but the transformer, and a scale that is not 1 (`--fold-alpha`).",)
     dialects = (BFL, BFL_PEFT, XLABS)
     file_name = "lora.safetensors"
 

@@ -119,6 +119,11 @@ class Kohya(Format):
 
     name = "kohya"
     title = "Kohya (sd-scripts, A1111, Comfy)"
+    limits = (
+        "Modules of a base that is neither built in nor given by `--base CONFIG`: names with underscores cannot "
+        "be told apart without its list.",
+        "Modules saved whole, and soft prompts.",
+    )
     dialects = (KOHYA, KOHYA_DIFFUSERS, ONETRAINER, LYCORIS_FILE)
     file_name = "lora.safetensors"
     foreign = {

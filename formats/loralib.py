@@ -84,6 +84,7 @@ class Loralib(Format):
     name = "loralib"
     for_lora = "peft"
     title = "loralib (microsoft/LoRA, AdaLoRA's authors)"
+    limits = ("DoRA; rank-stabilised scales; biases of the factors; convolutions with a kernel above one.",)
     dialects = (LORALIB,)
     file_name = "lora.safetensors"
 

@@ -102,6 +102,15 @@ class Mlx(Format):
 
     name = "mlx"
     title = "MLX-LM folder (adapter_config.json, adapters.safetensors)"
+    limits = (
+        "More than one scale and one rank: smaller ranks are filled up with zeros, and scales that differ by a "
+        "power of two go into the second factor; both are said, and undone on the way back. Any other difference "
+        "is for `--fold-alpha`.",
+        "Convolutions, biases, saved modules, other components than the language model.",
+        "DoRA on some modules only, on experts, or on an embedding (a magnitude for each token there, for each "
+        "dimension in PEFT).",
+        "An update of a tied head by itself: MLX-LM applies an embedding's to the head as well.",
+    )
     dialects = (MLX,)
     is_folder = True
     own_fields: ClassVar[frozenset[str]] = frozenset({"scale"})

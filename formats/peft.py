@@ -109,6 +109,12 @@ class Peft(Format):
 
     name = "peft"
     title = "PEFT folder (adapter_config.json, adapter_model.safetensors)"
+    limits = (
+        "A DoRA magnitude per input: peft normalises per output.",
+        "Two methods, or two scale rules (alpha / r and alpha / √r), in one component.",
+        "DoRA, biases of the factors or aLoRA on some modules only: a config says them for all.",
+        "A module to save whose name ends as one that is not to be saved: peft matches endings.",
+    )
     dialects = (PEFT,)
     is_folder = True
     tells_init = True
