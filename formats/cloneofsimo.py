@@ -74,7 +74,7 @@ CLONEOFSIMO = Dialect(
     exact_shapes=True,
     example="unet:0:up",
 )
-LATER = replace(CLONEOFSIMO, name="cloneofsimo-0.15", title="cloneofsimo/lora on diffusers 0.15 or later", asked=True)
+LATER = replace(CLONEOFSIMO, name="cloneofsimo-0.15", title="cloneofsimo/lora on diffusers 0.15 or later")
 LISTED = replace(
     CLONEOFSIMO,
     name="cloneofsimo-list",
@@ -92,6 +92,10 @@ class Cloneofsimo(Format):
     name = "cloneofsimo"
     for_lora = "kohya"
     title = "cloneofsimo/lora (numbered modules)"
+    limits = (
+        "Other modules than a walk of the trainer's meets: all the layers of its target classes.",
+        "A scale that is not 1 (`--fold-alpha`), DoRA, biases, other components than the U-Net and one text encoder.",
+    )
     dialects = (CLONEOFSIMO, LATER, LISTED)
     file_name = "lora.safetensors"
 

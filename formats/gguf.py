@@ -80,6 +80,13 @@ class Gguf(Format):
 
     name = "gguf"
     title = "GGUF LoRA (llama.cpp)"
+    limits = (
+        "Methods other than LoRA, DoRA, saved modules, biases: `adapterops to-lora` makes a LoRA of the first.",
+        "More than one alpha: the commonest scale is kept, and what others have more or less is multiplied into "
+        "their second factor, rounded once, and said.",
+        "Modules that llama.cpp does not apply LoRA to, and an update of a tied embedding by itself.",
+        "Names and orders of rows without the base: `--base CONFIG`.",
+    )
     dialects = (GGUF,)
     file_name = "adapter.gguf"
     suffixes = (".gguf",)

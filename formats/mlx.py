@@ -102,6 +102,7 @@ class Mlx(Format):
 
     name = "mlx"
     title = "MLX-LM folder (adapter_config.json, adapters.safetensors)"
+    rules = "adapterops_formats.mlx_rules"
     limits = (
         "More than one scale and one rank: smaller ranks are filled up with zeros, and scales that differ by a "
         "power of two go into the second factor; both are said, and undone on the way back. Any other difference "

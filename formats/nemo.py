@@ -104,6 +104,7 @@ class Nemo(ReadOnly):
 
     name = "nemo"
     title = "NeMo and Megatron-Bridge (linear_in, linear_out)"
+    limits = ("It is read and not written: the program loads checkpoints in pieces (`torch_dist`).",)
     dialects = (NEMO,)
     file_name = "adapter.safetensors"
     why_not_written = "NeMo and Megatron load adapters from checkpoints in pieces of their own; --to peft holds it"

@@ -32,7 +32,7 @@ NO_CONFIG = Rule(
     "C202",
     "no-config",
     Severity.ERROR,
-    why="peft refuses a folder without adapter_config.json (where an alpha is lost with it, unknown-fact tells of that).",
+    why="peft reads the method, the rank and the targets from adapter_config.json, and refuses a folder without it.",
     remedy="Put the adapter_config.json of the training run beside the weights, or write one: adapterops convert FOLDER "
     "--to peft.",
     fires="adapter_model.safetensors with …k_proj.ia3_l alone in its folder",
@@ -298,6 +298,13 @@ def _types(seen: View, config: Mapping[str, Any]) -> Iterator[Finding]:
         absent = value is None and (name != "lora_dropout" or name not in config)
         if not absent and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
             yield TYPE.found(seen.where, f"{name} is {_short(value)}, not {wanted}", field=name)
+    dropout = config.get("lora_dropout")
+    if isinstance(dropout, int | float) and not isinstance(dropout, bool) and not dropout <= 1:
+        yield TYPE.found(
+            seen.where,
+            f"lora_dropout is {_short(dropout)}, no probability: torch refuses more than 1",
+            field="lora_dropout",
+        )
     # Tables of patterns that are null or a list: peft asks them for keys.  (AdaLoRA's rank_pattern is no such table.)
     if seen.method.kind not in ("LORA", "LOHA", "LOKR") or seen.is_anothers:
         return
@@ -399,11 +406,19 @@ def initialisation(subject: Subject) -> Iterator[Finding]:
                     field="init_lora_weights", remedy="Give loftq_config as it was in training.",
                 )  # fmt: skip
             return
-        fails = {"corda": "; without its statistics, which no file holds, peft fails to load it"}.get(init, "")
+        if init == "corda":
+            yield BAD_INIT.found(
+                seen.where,
+                "init_lora_weights is 'corda': without its statistics, which no file holds, peft fails to load it; and it was "
+                "trained on base weights that the start had changed",
+                field="init_lora_weights",
+                remedy=MUTATED.remedy,
+            )
+            return
         yield MUTATED.found(
             seen.where,
             f"init_lora_weights is {_short(init)}: it was trained on base weights that the start had changed, and on the "
-            f"published ones it computes something else{fails}",
+            "published ones it computes something else",
             field="init_lora_weights",
         )
     elif not _is_known(init):

@@ -197,7 +197,7 @@ def tokens(subject: Subject) -> Iterator[Finding]:
         return
     rows = [c.key for c in subject.recognised[1].claims if c.suffix.method == "trainable_tokens"]
     stated = seen.config.get("trainable_token_indices")
-    if stated and not rows:
+    if stated not in (None, {}) and not rows:
         yield TOKENS.found(
             seen.where,
             f"trainable_token_indices is {json.dumps(stated)[:60]}, and the file holds no trained rows: peft fails with a "

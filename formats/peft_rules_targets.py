@@ -125,15 +125,18 @@ def targets(subject: Subject) -> Iterator[Finding]:
             field="target_modules",
             change=change,
         )
-    uncovered = [module for module in seen.keys if not parsed.targets(module)]
+    # What is told of as broken by itself needs no target.
+    told = {key for fault in subject.faults for key in fault.keys}
+    uncovered = [m for m, keys in seen.keys.items() if not parsed.targets(m) and not told.issuperset(keys)]
     if uncovered:
         yield _uncovered(seen, parsed, uncovered)
     yield from _layer_fields(seen, parsed, bool(uncovered))
     if len(uncovered) == len(seen.keys):
         return
     unsaved = _unsaved(seen, parsed)
-    if isinstance(wanted, list | tuple):
-        yield from _dead(seen, list(wanted), unsaved, not uncovered and len(set(wanted)) == len(wanted))
+    # Where modules are left out, what is dead in the list was meant for them.
+    if isinstance(wanted, list | tuple) and not uncovered:
+        yield from _dead(seen, list(wanted), unsaved, len(set(wanted)) == len(wanted))
     yield from _dead_layers(seen, parsed, not uncovered)
     if unsaved:
         yield UNSAVED_TARGET.found(
@@ -191,7 +194,7 @@ def _shuts_out_any(seen: View) -> bool:
 
 def _dead(seen: View, wanted: list[str], unsaved: list[str], alone: bool) -> Iterator[Finding]:
     """Entries that no tensor belongs to; mended where nothing else (`alone`) changes the field."""
-    names = [*seen.keys, *unsaved, *(seen.saved if seen.method.kind == "TRAINABLE_TOKENS" else ())]
+    names = [*seen.keys, *unsaved, *(seen.saved if seen.method.kind == "TRAINABLE_TOKENS" else ()), *seen.unknown]
     dead = [entry for entry in dict.fromkeys(wanted) if not any(named(module, [entry]) for module in names)]
     if not dead:
         return
@@ -264,7 +267,10 @@ def patterns(subject: Subject) -> Iterator[Finding]:
     parsed = seen.parsed
     if parsed is None or seen.is_anothers or seen.method.kind in ("ADALORA", "OSF") or not seen.keys:
         return
-    names = [*seen.keys, *(u.module for u in seen.updates)]
+    # A name of which target_modules is told that nothing is called so is not told of here again.
+    wanted = parsed.fields.get("target_modules")
+    named = wanted if isinstance(wanted, list | tuple) else ()
+    names = [*seen.keys, *(u.module for u in seen.updates), *seen.unknown, *named]
     changed: dict[str, dict[str, Any]] = {}
     told: list[str] = []
     for field in filter(None, (seen.method.ranks_in if seen.method.rank else "", seen.method.alphas_in)):

@@ -239,6 +239,9 @@ def others(subject: Subject) -> Iterator[Finding]:
     parsed = seen.parsed
     if parsed is None or seen.is_anothers or not seen.updates or {u.module for u in seen.updates} < set(seen.keys):
         return
+    # A tensor that nobody knows, or a rank that the config has not, is told of; what else follows from it is not.
+    if seen.unknown or (seen.method.rank and next(_other_rank(seen), None) is not None):
+        return
     nameless = [u for u in seen.updates if u.method in seen.method.bare and not u.options.get("parameter_name")]
     if nameless:
         yield WHICH_PARAMETER.found(

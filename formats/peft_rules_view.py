@@ -19,6 +19,8 @@ from adapterops.validation.subject import Subject
 
 CONFIG_NAME = "adapter_config.json"
 _WRAPPED = ".base_layer"
+_FEW = 256
+"""Unknown keys whose names are looked at."""
 _HEADS = {
     "SEQ_CLS": ("classifier", "score"),
     "TOKEN_CLS": ("classifier", "score"),
@@ -109,6 +111,12 @@ class View:
     def is_whole(self) -> bool:
         """Whether every adapted module could be understood: only then do the tensors prove a config."""
         return bool(self.updates) and {u.module for u in self.updates} >= set(self.keys) and not self._bare
+
+    @cached_property
+    def unknown(self) -> list[str]:
+        """What may be modules in the keys that nobody knows, which are told of: every name in them, to each of its dots."""
+        found = self.subject.recognised[1].unclaimed if self.subject.recognised is not None else ()
+        return list(dict.fromkeys(key[:at] for key in found[:_FEW] for at, letter in enumerate(key) if letter == "."))
 
     @cached_property
     def saved(self) -> dict[str, list[str]]:

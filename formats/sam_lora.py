@@ -81,6 +81,7 @@ class SamLora(Format):
     name = "sam-lora"
     for_lora = "peft"
     title = "Sam_LoRA (image encoder of Segment Anything)"
+    limits = ("Anything but LoRA on the queries and values of whole blocks, with scale 1.",)
     dialects = (SAM_LORA,)
     file_name = "lora.safetensors"
     own_fields: ClassVar[frozenset[str]] = frozenset({"lora_layer"})

@@ -58,6 +58,9 @@ class Tgis(Format):
 
     name = "tgis"
     title = "IBM TGIS prompt (decoder.pt; read only)"
+    limits = (
+        "It is not written: a pickle is what no reader should be given, and `--to peft` is read by the server, too.",
+    )
     dialects = (TGIS,)
     file_name = "decoder.safetensors"
 

@@ -59,6 +59,7 @@ class TFew(Format):
     name = "tfew"
     for_lora = "peft"
     title = "T-Few ((IA)³ of its authors)"
+    limits = ("Anything but (IA)³ on the outputs of modules.",)
     dialects = (TFEW,)
     file_name = "finish.safetensors"
     foreign = {

@@ -97,6 +97,7 @@ class Torchtune(ReadOnly):
 
     name = "torchtune"
     title = "torchtune (adapter_model.pt, native names)"
+    limits = ("It is read and not written: the program loads pickles.",)
     dialects = (TORCHTUNE,)
     file_name = "adapter_model.safetensors"
     why_not_written = "torchtune loads adapters from its own .pt files, which are pickles; --to peft holds it"

@@ -102,7 +102,8 @@ def _list_damage(value: Any, holder: list[Any], rng: Random) -> Any:
         case 2:
             holder[at] = _near(holder[at], rng)
         case 3:
-            holder *= 3000 if len(holder) < 20 else 1
+            # Lists of lists, each grown so, would be billions of values.
+            holder *= 3000 if len(holder) < 20 and not any(isinstance(item, list | dict) for item in holder) else 1
         case _:
             holder[at] = hostile(rng)
     return value
