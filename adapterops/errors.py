@@ -26,7 +26,9 @@ class AdapterOpsError(Exception):
 
     def __init__(self, message: str = "", *, fault: str = "", keys: Iterable[str] = ()) -> None:
         text = message if len(message) <= _LONGEST else f"{message[: _LONGEST - 900]} … {message[-600:]}"
-        super().__init__("".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text))
+        if not text.isprintable():
+            text = "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+        super().__init__(text)
         if fault:
             self.fault = fault
         if keys:

@@ -344,11 +344,17 @@ def _unwrapped(reading: Reading) -> Reading:
     return replace(reading, claims=tuple(kept.values()), unclaimed=(*reading.unclaimed, *alone))
 
 
+_FEW = 256
+"""Tensors that are not read, each of which is compared with the one that is."""
+
+
 def _left_out(source: Source, reading: Reading) -> list[str]:
     """A note on what `_unwrapped` does not read."""
     read = {claim.key: claim for claim in reading.claims}
-    rest = [key for key in source.tensors if key not in read and key not in reading.unclaimed]
+    unclaimed = set(reading.unclaimed)
+    rest = [key for key in source.tensors if key not in read and key not in unclaimed]
     originals = [key for key in rest if "original_module" in key.split(".")]
+    rest = [key for key in rest if "original_module" not in key.split(".")][:_FEW]
     notes = []
     if originals:
         many = f" and {len(originals) - 1} more are" if len(originals) > 1 else " is"
@@ -358,7 +364,7 @@ def _left_out(source: Source, reading: Reading) -> list[str]:
         twin = next(
             (k for k, c in read.items() if k != key and c.name and prefix.endswith(c.name) and _is_twin(c, role)), None
         )
-        if key not in originals and twin is not None and not same_tensor(source.tensors[key], source.tensors[twin]):
+        if twin is not None and not same_tensor(source.tensors[key], source.tensors[twin]):
             notes.append(f"tensor {key!r} differs from {twin!r}, with which peft computes: the latter is read")
     return notes
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from adapterops_formats.peft_kinds import KINDS
 from adapterops_formats.peft_rules_view import CONFIG_NAME, View, view
 
 from adapterops.plugin import Certainty
+from adapterops.storage.source import FOLDER_WEIGHTS
 from adapterops.validation.registry import Checker, checker
 from adapterops.validation.rule import Change, Finding, Rule, Severity, several
 from adapterops.validation.subject import Subject
@@ -34,8 +36,8 @@ NO_CONFIG = Rule(
     Severity.ERROR,
     why="peft reads the method, the rank and the targets from adapter_config.json, and refuses a folder without it.",
     remedy="Put the adapter_config.json of the training run beside the weights, or write one: adapterops convert FOLDER "
-    "--to peft.",
-    fires="adapter_model.safetensors with …k_proj.ia3_l alone in its folder",
+    "--to peft (for a LoRA with --alpha X, the trainer's lora_alpha).",
+    fires="adapter_model.safetensors alone in its folder",
     passes="the same beside an adapter_config.json",
     source="peft 0.21 config.py (from_pretrained)",
 )
@@ -252,7 +254,9 @@ def no_config(subject: Subject) -> Iterator[Finding]:
     """A PEFT folder without its config."""
     seen = view(subject)
     named_so = subject.is_folder or subject.place.name.startswith("adapter_model.")
-    lost = any(u.alpha is not None and u.alpha.certainty is Certainty.UNKNOWN for u in subject.updates)
+    # (Of weights that peft would not look for anyway, what is lost is told by unknown-fact.)
+    own = os.path.basename(subject.weights) in FOLDER_WEIGHTS
+    lost = not own and any(u.alpha is not None and u.alpha.certainty is Certainty.UNKNOWN for u in subject.updates)
     if seen.is_peft and named_so and subject.config is None and CONFIG_NAME not in subject.files and not lost:
         yield NO_CONFIG.found(seen.weights, f"no {CONFIG_NAME} is beside it: peft refuses the adapter")
 

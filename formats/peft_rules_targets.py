@@ -269,8 +269,8 @@ def patterns(subject: Subject) -> Iterator[Finding]:
         return
     # A name of which target_modules is told that nothing is called so is not told of here again.
     wanted = parsed.fields.get("target_modules")
-    named = wanted if isinstance(wanted, list | tuple) else ()
-    names = [*seen.keys, *(u.module for u in seen.updates), *seen.unknown, *named]
+    listed = wanted if isinstance(wanted, list | tuple) else ()
+    names = [*seen.keys, *(u.module for u in seen.updates), *seen.unknown, *listed]
     changed: dict[str, dict[str, Any]] = {}
     told: list[str] = []
     for field in filter(None, (seen.method.ranks_in if seen.method.rank else "", seen.method.alphas_in)):

@@ -39,7 +39,9 @@ def rules(select: str, as_json: bool) -> None:
     room = max(30, shutil.get_terminal_size().columns - width - 2) if sys.stdout.isatty() else None
     for line, why in zip(lines, ["why", "───", *(rule.why for rule in found)], strict=True):
         click.echo(f"{line.ljust(width)}  {_cut(why, room)}".rstrip())
-    click.echo(f"\n{len(found)} rules; [*]: --fix mends it where that is safe. adapterops rule CODE says what a rule is about.")
+    click.echo(
+        f"\n{len(found)} rules; [*]: --fix mends it where that is safe. adapterops rule CODE says what a rule is about."
+    )
 
 
 def _cut(text: str, width: int | None) -> str:

@@ -35,7 +35,10 @@ def _words(context: click.Context, parameter: click.Parameter, values: tuple[str
 @click.argument("sources", metavar="SRC...", nargs=-1, required=True)
 @click.option("--arch", metavar="NAME", help="The base model: sd1, sdxl, flux … (adapterops architectures).")
 @click.option(
-    "--base", metavar="CONFIG", type=click.Path(), help="Any other base: its config.json, or a model's folder."
+    "--base",
+    metavar="BASE",
+    type=click.Path(),
+    help="Any other base model: its config.json, its folder, its weights (only the header is read), or hf://owner/repo.",
 )
 @click.option(
     "--targets",
@@ -45,16 +48,31 @@ def _words(context: click.Context, parameter: click.Parameter, values: tuple[str
     help="The loaders that the adapters are for: peft, diffusers, comfy, vllm, mlx, gguf.",
 )
 @click.option("--load-test", is_flag=True, help="Load them with peft or diffusers, into a model without weights.")
-@click.option("--select", metavar="CODES", multiple=True, callback=_words, help="Rules to ask: T101, T, names; ALL.")
-@click.option("--ignore", metavar="CODES", multiple=True, callback=_words, help="Rules not to ask.")
-@click.option("--header-only", is_flag=True, help="Only rules that read no tensor's bytes: fast.")
-@click.option("--fix", is_flag=True, help="Mend what can be mended without touching what the adapters compute.")
+@click.option(
+    "--select",
+    metavar="CODES",
+    multiple=True,
+    callback=_words,
+    help="The rules to ask, instead of all: codes (T101), their beginnings (T), names.",
+)
+@click.option(
+    "--ignore",
+    metavar="CODES",
+    multiple=True,
+    callback=_words,
+    help="Rules not to ask, spelled alike; the more exact of --select and --ignore wins.",
+)
+@click.option("--header-only", is_flag=True, help="Only the rules that read no tensor's bytes: fast.")
+@click.option(
+    "--fix", is_flag=True, help="Mend, in place, what can be mended without touching what the adapters compute."
+)
 @click.option("--diff", is_flag=True, help="Show what --fix would do; change nothing.")
 @click.option("--strict/--no-strict", default=None, help="Warnings count as errors for the exit status.")
 @click.option("--exit-zero", is_flag=True, help="Exit with 0 whatever is found.")
 @click.option("--format", "output_format", type=click.Choice(_FORMATS), help="How to report; text without it.")
+@click.option("--json", "as_json", is_flag=True, help="The same as --format json.")
 @click.option("-o", "--output", metavar="FILE", type=click.Path(), help="Write the report there instead of stdout.")
-@click.option("--statistics", is_flag=True, help="Counts by rule instead of findings (text).")
+@click.option("--statistics", is_flag=True, help="Counts by rule instead of findings.")
 @click.option(
     "-j", "--jobs", metavar="N", type=click.IntRange(min=1), help="Processes; as many as cores for many adapters."
 )
@@ -78,6 +96,7 @@ def validate(
     strict: bool | None,
     exit_zero: bool,
     output_format: str | None,
+    as_json: bool,
     output: str | None,
     statistics: bool,
     jobs: int | None,
@@ -86,7 +105,9 @@ def validate(
     config: str | None,
     isolated: bool,
 ) -> None:
-    """Check adapters: files, folders, trees of folders, or hf://owner/repo[@revision].
+    """Check the adapters SRC: files, folders, trees of folders, or hf://owner/repo[@revision].
+
+    Every finding has a code, what is wrong and what to do; [*] marks what --fix mends.  adapterops rule CODE says more.
 
     Exit status: 1 where there is an error (--strict: or a warning), else 0; 2 where SRC does not exist, or for wrong usage.
 
@@ -94,7 +115,9 @@ def validate(
     Examples:
       adapterops validate style.safetensors
       adapterops validate zoo --select T,C --ignore D
-      adapterops validate my-peft-folder --targets peft,vllm --diff
+      adapterops validate my-peft-folder --targets peft,vllm --base hf://owner/base-model
+      adapterops validate my-peft-folder --diff
+      adapterops validate my-peft-folder --fix
       adapterops validate zoo --format sarif -o adapterops.sarif
       adapterops validate zoo --write-baseline baseline.json
       adapterops rule T101
@@ -106,6 +129,13 @@ def validate(
         raise click.UsageError("--config names settings and --isolated takes none; give one of them")
     if diff and fix:
         raise click.UsageError("--diff changes nothing and --fix does; give one of them")
+    if as_json and output_format not in (None, "json"):
+        raise click.UsageError(f"--json and --format {output_format} contradict each other; give one of them")
+    output_format = "json" if as_json else output_format
+    if statistics and output_format not in (None, "text"):
+        raise click.UsageError(f"--statistics is a table of text; --format {output_format} has a summary of its own")
+    if statistics and diff:
+        raise click.UsageError("--statistics counts findings and --diff shows changes; give one of them")
     if diff and (output_format not in (None, "text") or output is not None):
         raise click.UsageError("--diff shows differences; it takes no --format and no -o")
     if write_baseline is not None and (fix or diff):
@@ -139,7 +169,7 @@ def validate(
     else:
         if fix:
             report = _mended(report, run)
-        name = output_format or settings.format or "text"
+        name = output_format or ("text" if statistics else settings.format or "text")
         _print(report, name, output, strict, statistics)
     for note in run.notes:
         click.echo(f"note: {note}", err=True)
@@ -173,7 +203,9 @@ class _Run:
         report = self.settings.without_ignored(report)
         notes = []
         if left_out:
-            notes.append(f"{plural(len(left_out), 'adapter')} left out ({self.settings.path}: exclude)")
+            notes.append(
+                f"{plural(len(left_out), 'adapter')} left out ({os.path.relpath(self.settings.path)}: exclude)"
+            )
         if self.baseline is not None:
             report, stale = baselines.apply(self.baseline, report)
             if stale:

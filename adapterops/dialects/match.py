@@ -111,6 +111,8 @@ def _read(dialect: Dialect, keys: tuple[str, ...], adapter: str, swap: tuple[str
             if not key.startswith(prefix):
                 continue
             if place.whole:
+                if key[len(place.prefix) :].partition(".")[0] not in _firsts(place, adapter):
+                    continue
                 claim = _whole(key, place, adapter)
                 if claim is not None:
                     break
@@ -179,6 +181,12 @@ def _has_whole(place: Place, keys: Iterable[str]) -> bool:
     return not firsts.isdisjoint(suffix.text.replace(_SLOT, "").rstrip(".") for suffix in place.suffixes)
 
 
+@lru_cache(maxsize=256)
+def _firsts(place: Place, adapter: str) -> frozenset[str]:
+    """The first parts of what may stand behind a `whole` place's prefix."""
+    return frozenset(text.partition(".")[0] for text in _table(place, adapter))
+
+
 def _whole(key: str, place: Place, adapter: str) -> Claim | None:
     """A key of what the component has once: the prefix and a suffix, or the beginning of one."""
     if not key.startswith(place.prefix):
@@ -212,8 +220,9 @@ def _saved(key: str, start: int, place: Place) -> Claim | None:
     return Claim(key, place, name, Suffix("." + parameter, "saved", parameter), key[:start] + name)
 
 
-_MOST_NAMES = 8
-"""Adapter names that are tried: a file holds one adapter, and a stranger's may be made to hold thousands of names."""
+_MOST_NAMES, _FEW_NAMES, _MANY = 8, 2, 8192
+"""Adapter names that are tried, and how many of a file of many keys: a file holds one adapter, and a stranger's may be made
+to hold thousands of names."""
 
 
 def _adapter_names(dialect: Dialect, keys: tuple[str, ...]) -> list[str]:
@@ -227,7 +236,7 @@ def _adapter_names(dialect: Dialect, keys: tuple[str, ...]) -> list[str]:
             if tail.endswith(befores):
                 found[name] = found.get(name, 0) + count
     names = sorted((n for n in found if n and n not in PARAMETERS), key=lambda n: -found[n])
-    return ["", *names[:_MOST_NAMES]]
+    return ["", *names[: _MOST_NAMES if len(keys) < _MANY else _FEW_NAMES]]
 
 
 @lru_cache(maxsize=256)

@@ -27,9 +27,18 @@ TRAINING_STATE = (
     "rng_state",
     "training_args",
     "random_states",
+    "sampler",
+    "custom_checkpoint",
     "pytorch_model_fsdp",
+    "mp_rank_",
+    "zero_pp_rank_",
+    "bf16_zero_pp_rank_",
+    "fp16_zero_pp_rank_",
 )
-"""How the names of files begin that trainers keep beside an adapter to go on with it."""
+"""How the names of files begin that trainers keep beside an adapter to go on with it.
+
+Sources: transformers `trainer.py`, accelerate `utils/constants.py`, DeepSpeed `runtime/engine.py` (`_get_zero_ckpt_prefix`).
+"""
 _ENCODED = re.compile(rb'"gA[I-X][A-Za-z0-9+/]{200}')
 """Base64 of the first bytes of a pickle."""
 _SMALLEST_TENSOR = 1000

@@ -66,7 +66,7 @@ def mend(checked: Checked, dry_run: bool = False) -> Mended:
             raise OutputFailed("it is on the Hub, where nothing is changed; download it (`hf download`) and mend that")
         return _Mending(checked.path).mend(wanted, dry_run)
     except AdapterOpsError as error:
-        why = str(error).removeprefix(f"{checked.path}: ")
+        why = str(error).removeprefix(f"{checked.path}: ").partition("; name a folder that may be written")[0]
     except OSError as error:
         why = f"{error.filename or checked.path}: {error.strerror}"
     return Mended(checked.path, left=tuple(wanted), why=(why,) * len(wanted))

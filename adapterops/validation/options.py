@@ -38,7 +38,9 @@ def chosen(rules: Iterable[Rule], options: Options) -> list[Rule]:
             import difflib  # only ever needed for a message
 
             known = [text for rule in rules for text in (rule.code, rule.name)]
-            near = difflib.get_close_matches(word, known, n=1)
+            near = difflib.get_close_matches(word, known, n=1) or [
+                other for other in (word.upper(), word.lower()) if any(_matches(other, rule) for rule in rules)
+            ]
             hint = f"; did you mean {near[0]}?" if near else "; adapterops rules lists them"
             raise UsageError(f"no rule is called {word!r}{hint}")
     return [r for r in rules if _exactness(r, options.select) > _exactness(r, options.ignore)]

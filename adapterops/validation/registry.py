@@ -64,6 +64,10 @@ def find(text: str) -> Rule:
             return rule
     import difflib  # only ever needed for a message
 
-    near = difflib.get_close_matches(text, [t for r in rules() for t in (r.code, r.name)], n=1)
+    if any(rule.code.startswith(text.upper()) for rule in rules()):
+        raise UsageError(
+            f"{text!r} is no rule but the beginning of several; adapterops rules --select {text.upper()} lists them"
+        )
+    near = difflib.get_close_matches(text.lower(), [r.name for r in rules()], n=1, cutoff=0.7)
     hint = f"; did you mean {near[0]}?" if near else ""
-    raise UsageError(f"no rule is called {text!r}{hint}; adapterops rules lists them")
+    raise UsageError(f"no rule is called {text!r}{hint} (adapterops rules lists them)")

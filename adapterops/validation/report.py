@@ -33,9 +33,11 @@ class Checked:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Report:
     """The adapters that were looked at, in the order in which they were named, each with its findings.
+
+    Iterating gives every finding: `[f for f in report if f.severity == "error"]`.
 
     `rules` are those that were asked; `accepted` counts findings that a baseline accepts, which are not in `adapters`.
     """
@@ -45,6 +47,10 @@ class Report:
     accepted: int = 0
     fixed: tuple[str, ...] = field(default=())
     """What `--fix` did, a line each."""
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{severity} {self.count(severity)}" for severity in Severity)
+        return f"<Report: adapters {len(self.adapters)}, {counts}>"
 
     def __iter__(self) -> Iterator[Finding]:
         return (finding for adapter in self.adapters for finding in adapter.findings)

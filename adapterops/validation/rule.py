@@ -80,6 +80,9 @@ class Finding:
     adapter: str = ""
     """The adapter that was looked at, as the user named it or as it was found in a folder."""
 
+    def __str__(self) -> str:
+        return f"{self.file}: {self.rule.severity} {self.rule.code} {self.message}"
+
     @property
     def code(self) -> str:
         """The rule's code."""
@@ -111,7 +114,7 @@ class Finding:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, repr=False)
 class Rule:
     """One thing that may be wrong with an adapter.
 
@@ -132,6 +135,9 @@ class Rule:
     fixable: bool = False
     faults: tuple[str, ...] = ()
     source: str = ""
+
+    def __repr__(self) -> str:
+        return f"<Rule {self.code} {self.name}>"
 
     @property
     def group(self) -> str:

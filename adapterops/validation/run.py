@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -38,7 +39,7 @@ def validate(
 ) -> Report:
     """What is wrong with adapters: files, folders, trees of folders, or `hf://owner/repo`.
 
-    - `select` and `ignore` are codes of rules, beginnings of codes, names, or ALL;
+    - `select` and `ignore` are codes of rules, beginnings of codes, names, or ALL, in a list or a text with commas;
     - `arch` or `base` is the base model that the adapters are for, as for `load`;
     - `targets` are the loaders that they are for (peft, diffusers, comfy, vllm, mlx, gguf);
     - `load_test` loads them with peft or diffusers, into a model without weights;
@@ -54,15 +55,20 @@ def validate(
     architecture = architectures.load(arch) if arch is not None else None
     if base is not None:
         architecture = base if isinstance(base, Architecture) else architectures.from_base(base)
+    select, ignore, targets = map(_words, (select, ignore, targets))
     unknown = [name for name in targets if name not in TARGETS]
     if unknown:
         raise UsageError(f"--targets {unknown[0]!r} is none of {', '.join(TARGETS)}")
-    options = Options(tuple(select), tuple(ignore), architecture, tuple(targets), load_test)
+    options = Options(select, ignore, architecture, targets, load_test)
     rules = [r for r in chosen(registry.rules(), options) if not (header_only and r.needs is Needs.TENSORS)]
     places = discover(os.fspath(path) for path in paths)
     if skip is not None:
         places = [place for place in places if not skip(place.path)]
     return Report(tuple(run_all(examine, places, options, rules, jobs, progress)), tuple(rules))
+
+
+def _words(value: Iterable[str]) -> tuple[str, ...]:
+    return tuple(word.strip() for word in value.split(",")) if isinstance(value, str) else tuple(value)
 
 
 def examine(place: Place, options: Options, rules: Sequence[Rule]) -> Checked:
@@ -99,7 +105,7 @@ def _told(subject: Subject) -> list[Finding]:
     """The findings that reading told of: one a rule and kind of fault, however many modules have it."""
     by_fault = registry.by_fault()
     groups: dict[str, list[AdapterOpsError]] = {}
-    for error in subject.faults:
+    for error in _causes(subject):
         groups.setdefault(error.fault, []).append(error)
     out = []
     for fault, errors in groups.items():
@@ -110,3 +116,25 @@ def _told(subject: Subject) -> list[Finding]:
         config = subject.config_path if subject.config_path in str(errors[0]) and not keys else ""
         out.append(rule.found(config or subject.weights, told[0] + more, keys))
     return out
+
+
+def _causes(subject: Subject) -> list[AdapterOpsError]:
+    """What reading told, without what follows from a key that nobody knows: its module lacks just that tensor."""
+    unknown = subject.recognised[1].unclaimed if subject.recognised is not None else ()
+    if not unknown or subject.recognised is None:
+        return subject.faults
+    stems = {claim.key: claim.stem.lower() for claim in subject.recognised[1].claims}
+    lost = sorted(key.lower() for key in unknown)
+
+    def is_there(stem: str) -> bool:
+        at = bisect_left(lost, stem)
+        return at < len(lost) and lost[at].startswith(stem)
+
+    def follows(error: AdapterOpsError) -> bool:
+        return error.fault in _OF_PARTS and any(is_there(stems[key]) for key in error.keys if key in stems)
+
+    return [error for error in subject.faults if not follows(error)]
+
+
+_OF_PARTS = ("missing-half", "ranks")
+"""What is told of a module that lacks a tensor."""

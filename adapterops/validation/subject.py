@@ -41,6 +41,14 @@ class Place:
         return os.path.join(self.folder.path, self.name) if self.name else self.folder.path or os.curdir
 
 
+class Faults(list[AdapterOpsError]):
+    """What was told, without the frames that it was raised in, which hold what they worked on."""
+
+    def append(self, error: AdapterOpsError) -> None:
+        error.__traceback__ = error.__context__ = None
+        super().append(error)
+
+
 class Subject:
     """One adapter under examination.  What cannot be read is None, and `faults` say why; nothing here raises.
 
@@ -50,7 +58,7 @@ class Subject:
     def __init__(self, place: Place, options: Options) -> None:
         self.place = place
         self.options = options
-        self.faults: list[AdapterOpsError] = []
+        self.faults: list[AdapterOpsError] = Faults()
         """What opening and reading told, in order."""
         self.renamed: dict[str, str] = {}
         """The keys that a wrapper or a broken script spelled wrongly, with the names under which `tensors` has them."""
@@ -110,7 +118,11 @@ class Subject:
         if self.source is None or not self.source.tensors:
             return None
         try:
-            return registry.recognise(self.source, None, self.options.architecture, allow_drop=True)
+            found = registry.recognise(self.source, None, self.options.architecture, allow_drop=True)
+            if {claim.suffix.method for claim in found[1].claims} <= {"*", "ia3"}:
+                # Alphas alone, or names that end like (IA)³'s: perhaps a method that is known by name only.
+                registry.explain(self.source, self.source.tensors)
+            return found
         except AdapterOpsError as error:
             self.faults.append(error)
             return None

@@ -93,8 +93,10 @@ def run(given: Input, place: Path, seconds: float, with_cli: bool = False, only_
         outcome.seconds = time.perf_counter() - started
         # Where the peak cannot be set back, what is still held shows all the same.
         outcome.memory = max(_peak() - memory, _resident() - resident)
+        if isinstance(found, Refused):
+            outcome.findings.append(Finding(f"validate refuses: {_where(found.error)}", str(found.error)))
         if only_validate:
-            outcome.result = "fault" if found is None else found
+            outcome.result = found if isinstance(found, str) else "fault"
         else:
             _judge(given, result, outcome)
             _insist_on_findings(given, found, report, outcome)

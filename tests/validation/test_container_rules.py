@@ -96,7 +96,7 @@ BROKEN: dict[str, Callable[[Path], Path]] = {
     "F014": lambda p: pickled(p, extra=torch.ones(1).expand(10**12)),
     "F015": lambda p: _encoded(p, torch.ones(10, 64)),
     "F020": lambda p: _saved(p, {"<style>": torch.ones(1, 768)}, "learned_embeds.safetensors"),
-    "F021": lambda p: _saved(p, {"w_a_000": torch.randn(4, 64), "w_b_000": torch.randn(64, 4)}),
+    "F021": lambda p: _saved(p, {f"base_model.model.q_proj.finegates_{n}": torch.randn(64) for n in "ab"}),
     "F022": _two_dialects,
     "F023": lambda p: _saved(p, load(diffusers_file(p))[0] | {"step_count": torch.ones(3)}),
     "F030": lambda p: with_header(p, lambda h: entries(h)[0].update(dtype="F128")),
@@ -280,3 +280,10 @@ def test_pickles_of_tensors_are_safe(zipped: bool, tmp_path: Path) -> None:
     parameters = {key: torch.nn.Parameter(value) for key, value in tensors.items()}
     torch.save(parameters, path, _use_new_zipfile_serialization=zipped)
     assert codes(path) == ["F011"]
+
+
+@pytest.mark.parametrize("names", [("a1.weight", "a2.weight", "b1.weight", "b2.weight"), ("oft_blocks",)])
+def test_methods_that_are_known_by_name_only(names: tuple[str, ...], tmp_path: Path) -> None:
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+    tensors = {f"{stem}.{name}": torch.randn(4, 320) for name in names}
+    assert codes(_saved(tmp_path, {**tensors, f"{stem}.alpha": torch.tensor(4.0)})) == ["F021"]

@@ -74,6 +74,12 @@ def _flux_extra(end: str, *shape: int) -> Callable[[Path], Path]:
     return make
 
 
+def _header_scale(tmp_path: Path) -> Path:
+    path = diffusers_lora(tmp_path / "flux.safetensors", "flux")
+    config = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.target_modules": list(MODULES["flux"])}
+    return edit(path, metadata={"lora_adapter_metadata": json.dumps(config)})
+
+
 def _loha_folder(tmp_path: Path) -> Path:
     folder = peft_folder(tmp_path)
 
@@ -226,6 +232,7 @@ BROKEN: dict[str, Callable[[Path], Made]] = {
 # not listed, parameters that are not told apart by their keys.
 WITH_OTHERS: dict[str, Callable[[Path], Made]] = {
     "L515": lambda p: (renamed(_kohya(p), _TO_Q, "lora_unet_blocks_0_self_attn_q_proj"), "diffusers"),
+    "L530": lambda p: (_header_scale(p), "comfy"),
     "L550": lambda p: (_saved_head(False)(p), "vllm"),
     "L554": lambda p: (_experts(p), "vllm"),
     "L561": lambda p: (_only(mlx_folder(p), "0000100_adapters.safetensors"), "mlx"),

@@ -32,6 +32,8 @@ def summary(report: Report, view: View) -> list[str]:
     mended = [f"{_painted('Fixed', '32', view)} {one_line(line)}" for line in report.fixed]
     total, checked = len(report.findings), plural(len(report.adapters), "adapter")
     accepted = f" ({plural(report.accepted, 'finding')} accepted by the baseline)" if report.accepted else ""
+    if not report.rules and not total:
+        return [*mended, f"Nothing was checked: no rule is left to ask ({checked})"]
     if not total:
         verdict = _painted("All checks passed", "32", view)
         return [*mended, f"{verdict}: {checked}, {plural(len(report.rules), 'rule')}{accepted}"]

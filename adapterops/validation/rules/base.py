@@ -35,8 +35,7 @@ UNKNOWN_BASE = Rule(
     "B303",
     "unknown-base",
     Severity.INFO,
-    why="The module names mean something to one base model only, and they are none's of those that adapterops knows, so they "
-    "could not be checked.",
+    why="The names belong to some base model, and to none that adapterops knows, so neither names nor shapes could be checked.",
     remedy="Name the base: --arch NAME (adapterops architectures lists them), or --base with its config.json or its weights.",
     fires="lora_unet_some_block_q.lora_down.weight",
     passes="lora_unet_down_blocks_0_attentions_0_…_to_q.lora_down.weight",

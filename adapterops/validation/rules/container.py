@@ -20,7 +20,7 @@ UNREADABLE = Rule(
     "F001",
     "unreadable-file",
     Severity.ERROR,
-    why="What cannot be opened, or is of no known kind, no loader loads.",
+    why="No loader can load what cannot be opened, or what is of no known kind.",
     remedy="Make it an ordinary file that this user may read, or download it again.",
     fires="adapter_model.safetensors is a link to a file that is not there",
     passes="adapter_model.safetensors is a file, or a link to one",
@@ -106,7 +106,7 @@ WRONG_SUFFIX = Rule(
     "F009",
     "wrong-suffix",
     Severity.ERROR,
-    why="Loaders choose their reader by the file's name, and safetensors' reader takes no pickle, nor torch.load a "
+    why="Loaders choose their reader by the file's suffix: safetensors' reader takes no pickle, and torch.load takes no "
     "safetensors file.",
     remedy="Give the file the suffix of what it is.",
     fires="adapter_model.bin, written by safetensors.torch.save_file",
@@ -119,7 +119,7 @@ UNSAFE_PICKLE = Rule(
     "F010",
     "unsafe-pickle",
     Severity.ERROR,
-    why="Whoever loads the file the old way runs what it names, and torch.load refuses it since version 2.6.",
+    why="Whoever loads the file with pickle or an old torch runs what it names; torch.load refuses it since version 2.6.",
     remedy="Do not load it unless you know who made it; ask them for the plain state dict as .safetensors.",
     fires="adapter_model.bin whose pickle calls os.system('…')",
     passes="adapter_model.bin whose pickle names torch._utils._rebuild_tensor_v2 and collections.OrderedDict only",
@@ -130,7 +130,7 @@ PICKLE = Rule(
     "F011",
     "pickle",
     Severity.WARNING,
-    why="Weights in a pickle cannot be loaded by readers that take safetensors only, and ask every user for trust.",
+    why="Loading a pickle can run code, so it asks every user for trust, and readers of safetensors alone cannot load it.",
     remedy="Run `adapterops validate --fix`, which writes the same tensors as .safetensors.",
     fires="adapter_model.bin",
     passes="adapter_model.safetensors",
@@ -193,9 +193,9 @@ UNSUPPORTED = Rule(
     "F021",
     "not-converted",
     Severity.INFO,
-    why="The format is known by name and this version does not read it, so that only its container and values are checked.",
-    remedy="Nothing need be done; see `adapterops formats` for those that are checked in full.",
-    fires="w_a_000 [4, 768] and w_b_000 [768, 4]: Sam_LoRA's spelling, which names no modules",
+    why="adapterops knows the format by name and does not read it, so only the file's container and values were checked.",
+    remedy="Nothing need be done; `adapterops formats` lists those that are checked in full.",
+    fires="lora_unet_….a1.weight, .a2.weight, .b1.weight and .b2.weight: GLoRA, as LyCORIS saves it",
     passes="base_model.model.model.layers.3.self_attn.q_proj.lora_A.weight [8, 64]",
     faults=("unsupported",),
 )
@@ -204,7 +204,7 @@ TWO_DIALECTS = Rule(
     "two-dialects",
     Severity.ERROR,
     why="A loader reads the keys of one dialect and drops the others, so that half of the adapter is missing.",
-    remedy="Split the file into one a dialect, or convert one half (`adapterops convert`) and merge the two.",
+    remedy="Save each dialect's keys as a file of their own; adapterops merge makes one adapter of the two.",
     fires="lora_unet_….lora_down.weight and unet.….lora_A.weight in one file",
     passes="lora_unet_….lora_down.weight and lora_te_….lora_down.weight in one file",
     faults=("mixture",),
@@ -370,6 +370,9 @@ def pickle(subject: Subject) -> Iterable[Finding]:
     yield PICKLE.found(
         subject.weights,
         f"is a pickle: tensors only ({len(subject.tensors)} of them), but no safetensors file",
+        remedy=""
+        if change is not None
+        else f"{new} stands beside it; where that is the same adapter, delete this one.",
         change=change,
     )
 

@@ -268,7 +268,11 @@ def training(subject: Subject) -> Iterable[Finding]:
     """What trainers keep to go on."""
     left = _left(subject.files)
     # Once a folder, however many adapters it holds.
-    if left and subject.source is not None and (subject.is_folder or _weights(subject.files)[:1] == [subject.place.name]):
+    if (
+        left
+        and subject.source is not None
+        and (subject.is_folder or _weights(subject.files)[:1] == [subject.place.name])
+    ):
         more = f" and {len(left) - 1} more" if len(left) > 1 else ""
         yield TRAINING.found(
             os.path.join(subject.place.folder.path, left[0]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,6 +12,8 @@ from adapterops.adapter import Update
 from adapterops.methods import METHODS
 from adapterops.validation.rule import Finding, Rule, Severity, several
 from adapterops.validation.subject import Subject
+
+_COUNTED = re.compile(r"\{n ([^}]+)\}")
 
 
 class Effect(StrEnum):
@@ -33,7 +36,7 @@ class Fact:
     """One thing that one loader does.
 
     `meets` gives the keys (or, with `field`, anything) that it is about, none where the adapter is spared; `says` is the
-    message, in which {keys} stands for the first of them and {n} for their number.
+    message, in which {keys} stands for the first of them, {n tensor} for their number, and {value} for the only one.
     """
 
     target: str
@@ -50,7 +53,8 @@ class Fact:
         if keys:
             where = () if self.field else keys
             file = subject.config_path if self.field else subject.weights
-            message = self.says.replace("{keys}", several(keys)).replace("{n}", f"{len(keys):,}")
+            counted = _COUNTED.sub(lambda m: f"{len(keys):,} {m[1]}" + "s" * (len(keys) != 1), self.says)
+            message = counted.replace("{keys}", several(keys)).replace("{value}", keys[0])
             yield self.rule.found(file, message, where, field=self.field)
 
 

@@ -22,7 +22,8 @@ TWO_ALPHAS = Rule(
     "two-alphas",
     Severity.ERROR,
     why="A tensor, the header or the config say different alphas, and each loader reads another of them.",
-    remedy="Find out which alpha was trained with; take the other out, or `adapterops convert --alpha tensors|config`.",
+    remedy="Find out which alpha was trained with; take the other out, or say which to believe: adapterops "
+    "convert FILE --to FORMAT --alpha tensors (or header, config).",
     fires="x.alpha is 4, and lora_alpha of the header's lora_adapter_metadata is 8",
     passes="x.alpha is 4, and so is lora_alpha",
     faults=("two-alphas",),
@@ -52,7 +53,7 @@ ZERO_ALPHA = Rule(
     "S404",
     "zero-alpha",
     Severity.ERROR,
-    why="Comfy and peft multiply the update by alpha / rank, which is nothing, while sd-scripts takes 0 to mean the rank.",
+    why="ComfyUI and peft multiply the update by alpha / rank, which is nothing, while sd-scripts takes 0 to mean the rank.",
     remedy="Write the alpha that was trained with; where sd-scripts was told 0, that is the rank.",
     fires="x.alpha holds 0, or lora_alpha is 0",
     passes="x.alpha holds 4",
@@ -91,9 +92,9 @@ ROUNDED_ALPHA = Rule(
 HEADER_ALPHA_UNREAD = Rule(
     "S408",
     "alpha-only-in-header",
-    Severity.WARNING,
+    Severity.INFO,
     why="ComfyUI and others that go by alpha tensors ignore the header's config and apply scale 1.",
-    remedy="`adapterops convert --fold-alpha` bakes the scale into the factors, for every reader alike.",
+    remedy="Run adapterops convert FILE --to diffusers --fold-alpha, which puts the scale into the factors for every reader.",
     fires="header lora_adapter_metadata with lora_alpha 8 and r 4, and no .alpha tensors",
     passes="lora_alpha 4 and r 4, so that scale 1 is right",
     source="diffusers 0.42 loaders/lora_base.py (LORA_ADAPTER_METADATA_KEY); ComfyUI #12191",
@@ -113,7 +114,7 @@ NO_ALPHA_STORED = Rule(
     "format-without-alpha",
     Severity.WARNING,
     why="The format keeps no alpha, so whoever loads the adapter must know with which strength it was trained.",
-    remedy="`adapterops convert --to peft --alpha X` writes it down.",
+    remedy="Run adapterops convert FILE --to peft --alpha X with the trainer's alpha, which writes it down.",
     fires="a loralib checkpoint: x.lora_A, x.lora_B and nothing else",
     passes="a PEFT folder, whose config has lora_alpha",
     source="microsoft/LoRA loralib/utils.py (lora_state_dict)",
@@ -133,7 +134,7 @@ SPLIT_QKV = Rule(
     Severity.WARNING,
     why="sd-scripts trains split_qkv's parts at alpha / r and saves them as one of rank 3·r with alpha unchanged, so that every "
     "loader applies a third of the trained strength.",
-    remedy="`adapterops convert --alpha trained` restores the trained strength; or load it at three times the strength.",
+    remedy="Run adapterops convert FILE --to kohya --alpha trained, which restores it; or load it at three times the strength.",
     fires="a block-diagonal lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight [4608, 12], alpha 4",
     passes="the same projection trained whole",
     needs=Needs.TENSORS,
@@ -144,7 +145,7 @@ LOKR_ALPHA = Rule(
     "lokr-idle-alpha",
     Severity.WARNING,
     why="With two whole factors ComfyUI and LyCORIS ignore alpha, and peft, which trained this, does not.",
-    remedy="`adapterops convert --fold-alpha` makes the scale 1, which all of them apply.",
+    remedy="Run adapterops convert FOLDER --to peft --fold-alpha, which makes the scale 1; all of them apply that.",
     fires="--targets comfy, peft_type LOKR, r 4, alpha 8, lokr_w1 and lokr_w2 both whole",
     passes="the same with alpha 4, or with lokr_w2_a and lokr_w2_b",
     source="LyCORIS lycoris/modules/lokr.py; ComfyUI comfy/weight_adapter/lokr.py; peft 0.21 tuners/lokr/layer.py",
@@ -154,7 +155,7 @@ RSLORA = Rule(
     "rslora-ignored",
     Severity.WARNING,
     why="llama.cpp's converter writes lora_alpha as it stands and ignores use_rslora, so the adapter is √r times too weak there.",
-    remedy="Convert with lora_alpha multiplied by √r and use_rslora false, or `adapterops convert --fold-alpha`.",
+    remedy="Run adapterops convert FOLDER --to peft --fold-alpha first, which leaves scale 1 and no use_rslora.",
     fires="--targets gguf and use_rslora true",
     passes="--targets gguf and use_rslora false",
     source="llama.cpp convert_lora_to_gguf.py (set_gguf_parameters)",
@@ -278,29 +279,33 @@ def _nearest(dtype: str, number: float) -> float:
     return decode_scalar(dtype, exact)
 
 
-@checker(HEADER_ALPHA_UNREAD)
-def header_only(subject: Subject) -> Iterator[Finding]:
-    """A scale that stands in a header's config alone."""
+def scaled_by_header(subject: Subject) -> list[Update]:
+    """The updates whose scale stands in a header's config alone, and is not 1."""
     if subject.config is not None or subject.recognised is None:
-        return
+        return []
     if subject.recognised[1].dialect.alpha is not AlphaIn.CONFIG:
-        return
-    scaled = [
-        (u, scale)
+        return []
+    return [
+        u
         for u in subject.updates
         if u.component != "model"  # a language model, which ComfyUI does not load
         and u.alpha is not None
         and u.alpha.certainty is Certainty.READ
         and not u.alpha.source.startswith("tensor ")
-        and (scale := scale_of(u)) not in (None, 1.0)
+        and scale_of(u) not in (None, 1.0)
     ]
+
+
+@checker(HEADER_ALPHA_UNREAD)
+def header_only(subject: Subject) -> Iterator[Finding]:
+    """A scale that stands in a header's config alone; of ComfyUI by name the loaders' rules speak."""
+    scaled = scaled_by_header(subject) if "comfy" not in subject.options.targets else []
     if scaled:
-        update, scale = scaled[0]
         yield HEADER_ALPHA_UNREAD.found(
             subject.weights,
-            f"the scale of {_count([u for u, _ in scaled])} stands in the header's config alone: {update.name} has "
-            f"{scale:.4g} there, and ComfyUI applies 1",
-            _keys(u for u, _ in scaled),
+            f"the scale of {_count(scaled)} stands in the header's config alone: {scaled[0].name} has "
+            f"{scale_of(scaled[0]):.4g} there, and ComfyUI applies 1",
+            _keys(scaled),
             field="lora_adapter_metadata" if "lora_adapter_metadata" in subject.metadata else "",
         )
 
@@ -332,8 +337,8 @@ def several_numbers(numbers: Iterator[int]) -> str:
 @checker(PART_WITHOUT_ALPHA)
 def in_part(subject: Subject) -> Iterator[Finding]:
     """Modules without an alpha beside others that have one."""
-    if subject.adapter is None:
-        return
+    if subject.adapter is None or subject.recognised is None or subject.recognised[1].unclaimed:
+        return  # a key that nobody knows, which is told of, may be an alpha
     folded = subject.adapter.provenance.folded
     scaled = [u for u in subject.updates if u.alpha is not None]
     without = [u for u in scaled if u.key not in folded and u.alpha and u.alpha.certainty is Certainty.ASSUMED]
@@ -344,7 +349,7 @@ def in_part(subject: Subject) -> Iterator[Finding]:
             return
         yield PART_WITHOUT_ALPHA.found(
             subject.weights,
-            f"{_count(without)} of {len(scaled)} have no alpha and get scale 1 ({without[0].name}), while {other.name} has "
+            f"{_count(without)} of {len(scaled)} without an alpha, so at scale 1 ({without[0].name}), while {other.name} has "
             f"scale {scale_of(other):.4g}",
             _keys(without),
         )
@@ -373,7 +378,7 @@ def split_qkv(subject: Subject) -> Iterator[Finding]:
         share = {2: "half", 3: "a third", 4: "a quarter"}.get(parts, f"1/{parts}")
         yield SPLIT_QKV.found(
             subject.weights,
-            f"{_count([u for u, _ in found])} are block-diagonal, as sd-scripts' split_qkv saves them ({update.name}, "
+            f"{_count([u for u, _ in found])} of sd-scripts' split_qkv, stored block-diagonal ({update.name}, "
             f"{parts} parts): loaders apply {share} of the strength that was trained",
             _keys(u for u, _ in found),
         )
@@ -400,7 +405,7 @@ def lokr_alpha(subject: Subject) -> Iterator[Finding]:
     if scaled:
         yield LOKR_ALPHA.found(
             subject.weights,
-            f"{_count(scaled)} have two whole factors and scale {METHODS['lokr'].scale(scaled[0]):.4g} in peft; ComfyUI "
+            f"{_count(scaled)} with two whole factors: scale {METHODS['lokr'].scale(scaled[0]):.4g} in peft, and ComfyUI "
             f"applies 1 ({scaled[0].name})",
             _keys(scaled),
         )

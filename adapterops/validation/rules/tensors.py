@@ -24,7 +24,7 @@ MISSING_HALF = Rule(
     "missing-half",
     Severity.ERROR,
     why="Half of an update does nothing: loaders raise, or leave the module as it was.",
-    remedy="Save the adapter again; if the training no longer exists, take the other half out as well (--allow-drop).",
+    remedy="Save the adapter again; if the training no longer exists, take the other half out of the file as well.",
     fires="q_proj.lora_A.weight without q_proj.lora_B.weight",
     passes="both of them",
     faults=("missing-half",),
@@ -76,7 +76,7 @@ MIXED_FACTORS = Rule(
     "mixed-dtypes",
     Severity.WARNING,
     why="The factors of one update have different types, which nobody saves: half the file went through another tool.",
-    remedy="Save all factors in one type: `adapterops convert --dtype bfloat16`.",
+    remedy="Save all factors in one type: adapterops convert FILE --to FORMAT --dtype bfloat16.",
     fires="lora_A.weight F32 beside lora_B.weight F16",
     passes="both F16 (an alpha or a DoRA magnitude may differ)",
 )
@@ -85,7 +85,7 @@ MIXED_MODULES = Rule(
     "modules-of-two-dtypes",
     Severity.INFO,
     why="Some modules of a component are in another type than the rest, as merges of two trainings are.",
-    remedy="`adapterops convert --dtype bfloat16` gives all of them one type.",
+    remedy="Run adapterops convert FILE --to FORMAT --dtype bfloat16, which gives all of them one type.",
     fires="layers.0's factors F32, those of all other layers BF16",
     passes="one type a component",
 )
@@ -94,7 +94,7 @@ DOUBLE = Rule(
     "float64",
     Severity.WARNING,
     why="Nothing is trained in float64: it doubles the download, and Apple's GPUs cannot load it.",
-    remedy="`adapterops convert --dtype float32`.",
+    remedy="Run adapterops convert FILE --to FORMAT --dtype float32.",
     fires="lora_A.weight F64",
     passes="lora_A.weight F32",
 )
@@ -111,7 +111,7 @@ FLOAT8 = Rule(
     "T124",
     "float8-factors",
     Severity.WARNING,
-    why="Eight bits keep two or three digits of a factor, and torch computes nothing with them, so some loaders raise.",
+    why="Eight bits keep two or three digits of a factor, and torch has no arithmetic for them, so some loaders raise.",
     remedy="Publish the 16-bit factors; adapters are small.",
     fires="lora_A.weight F8_E4M3",
     passes="lora_A.weight BF16",
@@ -165,7 +165,7 @@ BASE_WEIGHTS = Rule(
     "base-weights",
     Severity.WARNING,
     why="The base model's own weight was saved beside the update: peft loads it over the user's base, quantised or not.",
-    remedy="Save with save_pretrained, which leaves it out; or take it out with `adapterops convert --allow-drop`.",
+    remedy="Save with save_pretrained, which leaves it out; or take these keys out and save the rest with safetensors.",
     fires="q_proj.base_layer.weight beside q_proj.lora_A.weight",
     passes="embed_tokens.base_layer.weight, which peft saves where tokens were added",
 )
@@ -174,7 +174,7 @@ TIED = Rule(
     "tied-tensors",
     Severity.INFO,
     why="Several keys share one storage, which safetensors refuses to save, and whoever changes one changes the others.",
-    remedy="Clone the tensors before saving; `adapterops convert` writes each by itself.",
+    remedy="Clone the tensors before saving; adapterops convert FILE --to FORMAT writes each by itself.",
     fires="a .bin whose q_proj.lora_A.weight and k_proj.lora_A.weight are one tensor",
     passes="the same numbers stored twice",
     source="safetensors bindings/python/py_src/safetensors/torch.py (_remove_duplicate_names)",
@@ -189,6 +189,7 @@ RANK_TOO_HIGH = Rule(
     passes="lora_B.weight [64, 8] and lora_A.weight [8, 64]",
 )
 
+_USUAL = frozenset({"F32", "F16", "BF16"})
 _FACTORS = frozenset({"lora", "loha", "lokr", "adalora", "kasa", "alora", "arrow", "lora_parameters", "lora_merged"})
 """Methods whose roles are all floating-point factors, but for those below."""
 _OTHER_ROLES = frozenset({"magnitude", "bias", "ranknum"})
@@ -212,7 +213,8 @@ def dtypes(subject: Subject) -> Iterator[Finding]:
         for tensor in own.values():
             by_dtype.setdefault(tensor.dtype, []).append(tensor.key)
         types = {tensor.dtype for tensor in own.values()}
-        if len(types) > 1:
+        # Types that no factor should have are told of by themselves.
+        if len(types & _USUAL) > 1:
             mixed.append(update)
         for dtype in types if len(types) == 1 else ():
             each.setdefault(update.component, {}).setdefault(dtype, []).append(update.name)
@@ -326,7 +328,9 @@ def _clean(subject: Subject) -> dict[str, str]:
         text = claim.suffix.text.replace(_SLOT, "")
         if claim.place.whole and claim.suffix.text.endswith("."):
             continue
-        out[back.get(claim.key, claim.key)] = claim.place.prefix + claim.name + text
+        own = claim.place.prefix  # which may stand behind another
+        name = claim.name.partition(own)[2] if own and own in claim.name else claim.name
+        out[back.get(claim.key, claim.key)] = own + name + text
     return out
 
 
@@ -354,18 +358,17 @@ def _prefixed(subject: Subject, reading: Reading | None) -> list[str]:
     # Shorter prefixes are those of models that were never wrapped by a PeftModel; a config says that this one was.
     if len(reading.prefix) < len(own) and subject.config is None:
         return []
-    return [
-        c.key
-        for c in reading.claims
-        if c.place.prefix == own
-        and not c.place.whole
-        and c.key.startswith(reading.prefix)
-        and _is_moved(c, reading.prefix)
-    ]
+    claims = [c for c in reading.claims if c.place.prefix == own and not c.place.whole]
+    moved = [c.key for c in claims if c.key.startswith(reading.prefix) and _is_moved(c, reading.prefix)]
+    # Where other factors stand as they should, and of saved parameters alone, nobody knows that a prefix is wrong.
+    factors = {claim.key for claim in claims if claim.suffix.method != "saved"}
+    return moved if factors and factors.issubset(moved) else []
 
 
 def _is_moved(claim: Claim, prefix: str) -> bool:
     """Whether the module's name begins behind that prefix."""
+    if len(prefix) < len(claim.place.prefix) and claim.place.prefix in claim.key:
+        return not claim.key.startswith(claim.place.prefix)  # else it has its own prefix, and others lack theirs
     return claim.key[len(prefix) :].startswith(claim.name) and not claim.key.startswith(claim.place.prefix + claim.name)
 
 

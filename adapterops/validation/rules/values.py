@@ -11,6 +11,7 @@ from adapterops.adapter import Update
 from adapterops.errors import AdapterOpsError
 from adapterops.methods import METHODS
 from adapterops.storage import LazyTensor
+from adapterops.storage.dtypes import NUMBERS
 from adapterops.storage.tensor import same_bytes
 from adapterops.validation.registry import Checker, checker
 from adapterops.validation.rule import Finding, Needs, Rule, Severity
@@ -175,7 +176,13 @@ def _place(tensor: LazyTensor, found: Statistics) -> list[int]:
 def idle(subject: Subject) -> Iterator[Finding]:
     """Updates that change nothing."""
     known = _Values(subject)
-    acting = [u for u in subject.updates if u.method not in _PASSIVE and any(t.numel for t in u.tensors.values())]
+    acting = [
+        u
+        for u in subject.updates
+        if u.method not in _PASSIVE
+        and any(t.numel for t in u.tensors.values())
+        and not (u.method in _PRODUCTS and any(t.dtype not in NUMBERS for t in u.tensors.values()))  # told of as such
+    ]
     dead = [u for u in acting if known.finite(u) and is_nothing(u, known)]
     if not dead:
         return
@@ -193,14 +200,14 @@ def idle(subject: Subject) -> Iterator[Finding]:
     if frozen:
         yield DEAD_MODULES.found(
             subject.weights,
-            f"{len(frozen)} of {len(acting)} modules do nothing, such as {frozen[0].name}: {_zeros(frozen[0], known)}",
+            f"{len(frozen)} of {len(acting)} modules {_do(frozen)} nothing, such as {frozen[0].name}: {_zeros(frozen[0], known)}",
             _zero_keys(frozen, known),
         )
     if swapped:
         yield ZERO_FIRST.found(
             subject.weights,
-            f"{len(swapped)} of {len(acting)} modules do nothing, such as {swapped[0].name}: {_zeros(swapped[0], known)}, and "
-            "the other factor is not",
+            f"{len(swapped)} of {len(acting)} modules {_do(swapped)} nothing, such as {swapped[0].name}: "
+            f"{_zeros(swapped[0], known)}, and the other factor is not",
             _zero_keys(swapped, known),
         )
 
@@ -282,6 +289,10 @@ def components(subject: Subject) -> Iterator[Finding]:
             )
 
 
+def _do(updates: list[Update]) -> str:
+    return "does" if len(updates) == 1 else "do"
+
+
 def _equal_rows(tensor: LazyTensor, found: Statistics) -> list[int]:
     """Rows that are equal to another one, bit by bit."""
     out = set()
@@ -357,7 +368,7 @@ def twins(subject: Subject) -> Iterator[Finding]:
     ]
     if pairs:
         one, other = pairs[0]
-        more = f" ({len(pairs) - 1} more pairs)" if len(pairs) > 1 else ""
+        more = f" ({len(pairs) - 1} more such pair{'s' if len(pairs) > 2 else ''})" if len(pairs) > 1 else ""
         keys = [t.key for pair in pairs for u in pair for t in u.tensors.values()]
         yield TWIN_MODULES.found(
             subject.weights, f"{one.name} and {other.name} have the same update, bit by bit{more}", dict.fromkeys(keys)
