@@ -181,11 +181,14 @@ def _in_base(update: Update, base: Architecture) -> bool:
 def _insist_on_use(adapter: Adapter, dialect: Dialect, fields: Mapping[str, Any]) -> None:
     """Raise `UsageError` for fields of a config where neither the source nor the target has one."""
     known = adapter.provenance.dialect
-    configs = [d for d in (dialect, registry.find(known)[1] if known else None) if d and d.alpha is AlphaIn.CONFIG]
-    if fields and not configs:
-        raise UsageError(
-            f"--set {next(iter(fields))}: neither {known} nor {dialect.name} has a PEFT config to set it in"
-        )
+    sides = [(registry.formats()[dialect.format], dialect), *([registry.find(known)] if known else [])]
+    if any(form.takes_fields and side.alpha is AlphaIn.CONFIG for form, side in sides):
+        return
+    own = sides[-1][0].own_fields if known else frozenset[str]()
+    unused = next((name for name in fields if name not in own), None)
+    if unused is not None:
+        said = f"; of {known} only {', '.join(sorted(own))} can be said" if own else ""
+        raise UsageError(f"--set {unused}: neither {known} nor {dialect.name} has a PEFT config to set it in{said}")
 
 
 def _not_taken(adapter: Adapter, form: Format, fields: Mapping[str, Any]) -> dict[str, Any]:

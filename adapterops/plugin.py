@@ -179,6 +179,8 @@ class Format:
     """Programs that read less of the format than it can say, by name, and what people call them (`convert --for NAME`)."""
     own_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields of `--set` that only its reading takes: facts of its own that no other format's config has."""
+    takes_fields: ClassVar[bool] = True
+    """Whether its config, where a dialect keeps alpha in one, takes other fields of `--set` too."""
     variants: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Prefixes that may stand for a place's own (wrappers left in keys)."""
     foreign: ClassVar[Mapping[str, str]] = {}

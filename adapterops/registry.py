@@ -89,7 +89,10 @@ def find(name: str) -> tuple[Format, Dialect]:
 
 
 def recognise(
-    source: Source, only: str | Dialect | None = None, architecture: Architecture | None = None, allow_drop: bool = False
+    source: Source,
+    only: str | Dialect | None = None,
+    architecture: Architecture | None = None,
+    allow_drop: bool = False,
 ) -> tuple[Format, Reading]:
     """The format and dialect of a source.
 
@@ -209,7 +212,9 @@ def _what_is_it(source: Source) -> str:
         return f"{source.path}: holds no tensors"
     if keys == [NAMELESS]:
         what = f"a bare Tensor {list(source.tensors[NAMELESS].shape)}"
-        return f"{source.path}: holds {what}, not a state dict (names to tensors): perhaps a soft prompt or an embedding"
+        return (
+            f"{source.path}: holds {what}, not a state dict (names to tensors): perhaps a soft prompt or an embedding"
+        )
     if keys[0] == numbered(0):
         return f"{source.path}: holds a bare list of {len(keys)} tensors, not a state dict (names to tensors)"
     shapes = ", ".join(f"{k!r} {list(source.tensors[k].shape)}" for k in keys[:2])

@@ -67,8 +67,8 @@ class _Pair(NamedTuple):
 
 
 class _Assigned(NamedTuple):
-    """What the positions of one component are in one order, and how many of them, from the first on, have the right "
-    "shape."""
+    """What the positions of one component are in one order, and how many of them, from the first on, have the right
+    shape."""
 
     modules: tuple[ModuleSpec, ...]
     targets: tuple[str, ...]
@@ -172,8 +172,8 @@ def _assign(
 
 
 def taken(steps: Sequence[ModuleSpec], dims: Sequence[int]) -> list[ModuleSpec]:
-    """The modules that pairs of so many dimensions are given to: what the next pair has not the dimensions of is "
-    "passed over."""
+    """The modules that pairs of so many dimensions are given to: what the next pair has not the dimensions of is
+    passed over."""
     out: list[ModuleSpec] = []
     for spec in steps:
         if len(out) < len(dims) and dims[len(out)] == len(spec.shape):

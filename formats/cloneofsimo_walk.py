@@ -79,8 +79,8 @@ def walk(
 def targets_for(
     specs: Sequence[ModuleSpec], component: str, wanted: Collection[str], kinds: Collection[str]
 ) -> list[str]:
-    """The classes whose linear layers (and convolutions, as `kinds` says) are in `wanted`; outer ones go before what "
-    "they hold."""
+    """The classes whose linear layers (and convolutions, as `kinds` says) are in `wanted`; outer ones go before what
+    they hold."""
     chosen: list[str] = []
     covered: set[str] = set()
     for name, text in CLASSES[component].items():
@@ -96,8 +96,8 @@ def targets_for(
 def missing(
     specs: Sequence[ModuleSpec], component: str, wanted: Collection[str], kinds: Collection[str]
 ) -> tuple[str, str]:
-    """The class that fewest layers are lacking of, of those that some are there of, and one of the lacking; "" where "
-    "none is so."""
+    """The class that fewest layers are lacking of, of those that some are there of, and one of the lacking; "" where
+    none is so."""
     lacking: list[tuple[int, str, str]] = []
     for name, text in CLASSES[component].items():
         pattern = re.compile(text)

@@ -33,7 +33,7 @@ from typing import Any
 from adapterops_formats.gguf_entries import ALPHA, HEADS, OWN, alpha_of, entries_of
 from adapterops_formats.gguf_experts import METHOD as EXPERTS
 from adapterops_formats.gguf_read import Names
-from adapterops_formats.gguf_write import Base, common_alpha, in_place, insist, with_alpha
+from adapterops_formats.gguf_write import Base, common_alpha, in_place, insist, is_idle, with_alpha
 from adapterops_formats.peft_config import refuse_scale
 
 from adapterops.plugin import (
@@ -90,6 +90,7 @@ class Gguf(Format):
     dialects = (GGUF,)
     file_name = "adapter.gguf"
     suffixes = (".gguf",)
+    takes_fields = False
     foreign = {
         r"^direction\.\d+$": "is a control vector of llama.cpp, which is added to hidden states: no change of weights",
         r"^(blk\.\d+\.\w+|output|token_embd)_norm\.weight$": (
@@ -120,6 +121,7 @@ class Gguf(Format):
         kept = {k: v for k, v in adapter.metadata.items() if k not in OWN and not k.endswith(HEADS)}
         types = {k: t for k, t in getattr(source.metadata, "types", {}).items() if k in kept}
         notes = [*adapter.provenance.notes, f"general.architecture: {source.metadata.get('general.architecture')}"]
+        notes += names.notes
         if not alpha:
             notes.append(f"{ALPHA} is {'missing' if alpha is None else 'zero'}: llama.cpp applies scale 1")
         provenance = adapter.provenance
@@ -148,10 +150,11 @@ class Gguf(Format):
         alpha, exact = common_alpha(kept)
         updates: list[Update] = []
         names: dict[str, str] = {}
-        folded = 0
+        folded = idle = 0
         for update in kept:
             scaled = with_alpha(update, alpha, exact)
             folded += scaled.tensors["B"] is not update.tensors["B"]
+            idle += is_idle(update)
             for part in in_place(scaled, base):
                 updates.append(part)
                 names[f"{part.component}.{part.module}"] = base.spelled(part.module)
@@ -163,6 +166,10 @@ class Gguf(Format):
             notes.append(
                 f"the scale of {folded} module{'s' if folded > 1 else ''} is not alpha {alpha:g} over the rank, and GGUF has one "
                 "alpha: the difference is multiplied into lora_b"
+            )
+        if idle:
+            notes.append(
+                f"{idle} module{'s' if idle > 1 else ''} of alpha 0: to llama.cpp that is scale 1, so lora_b is zeros there"
             )
         if not exact:
             notes.append(f"alpha is rounded to float32, as GGUF has it: {alpha!r}")

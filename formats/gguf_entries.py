@@ -28,11 +28,20 @@ HEADS = (".attention.head_count", ".attention.head_count_kv")
 
 def alpha_of(source: Source) -> float | None:
     """The header's alpha.  Raises `InvalidHeader` for what is no number."""
-    text = source.metadata.get(ALPHA)
-    value = None if text is None else _json(text)
-    if text is not None and (value is None or type(value) not in (int, float) or not isfinite(value)):
+    if ALPHA not in source.metadata:
+        return None
+    value = number_of(source, ALPHA)
+    if value is None or not isfinite(value):
+        text = source.metadata[ALPHA]
         raise errors.InvalidHeader(f"{source.path}: {ALPHA} is {text!r:.60}, not a number", fault="metadata")
-    return None if value is None else float(value)
+    return float(value)
+
+
+def number_of(source: Source, key: str) -> int | float | None:
+    """What the header says under `key`, where that is a number, and none spelled out in a string."""
+    kind = getattr(source.metadata, "types", {}).get(key)
+    value = _json(source.metadata[key]) if kind is not None else None
+    return value if type(value) in (int, float) else None
 
 
 def _json(text: str) -> Any:
@@ -76,11 +85,18 @@ def entries_of(
         out[TOKENS] = ("ARRAY:UINT32", invoked)
     types = adapter.provenance.carried.spelling.get(FORMAT, {}).get("types", {})
     for key, text in header(adapter).items():
+        if key.startswith("GGUF."):
+            raise errors.CannotRepresent(
+                f"{adapter.provenance.path}: its header has an entry {key[:80]!r}, and GGUF's readers keep such names for "
+                "their own counts; take the entry out of the header"
+            )
         if key not in (*OWN, *out) and key != "format":
             out[key] = _typed(text, types.get(key, ""))
     return out
 
 
+_LARGEST = (2 - 2**-23) * 2.0**127
+"""Of float32."""
 _TYPES: Mapping[str, Any] = {
     **{f"{sign}INT{bits}": int for sign in ("", "U") for bits in (8, 16, 32, 64)},
     "FLOAT32": float,
@@ -104,7 +120,9 @@ def _holds(kind: str, value: Any) -> bool:
     if wanted is None or type(value) is not wanted:
         return False
     if wanted is float:
-        return bool(isfinite(value))
+        return bool(isfinite(value)) and (kind == "FLOAT64" or abs(value) <= _LARGEST)
+    if wanted is str:
+        return not any("\ud800" <= letter <= "\udfff" for letter in value)  # halves of a pair, which UTF-8 has not
     if wanted is not int:
         return True
     bits = int(kind.rpartition("INT")[2])

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from adapterops_formats import gguf_table as table
-from adapterops_formats.gguf_entries import HEADS, INVOCATION, tokens_of
+from adapterops_formats.gguf_entries import HEADS, INVOCATION, number_of, tokens_of
 from adapterops_formats.gguf_experts import METHOD as EXPERTS
 from adapterops_formats.gguf_experts import joined
 from adapterops_formats.gguf_rows import of_unknown_rows, with_rows
@@ -35,12 +35,13 @@ class Names:
         self._tokens = tokens_of(source)
         self.widened: dict[str, int] = {}
         """How many times its stacks' rank a parameter's is, where that is not once."""
+        self.notes: list[str] = []
 
     def settle(self, groups: list[Group]) -> list[Group]:
         """The groups under the names, and with the tensors, that transformers has."""
         row = self._given or self._row(groups)
         back = {spelled: module for module, spelled in table.names(row).items()}
-        heads = self._heads(row)
+        heads = self._heads(row, back, groups)
         out: list[Group] = []
         stacks: dict[str, dict[str, Group]] = {}
         for entry in groups:
@@ -87,17 +88,49 @@ class Names:
             f"{row.name}{hint}"
         )
 
-    def _heads(self, row: table.Row) -> table.Heads | None:
+    def _heads(self, row: table.Row, back: Mapping[str, str], groups: Sequence[Group]) -> table.Heads | None:
         """By the base, or else by the header.  Raises `Conflict` where they disagree."""
         own = table.heads_of(row, self._component) if self._component is not None and row.orders else None
-        said = [self._source.metadata.get(f"{row.name}{end}", "") for end in HEADS]
-        stated = table.Heads(*map(int, said)) if all(n.isdecimal() and len(n) < 8 for n in said) else None
+        said = [
+            number_of(self._source, f"{row.name}{end}") for end in HEADS if f"{row.name}{end}" in self._source.metadata
+        ]
+        counts = [n for n in said if type(n) is int and 0 < n < 1 << 20]
+        stated = table.Heads(*counts) if len(counts) == len(HEADS) else None
         if own is not None and stated is not None and own != stated:
             raise errors.Conflict(
                 f"{self._source.path}: its header says {stated.queries} heads and {stated.keys} of keys, and the base has "
                 f"{own.queries} and {own.keys}; give the --base that the adapter was trained on"
             )
+        if own is None and stated is not None:
+            try:
+                self._insist_on_heads(row, stated, back, groups)
+            except errors.BrokenAdapter as error:
+                self._request.wrong(error, error.keys)
+                return None
+            self.notes.append(
+                "the rows of projections that llama.cpp orders by heads are put back by the header's word: "
+                f"{stated.queries} heads, {stated.keys} of keys"
+            )
         return own or stated
+
+    def _insist_on_heads(
+        self, row: table.Row, heads: table.Heads, back: Mapping[str, str], groups: Sequence[Group]
+    ) -> None:
+        """Raise `BrokenAdapter` where queries and keys do not have heads of one size, by the numbers in the header."""
+        sizes: dict[float, LazyTensor] = {}
+        for entry in groups:
+            order, b = row.order(back.get(table.pattern(entry.name)[0], "")), entry.tensors.get("B")
+            if order in (table.queries, table.keys) and b is not None and b.shape:
+                sizes.setdefault(b.shape[0] / (heads.queries if order is table.queries else heads.keys), b)
+        if len(sizes) > 1:
+            one, two = list(sizes.values())[:2]
+            raise errors.BrokenAdapter(
+                f"{two.where}: {two.shape[0]} rows, and {one.key!r} has {one.shape[0]}: with {heads.queries} heads and "
+                f"{heads.keys} of keys, as the header says, theirs are not of one size; take these numbers out of the header, "
+                "and give the base's config with --base CONFIG",
+                fault="other-shape",
+                keys=(one.key, two.key),
+            )
 
     def _ordered(self, b: LazyTensor, row: table.Row, module: str, heads: table.Heads | None) -> LazyTensor:
         """The second factor with its rows as transformers has them.  Raises `BrokenAdapter` for rows that are no heads."""

@@ -6,6 +6,7 @@ import struct
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from math import isclose
 from typing import NamedTuple
 
 from adapterops_formats import gguf_table as table
@@ -98,8 +99,8 @@ def insist(update: Update, base: Base) -> None:
         raise errors.CannotRepresent(f"{here}: llama.cpp knows LoRA, not {method.title}; {way}, or {leave}")
     if "magnitude" in update.tensors:
         raise errors.CannotRepresent(
-            f"{here}: has a DoRA magnitude, and llama.cpp adds s·B·A and normalises nothing; adapterops to-lora with "
-            f"--base-weights makes the LoRA that comes closest, or {leave}"
+            f"{here}: has a DoRA magnitude, and llama.cpp adds s·B·A and normalises nothing; adapterops merge SRC "
+            f"--method svd --rank R --base-weights BASE folds it into a plain LoRA, or {leave}"
         )
     extra = next((role for role in update.tensors if role not in ("A", "B")), None)
     if extra is not None:
@@ -188,7 +189,12 @@ def _product(update: Update) -> float:
     product = scale * rank
     near = round(product)
     # √r · √r need not be r.
-    return float(near) if near and abs(product - near) < 1e-12 * near else product
+    return float(near) if near and abs(product - near) < 1e-12 * abs(near) else product
+
+
+def is_idle(update: Update) -> bool:
+    """Whether the scale is zero."""
+    return _product(update) == 0.0
 
 
 def common_alpha(updates: Iterable[Update]) -> tuple[float, bool]:
@@ -206,7 +212,7 @@ def common_alpha(updates: Iterable[Update]) -> tuple[float, bool]:
 def with_alpha(update: Update, alpha: float, exact: bool) -> Update:
     """The update at the common alpha; what its own scale is more or less is in its second factor."""
     product = _product(update)
-    same = product == alpha if exact else _as_float32(product) == alpha
+    same = product == alpha if exact else isclose(product, alpha, rel_tol=2.0**-24)
     fact: Fact[float | None] = Fact(alpha, Certainty.DERIVED, ALPHA)
     tensors = dict(update.tensors)
     if not same:

@@ -71,6 +71,7 @@ from adapterops.plugin import (
     is_zero,
     read_by_table,
     read_keys,
+    same_bytes,
     stack,
     uniform,
     zeros,
@@ -79,6 +80,10 @@ from adapterops.plugin import (
 WEIGHTS = "adapters.safetensors"
 _MOST_EXPERTS = 4096
 """More than any model has; a name in a stranger's file may say any number."""
+_DTYPES = ("F32", "F16", "BF16")
+"""What MLX reads as floats: not float64, and float8 as bytes (ml-explore/mlx `mlx/io/safetensors.cpp`)."""
+_MOST_DOUBLED = 64
+"""How often the scale of one module is twice that of another, at most."""
 _SUFFIXES = (
     # A key reads as a linear layer's, which stands last; embeddings are told by their names.
     *(Suffix(f".lora_{r.lower()}", "lora", r, {"kind": "embedding"}, transposed=True) for r in "AB"),
@@ -111,10 +116,12 @@ class Mlx(Format):
         "DoRA on some modules only, on experts, or on an embedding (a magnitude for each token there, for each "
         "dimension in PEFT).",
         "An update of a tied head by itself: MLX-LM applies an embedding's to the head as well.",
+        "float64 and float8, which MLX does not load as floats: `--dtype float32`.",
     )
     dialects = (MLX,)
     is_folder = True
     own_fields: ClassVar[frozenset[str]] = frozenset({"scale"})
+    takes_fields = False
 
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
         config = source.config or {}
@@ -177,6 +184,11 @@ class Mlx(Format):
                     f"{next(iter(update.tensors.values())).where}: GPT-2 and GPT-BigCode both have {update.module}, and "
                     "MLX-LM's classes name it differently; say which base it is with --base CONFIG"
                 )
+            if part is None and canonical(name) != update.module:
+                raise errors.UnknownFact(
+                    f"{next(iter(update.tensors.values())).where}: {update.module} is called so in a model without a head, and "
+                    f"{name} in MLX-LM's; say that the base is one with --base CONFIG"
+                )
             names[f"{update.component}.{update.module}"] = name
         return super().spelling(adapter, target) | {"names": names}
 
@@ -186,10 +198,12 @@ class Mlx(Format):
             raise errors.CannotRepresent(
                 f"{other.name}: MLX-LM's models are language models, and their names say no component; --to peft holds it"
             )
-        unknown = [name for name in target.fields if name not in self.own_fields]
-        if unknown and adapter.provenance.format == self.name:
+        taken = self.own_fields if adapter.provenance.format == self.name else frozenset[str]()
+        unknown = next((name for name in target.fields if name in self.own_fields and name not in taken), None)
+        if unknown is not None:
             raise errors.UsageError(
-                f"--set {unknown[0]}: MLX-LM's config is made from the tensors; only scale can be said"
+                f"--set {unknown}: MLX-LM's config is made from the tensors and their alphas; it can be said of a source that "
+                "is MLX-LM's"
             )
         held, dropped = _held(adapter, target)
         even = _Even.of(held)
@@ -244,12 +258,14 @@ def _unstacked(source: Source, reading: Reading, said: list[str]) -> tuple[Sourc
         if claim is None or claim.name not in stacks:
             tensors[key] = tensor
             continue
+        if len(tensor.shape) not in (2, 3):
+            raise refuse_stack(tensor.where, tensor.shape)
         twin = source.tensors.get(f"{claim.stem}.lora_b")
         count = twin.shape[0] if twin is not None and len(twin.shape) == 3 else tensor.shape[0]
         found = expert_names(claim.name, count)
         if found is None or claim.suffix.role == "magnitude":
             raise refuse_stack(tensor.where, tensor.shape)
-        if not count or tensor.shape[0] % count or len(tensor.shape) not in (2, 3):
+        if not count or tensor.shape[0] % count or (len(tensor.shape) == 3 and tensor.shape[0] != count):
             raise errors.BrokenAdapter(f"{tensor.where}: shape {list(tensor.shape)} is no factor of {count} experts")
         said.append(f"experts are named as in the checkpoints of {found[1].models} ({found[1].canonical}.N)")
         size = tensor.shape[0] // count
@@ -334,24 +350,33 @@ def _as_before(update: Update, carried: Mapping[str, Any]) -> Update:
     rank, factor = carried.get("padded", {}).get(update.module), carried.get("stretched", {}).get(update.module)
     a, b = update.tensors["A"], update.tensors["B"]
     alpha = update.alpha
-    if rank is not None and rank < b.shape[1] and _is_padding(b, rank):
+    if rank is not None and rank < b.shape[1] and _is_padding(a, b, rank):
         whole = b.shape[1]
         a, b = a.rows([(0, rank)]), columns(b, 0, rank)
         if alpha is not None and alpha.value is not None:
             alpha = replace(alpha, value=alpha.value / whole * rank)
-    if factor is not None and _is_power(factor) and alpha is not None and alpha.value is not None:
+    if factor and alpha is not None and alpha.value is not None and _is_power(factor) and _holds(b, 1 / factor):
         b, alpha = b.mapped(factor=1 / factor), replace(alpha, value=alpha.value * factor)
     return replace(update, tensors={**update.tensors, "A": a, "B": b}, alpha=alpha)
 
 
-def _is_padding(b: LazyTensor, rank: int) -> bool:
-    """Whether the columns of B (out, r) from `rank` on are zeros."""
-    return is_zero(b.transposed().rows([(rank, b.shape[1])]))
+def _is_padding(a: LazyTensor, b: LazyTensor, rank: int) -> bool:
+    """Whether the rows of A (r, in) and the columns of B (out, r) from `rank` on are zeros."""
+    return is_zero(a.rows([(rank, a.shape[0])])) and is_zero(b.transposed().rows([(rank, b.shape[1])]))
 
 
 def _is_power(factor: float) -> bool:
-    """Whether a number is a power of two, so that multiplying by it rounds nothing."""
-    return isfinite(factor) and abs(frexp(factor)[0]) == 0.5
+    """Whether a number is a power of two, and none beyond what any scales differ by."""
+    return (
+        isfinite(factor) and abs(frexp(factor)[0]) == 0.5 and 2.0**-_MOST_DOUBLED <= abs(factor) <= 2.0**_MOST_DOUBLED
+    )
+
+
+def _holds(b: LazyTensor, factor: float) -> bool:
+    """Whether a tensor's type holds every number times a power of two: the smallest lose bits when they are halved."""
+    if b.dtype not in ("F16", "BF16", "F32", "F64"):
+        return False
+    return same_bytes(b.mapped(factor=factor).mapped("F64"), b.mapped("F64", factor))
 
 
 def _with_reason(update: Update, source: Source) -> Update:
@@ -446,6 +471,9 @@ def _refusal(update: Update, target: Target) -> str:
         )
     if update.method != "lora":
         return ""
+    odd = next((t for t in update.tensors.values() if t.dtype not in _DTYPES), None)
+    if odd is not None:
+        return f"{odd.key!r} is {odd.dtype}, which MLX does not load as floats; give --dtype float32"
     wide = next((t for t in update.tensors.values() if len(t.shape) > 2), None)
     if wide is not None:
         return f"{wide.key!r} {list(wide.shape)} has a kernel, and MLX-LM adapts no convolutions; --to peft holds it"
@@ -506,6 +534,12 @@ class _Even:
                     "all modules, and the quotient is no power of two, by which a factor could be multiplied without rounding: "
                     "--fold-alpha bakes every scale into the factors"
                 )
+            if factor and not _holds(b, factor):
+                raise errors.CannotRepresent(
+                    f"{b.where}: the scale of {update.module} is {own:g} and that of others {made.scale:g}; MLX-LM has one for "
+                    f"all modules, and some numbers times {factor:g} are none of {b.dtype}: --dtype float32 holds them, and "
+                    "--fold-alpha bakes every scale into the factors"
+                )
             stretched[update.module] = factor
         return cls(adapter.with_updates(made.updates), made.rank, made.scale, padded, stretched)
 
@@ -517,10 +551,15 @@ class _Even:
                 f"{len(self.padded)} modules of a smaller rank are padded with zeros to rank {self.rank}, since MLX-LM has one "
                 "rank for all; their deltas stay the same"
             )
-        if self.stretched:
+        doubled = sum(1 for factor in self.stretched.values() if factor)
+        if doubled:
             out.append(
                 f"the scales differ, and MLX-LM has one for all: {self.scale:g} is written, and lora_b of "
-                f"{len(self.stretched)} modules is multiplied by a power of two, which rounds nothing"
+                f"{doubled} modules is multiplied by a power of two, which rounds nothing"
+            )
+        if idle := len(self.stretched) - doubled:
+            out.append(
+                f"{idle} modules have scale 0, and MLX-LM has one scale, {self.scale:g}, for all: their lora_b is zeros"
             )
         return out
 

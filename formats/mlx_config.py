@@ -79,7 +79,7 @@ class MlxConfig:
             tell(error)
             kept.pop(name, None)
             table.pop(name, None)
-        if table:
+        if isinstance(kept.get("lora_parameters"), Mapping):
             kept["lora_parameters"] = table
         return cls(kept, where)
 

@@ -43,6 +43,10 @@ class Beginning(NamedTuple):
     classes: tuple[str, ...] = ()
 
 
+_DECODER = (
+    *(f"self_attn.{name}_proj" for name in ("q", "k", "v", "qkv", "o")),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "gate_up", "down")),
+)
 _GPT2 = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
 BEGINNINGS = (
     # GPT-BigCode's modules are named alike, and MLX-LM keeps the names of those.
@@ -54,6 +58,10 @@ BEGINNINGS = (
     Beginning("gpt_neox.layers.", "model.h.", ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")),
     Beginning("gpt_neox.embed_in", "model.embed_in", ("",)),
     Beginning("embed_out", "model.embed_out", ("",)),
+    # Models without a head, as transformers' LlamaModel: MLX-LM's classes have one.
+    Beginning("model.", "model.", ("",)),
+    Beginning("layers.", "model.layers.", _DECODER),
+    Beginning("embed_tokens", "model.embed_tokens", ("",)),
 )
 
 

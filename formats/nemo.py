@@ -27,7 +27,7 @@ from dataclasses import replace
 from typing import ClassVar
 
 from adapterops_formats.gguf_rows import of_unknown_rows
-from adapterops_formats.torch_native import Heads, ReadOnly, decoder, family, heads, of_transformers, taken
+from adapterops_formats.torch_native import Heads, ReadOnly, decoder, family, heads, of_transformers, rows_of, taken
 
 from adapterops.plugin import (
     Adapter,
@@ -170,9 +170,9 @@ def _attention(component: Component, stem: str) -> dict[str, list[tuple[int, int
 
 
 def _gated(component: Component, stem: str) -> dict[str, list[tuple[int, int]]]:
-    size = component.config.get("intermediate_size")
-    if not isinstance(size, int) or size <= 0:
-        raise errors.UnknownFact(f"the config of the base ({component.class_name}) does not say its intermediate_size")
+    size = rows_of(component, ".mlp.gate_proj")
+    if not size:
+        raise errors.UnknownFact(f"the base ({component.class_name}) has no gate_proj; is it the right --base?")
     return {f"{stem}.mlp.gate_proj": [(0, size)], f"{stem}.mlp.up_proj": [(size, 2 * size)]}
 
 

@@ -194,6 +194,15 @@ def _joined(groups: list[Group], source: Source, request: Request, notes: list[s
                 "queries and values have one width and one rank",
                 fault="ranks",
             )
+        own = list(group.tensors.values())
+        odd = next((t for t in own if t.dtype != own[0].dtype), None)
+        if odd is not None:
+            raise errors.BrokenAdapter(
+                f"{odd.where}: is {odd.dtype} beside {own[0].key!r}, which is {own[0].dtype}; the factors of a block have "
+                "one type",
+                fault="dtype",
+                keys=(odd.key, own[0].key),
+            )
     width = groups[0].tensors["Aq"].shape[1]
     blocks = _blocks(len(groups), width, source, request, notes)
     place = SAM_LORA.places[0]

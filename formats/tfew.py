@@ -108,7 +108,7 @@ class TFew(Format):
 
 def _insist_on_a_column(group: Group, request: Request) -> None:
     vector = group.tensors["vector"]
-    if len(vector.shape) == 2 and vector.shape[1] > 1 and vector.shape[0] > 1:
+    if len(vector.shape) == 2 and vector.shape[1] > 1:
         request.wrong(
             errors.UnsupportedFormat(
                 f"{vector.where}: shape {list(vector.shape)} is of lora_scaling_rank {vector.shape[1]}, whose effect "

@@ -38,18 +38,25 @@ def family(component: Component, known: Sequence[str], title: str) -> str:
 
 
 def heads(component: Component) -> Heads:
-    """The numbers of heads in the base's config.  Raises `UnknownFact` where it does not say them."""
-    config: Mapping[str, Any] = component.config
-    queries = _count(config, "num_attention_heads")
-    keys = _count(config, "num_key_value_heads") or queries
-    # Where none is stated, as transformers takes it.
-    size = _count(config, "head_dim") or (_count(config, "hidden_size") // queries if queries else 0)
-    if not queries or not keys or not size or queries % keys:
+    """The heads of a base model, by its config and its shapes.  Raises `UnknownFact` where the config does not say them.
+
+    A config may leave out what its class's default is, which differs between classes (num_key_value_heads, head_dim): so the
+    rest is told by the rows of the queries and the keys.
+    """
+    count = _count(component.config, "num_attention_heads")
+    size, odd = divmod(rows_of(component, ".self_attn.q_proj"), count) if count else (0, 0)
+    keys, left = divmod(rows_of(component, ".self_attn.k_proj"), size) if size else (0, 0)
+    if not keys or odd or left or count % keys:
         raise errors.UnknownFact(
-            f"the config of the base ({component.class_name}) does not say its heads: num_attention_heads, "
-            "num_key_value_heads, hidden_size"
+            f"the config of the base ({component.class_name}) does not say how many heads its attention has "
+            "(num_attention_heads), or another number than its queries and keys have; add it to the config of --base"
         )
-    return Heads(queries, keys, size)
+    return Heads(count, keys, size)
+
+
+def rows_of(component: Component, end: str) -> int:
+    """The rows of the first of the base's modules whose names end so; 0 where there is none."""
+    return next((spec.shape[0] for name, spec in component.modules.items() if name.endswith(end)), 0)
 
 
 def _count(config: Mapping[str, Any], name: str) -> int:

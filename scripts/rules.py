@@ -30,7 +30,9 @@ def text(rules: tuple[Rule, ...] | None = None) -> str:
     for letter, own in groups:
         out.append(f"## {letter}: {GROUPS[letter]}\n")
         out.append("| code | name | severity | `--fix` |\n| --- | --- | --- | --- |")
-        out += [f"| [{r.code}](#{r.code.lower()}) | {r.name} | {r.severity} | {'yes' if r.fixable else ''} |" for r in own]
+        out += [
+            f"| [{r.code}](#{r.code.lower()}) | {r.name} | {r.severity} | {'yes' if r.fixable else ''} |" for r in own
+        ]
         out.append("")
         for rule in own:
             out.append(f'<a id="{rule.code.lower()}"></a>\n\n{page(rule, 3)}\n')

@@ -48,7 +48,9 @@ def uniform(
     ranks = {u.key: METHODS[u.method].rank(u) or 0 for u in own}
     rank = max(ranks.values(), default=0)
     common = scale if scale is not None else _commonest(list(scales.values()))
-    rule = _rule([u for u in own if ranks[u.key] == rank and isclose(scales[u.key], common)], own, rslora)
+    rule = _rule(
+        [u for u in own if ranks[u.key] == rank and isclose(scales[u.key], common, rel_tol=1e-12)], own, rslora
+    )
     alpha: Fact[float | None] = rule.alpha if rule else _stated(common, rank, why)
     out, scaled, filled = [], [], []
     for update in updates:

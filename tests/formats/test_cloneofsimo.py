@@ -195,7 +195,6 @@ def test_published_files(name: str, corpus: Path, tmp_path: Path) -> None:
             torch.equal(again[key], tensor) and again[key].dtype == tensor.dtype for key, tensor in tensors.items()
         )
         assert {k: v for k, v in header_of(back).items() if k != "format"} == header_of(path)
-        agree(loaded(back, models), expected)
 
 
 def kohya_file(path: Path, early: bool, classes: Collection[str], text: Collection[str], alpha: float) -> Deltas:

@@ -310,7 +310,7 @@ def test_stacks_with_factors_of_their_own_are_joined(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("llama", {"use_dora": True}, "DoRA magnitude.*to-lora"),
+        ("llama", {"use_dora": True}, "DoRA magnitude.*merge SRC --method svd"),
         ("llama", {"lora_bias": True, "target_modules": ["q_proj"]}, "a bias beside"),
         ("llama", {"modules_to_save": ["o_proj"], "target_modules": ["q_proj"]}, "low-rank pairs only"),
         ("gpt2", {"target_modules": ["c_attn", "wte"]}, "transformer.wte and lm_head are one weight"),
@@ -500,3 +500,68 @@ def test_commands(tmp_path: Path) -> None:
     asked = [*run, "validate", source, "--targets", "gguf"]
     checked = subprocess.run(asked, capture_output=True, text=True, check=False)
     assert (checked.returncode, "All checks passed" in checked.stdout) == (0, True), checked.stdout
+
+
+@pytest.mark.parametrize(("queries", "keys", "fits"), [(4, 2, True), (4, 4, False), (8, 2, False)])
+def test_heads_in_a_header_that_do_not_fit_the_rows(queries: int, keys: int, fits: bool, tmp_path: Path) -> None:
+    """A wrong number puts rows in a wrong order, with nothing else to tell it."""
+    tensors = {**pair(16), **pair(8, name="blk.0.attn_k")}
+    path = file(tmp_path / "x.gguf", tensors, "llama", adapter__lora__alpha=4.0)
+    said = {"llama.attention.head_count": queries, "llama.attention.head_count_kv": keys}
+    reader = gguf.GGUFReader(path)
+    writer = gguf.GGUFWriter(tmp_path / "y.gguf", "llama")
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", 4.0)
+    for key, count in said.items():
+        writer.add_uint32(key, count)
+    for tensor in reader.tensors:
+        writer.add_tensor(tensor.name, np.array(tensor.data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    if fits:
+        adapter = ao.load(tmp_path / "y.gguf")
+        assert any("by the header's word: 4 heads, 2 of keys" in note for note in adapter.provenance.notes)
+        return
+    with pytest.raises(errors.BrokenAdapter, match=r"attn_k.*not of one size.*--base CONFIG"):
+        ao.convert(tmp_path / "y.gguf", "peft", tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
+@pytest.mark.parametrize("alpha", ["8", "1" * 400, "x"])
+def test_an_alpha_that_is_a_string_is_none(alpha: str, tmp_path: Path) -> None:
+    path = file(tmp_path / "x.gguf", pair(), adapter__lora__alpha=alpha)
+    with pytest.raises(errors.InvalidHeader, match=r"adapter\.lora\.alpha is .* not a number"):
+        ao.load(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [("1e300", "FLOAT32"), ("[1e300]", "ARRAY:FLOAT32"), ('["\\ud800"]', "ARRAY:STRING"), ("7", "UINT16")],
+)
+def test_types_that_a_stranger_recorded(text: str, kind: str, tmp_path: Path) -> None:
+    """What no longer fits its recorded type is kept as the text it is."""
+    case = peer.CASES["qwen2"]
+    case.tuned(tmp_path / "peft", target_modules=["q_proj"])
+    path = tmp_path / "peft" / "adapter_model.safetensors"
+    carried = json.dumps({"spelling": {"gguf": {"types": {"x": kind}}}})
+    save_file(load_file(path), path, {"format": "pt", "x": text, "adapterops": carried})
+    ao.convert(tmp_path / "peft", "gguf", tmp_path / "x.gguf", base=case.base(tmp_path))
+    assert peer.entries(tmp_path / "x.gguf")["x"] == (7 if kind == "UINT16" else text)
+
+
+def test_fields_that_neither_side_takes(tmp_path: Path) -> None:
+    path = file(tmp_path / "x.gguf", pair(), adapter__lora__alpha=8.0)
+    for name in ("scale", "task_type"):
+        with pytest.raises(errors.UsageError, match=f"--set {name}: neither gguf nor mlx"):
+            ao.convert(path, "mlx", tmp_path / "mlx", fields={name: 3})
+    ao.convert(path, "peft", tmp_path / "peft", fields={"task_type": "CAUSAL_LM"})
+    assert pm.config_of(tmp_path / "peft")["task_type"] == "CAUSAL_LM"
+
+
+def test_alpha_zero_is_said(tmp_path: Path) -> None:
+    _, source, base = made("qwen2", tmp_path, alpha_pattern={"v_proj": 0})
+    result = ao.convert(source, "gguf", tmp_path / "x.gguf", base=base)
+    assert any("of alpha 0" in note and "lora_b is zeros" in note for note in result.notes)

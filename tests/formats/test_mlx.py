@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft_models as pm
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -625,3 +626,120 @@ def test_merged(tmp_path: Path) -> None:
         wanted = sum(2.0 * p[f"{Q0}.lora_a"].astype("f8") @ p[f"{Q0}.lora_b"] for p in parts)
         got = config["lora_parameters"]["scale"] * merged[f"{stem}.lora_a"].astype("f8") @ merged[f"{stem}.lora_b"]
         assert np.allclose(got, wanted, atol=1e-5)
+
+
+def stretched(tmp_path: Path, dtype: str, smallest: float) -> Path:
+    """A PEFT folder of two modules, the scale of one half that of the other."""
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    tensors = {}
+    for name in (Q0, Q1, Q0.replace("q_proj", "v_proj")):
+        tensors[f"base_model.model.{name}.lora_A.weight"] = random(4, 12).astype(dtype)
+        tensors[f"base_model.model.{name}.lora_B.weight"] = random(10, 4).astype(dtype)
+    tensors[f"base_model.model.{Q1}.lora_B.weight"][0, 0] = smallest
+    save_file(tensors, folder / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
+    (folder / CONFIG).write_text(json.dumps({**config, "alpha_pattern": {Q1: 4}}))
+    return folder
+
+
+def test_small_numbers_that_a_power_of_two_rounds(tmp_path: Path) -> None:
+    """Half of the smallest float16 is none: that is refused with the way that works, not written and called exact."""
+    source = stretched(tmp_path, "float16", 2.0**-24)
+    with pytest.raises(errors.CannotRepresent, match=r"layers\.1.*times 0\.5 are none of F16.*--dtype float32"):
+        ao.convert(source, "mlx", tmp_path / "mlx")
+    assert not (tmp_path / "mlx").exists()
+    result = ao.convert(source, "mlx", tmp_path / "wide", dtype="float32")
+    assert result.proof is not None
+    assert result.proof.largest_error == 0.0
+    (tmp_path / "other").mkdir()
+    ao.convert(stretched(tmp_path / "other", "float16", 2.0**-23), "mlx", tmp_path / "mlx")
+    ao.convert(tmp_path / "mlx", "peft", tmp_path / "back")
+    assert equal(
+        tmp_path / "other" / "peft" / "adapter_model.safetensors", tmp_path / "back" / "adapter_model.safetensors"
+    )
+
+
+@pytest.mark.parametrize("factor", [2.0**60, 2.0**-60, 2.0**1000, 3.0, 2**200])
+def test_a_strangers_word_on_what_was_stretched_changes_no_delta(factor: float, tmp_path: Path) -> None:
+    tensors = layer(Q0)
+    tensors[f"{Q0}.lora_b"][0, 0] = 1e-38
+    carried = json.dumps({"spelling": {"mlx": {"stretched": {Q0: factor}}}})
+    folder = folder_of(tmp_path, tensors, said(scale=2.0))
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / WEIGHTS, {"adapterops": carried})
+    (update,) = ao.load(folder)
+    wanted = 2.0 * tensors[f"{Q0}.lora_b"].T.astype("f8") @ tensors[f"{Q0}.lora_a"].T.astype("f8")
+    scale = METHODS["lora"].scale(update)
+    assert scale is not None
+    a, b = (np.frombuffer(update.tensors[r].read(), "<f4").astype("f8").reshape(update.tensors[r].shape) for r in "AB")
+    assert np.allclose(scale * b @ a, wanted, rtol=1e-12, atol=0)
+
+
+def test_only_what_is_zero_in_both_factors_is_padding(tmp_path: Path) -> None:
+    """An untrained adapter's B is zero too; a stranger's word does not make its A go."""
+    tensors = layer(Q0)
+    tensors[f"{Q0}.lora_b"][:] = 0
+    carried = json.dumps({"spelling": {"mlx": {"padded": {Q0: 1}}}})
+    folder = folder_of(tmp_path, tensors, said())
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, folder / WEIGHTS, {"adapterops": carried})
+    (update,) = ao.load(folder)
+    assert update.tensors["A"].shape == (4, 12)
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (3, 4, 5, 6), (6, 4, 12)])
+def test_stacks_of_odd_shapes(shape: tuple[int, ...], tmp_path: Path) -> None:
+    stem = "model.layers.0.mlp.switch_mlp.up_proj"
+    tensors = {f"{stem}.lora_a": np.ones(shape, "f4"), f"{stem}.lora_b": np.ones((3, 10, 4), "f4")}
+    folder = folder_of(tmp_path, tensors, said())
+    with pytest.raises((errors.BrokenAdapter, errors.UnsupportedFormat), match=r"switch_mlp\.up_proj\.lora_a.*shape"):
+        ao.load(folder)
+
+
+def test_a_base_without_a_head(tmp_path: Path) -> None:
+    """MLX-LM's classes have one, and find modules by those names; others it would leave out in silence."""
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    stem = "base_model.model.layers.0.self_attn.q_proj"
+    save_file(
+        {f"{stem}.lora_A.weight": random(4, 16), f"{stem}.lora_B.weight": random(16, 4)},
+        folder / "adapter_model.safetensors",
+    )
+    (folder / CONFIG).write_text(
+        json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]})
+    )
+    with pytest.raises(errors.UnknownFact, match=r"layers\.0\.self_attn\.q_proj.*without a head.*--base CONFIG"):
+        ao.convert(folder, "mlx", tmp_path / "mlx")
+    base = tmp_path / "config.json"
+    fields = {
+        "hidden_size": 16,
+        "intermediate_size": 20,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 24,
+    }
+    base.write_text(json.dumps({**fields, "model_type": "llama", "architectures": ["LlamaModel"]}))
+    ao.convert(folder, "mlx", tmp_path / "mlx", base=base)
+    assert set(load_file(tmp_path / "mlx" / WEIGHTS)) == {f"{Q0}.lora_a", f"{Q0}.lora_b"}
+    ao.convert(tmp_path / "mlx", "peft", tmp_path / "back", base=base)
+    assert equal(folder / "adapter_model.safetensors", tmp_path / "back" / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn])
+def test_types_that_mlx_does_not_load(dtype: torch.dtype, tmp_path: Path) -> None:
+    tensors = {
+        f"base_model.model.{Q0}.lora_{k}.weight": torch.ones(s).to(dtype) for k, s in (("A", (4, 12)), ("B", (10, 4)))
+    }
+    config = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj"]}
+    folder = pm.folder_with(tmp_path / "peft", tensors, config)
+    with pytest.raises(errors.CannotRepresent, match=r"lora_A.*does not load as floats; give --dtype float32"):
+        ao.convert(folder, "mlx", tmp_path / "mlx")
+    ao.convert(folder, "mlx", tmp_path / "mlx", dtype="float32")
+    assert {value.dtype for value in load_file(tmp_path / "mlx" / WEIGHTS).values()} == {np.dtype("float32")}
+
+
+def test_validate_tells_of_a_field_and_goes_on(tmp_path: Path) -> None:
+    """A table whose only field is wrong is read without it."""
+    folder = folder_of(tmp_path, layer(Q0), {"fine_tune_type": "lora", "lora_parameters": {"scale": "x"}})
+    found = list(ao.validate(folder))
+    assert any('scale is "x", not a number' in finding.message for finding in found)
+    assert "X001" not in {finding.rule.code for finding in found}

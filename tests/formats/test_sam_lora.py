@@ -1,5 +1,5 @@
-"""Sam_LoRA: its layer stated again (`src/lora.py`, `LoRA_qkv`), in transformers' SAM, and what peft makes of the "
-"converted file."""
+"""Sam_LoRA: its layer stated again (`src/lora.py`, `LoRA_qkv`), in transformers' SAM, and what peft makes of the
+converted file."""
 
 from __future__ import annotations
 
@@ -154,8 +154,8 @@ def _names() -> tuple[str, ...]:
 
 
 def test_a_lora_on_the_whole_projection(tmp_path: Path) -> None:
-    """Any LoRA that leaves the keys alone can be said, at its whole rank for queries and for values; any other "
-    "cannot."""
+    """Any LoRA that leaves the keys alone can be said, at its whole rank for queries and for values; any other
+    cannot."""
     a, b = torch.randn(3, 16), torch.randn(48, 3)
     b[16:32] = 0
 
@@ -210,3 +210,11 @@ def test_files_that_are_not_whole(tmp_path: Path) -> None:
     assert [u.module for u in ao.load(path, fields={"lora_layer": [7, 2, 3]})] == [
         f"vision_encoder.layers.{block}.attn.qkv" for block in (2, 3, 7)
     ]
+
+
+def test_factors_of_two_types(tmp_path: Path) -> None:
+    tensors = trained(sam(), range(3))
+    tensors["w_b_003"] = tensors["w_b_003"].half()
+    save_file({key: value.contiguous() for key, value in tensors.items()}, tmp_path / "x.safetensors")
+    with pytest.raises(errors.BrokenAdapter, match=r"w_b_003.*is F16 beside 'w_a_002'"):
+        ao.load(tmp_path / "x.safetensors", fields={"lora_layer": [0, 1, 2]})

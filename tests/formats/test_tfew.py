@@ -1,5 +1,5 @@
-"""T-Few's (IA)³: its layer stated again (`src/models/lora.py`, `LoRALinear`), and what peft makes of the converted "
-"file."""
+"""T-Few's (IA)³: its layer stated again (`src/models/lora.py`, `LoRALinear`), and what peft makes of the converted
+file."""
 
 from __future__ import annotations
 
@@ -142,3 +142,10 @@ def test_other_ia3_is_not_written_as_what_it_is_not(tmp_path: Path) -> None:
     save_file(kohya, tmp_path / "k.safetensors")
     with pytest.raises(errors.CannotRepresent, match="attn1"):
         ao.convert(tmp_path / "k.safetensors", "tfew", tmp_path / "u.safetensors")
+
+
+def test_a_row_is_no_vector_of_outputs(tmp_path: Path) -> None:
+    save_file({"encoder.block.0.layer.0.SelfAttention.k.multi_lora_b": torch.ones(1, 16)}, tmp_path / "x.safetensors")
+    with pytest.raises(errors.UnsupportedFormat, match=r"multi_lora_b.*\[1, 16\].*\(out_features, 1\)"):
+        ao.convert(tmp_path / "x.safetensors", "peft", tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()

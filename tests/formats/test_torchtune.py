@@ -6,6 +6,7 @@ the same scores with the adapter on, whichever way its rows are ordered.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,20 @@ def test_attention_computes_the_same_with_the_adapter(tmp_path: Path, config: ty
         own = [delta(tensors, f"layers.{layer}.attn.{n}") for n in ("q_proj", "k_proj")]
         new = [delta(out, f"{stem}.{n}", "lora_B", "lora_A") for n in ("q_proj", "k_proj")]
         torch.testing.assert_close(transformers_scores(x, *new), tunes_scores(x, *own), rtol=1e-4, atol=1e-3)
+
+
+def test_the_size_of_heads_that_a_config_leaves_out_is_its_class_s(tmp_path: Path) -> None:
+    """Gemma's is 256 where none is stated, not hidden_size / num_attention_heads."""
+    config = {**SHAPE, "hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1, "model_type": "gemma"}
+    del config["head_dim"]
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["GemmaForCausalLM"]}))
+    stem = "layers.0.attn.q_proj"
+    tensors = {f"{stem}.lora_a.weight": noise(3, 128, seed=1), f"{stem}.lora_b.weight": noise(512, 3, seed=2)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    out = converted(tmp_path / "adapter_model.safetensors", tmp_path, base=tmp_path / "config.json")
+    pairs = tensors[f"{stem}.lora_b.weight"].unflatten(0, (2, 128, 2))
+    wanted = pairs.transpose(1, 2).flatten(0, 2)
+    assert torch.equal(out["model.layers.0.self_attn.q_proj.lora_B.weight"], wanted)
 
 
 def test_what_has_no_heads_stays_as_it_is(tmp_path: Path) -> None:
