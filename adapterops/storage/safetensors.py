@@ -25,12 +25,14 @@ from adapterops.storage.regular import open_regular
 from adapterops.storage.tensor import ByteSource, FileSource, LazyTensor
 
 MAX_HEADER = 16_000_000
-"""Bytes.  100,000 tensors take 13 million, and the longest headers of published adapters (sd-scripts' lists of tags) a few
-million.  The reference implementation takes up to 100 million, which need a gigabyte of memory once parsed: more than a
-stranger's file of that size may ask of us."""
+"""Bytes that any file's header may have.  100,000 tensors take 13 million, and the longest headers of published adapters
+(sd-scripts' lists of tags) a few million.  The reference implementation takes up to 100 million, which need a gigabyte of
+memory once parsed: more than a stranger's file of that size may ask of us.  A file of gigabytes may have more (`_allowed`)."""
 MAX_VALUES = 640_000
-"""Values in the header's JSON, which take many times their text in memory.  A tensor of two axes needs eight, and the largest
-adapters (three projections of 128 experts in 94 layers) have 72,000 tensors."""
+"""Values in the header's JSON, which take many times their text in memory.  A tensor of two axes needs eight: 80,000 of them,
+and more in larger files (three projections of 256 experts in 58 layers are 89,000 tensors, and gigabytes)."""
+_MOST_HEADER, _MOST_VALUES = 100_000_000, 4_000_000
+"""What no file may exceed."""
 MAX_DIMENSION = 2**53
 
 
@@ -64,6 +66,11 @@ def _no_constant(name: str) -> None:
 def _integer(digits: str) -> int | None:
     """A size or position; None, which no check takes for one, where it is negative or beyond 64 bits."""
     return int(digits) if len(digits) <= 20 and not digits.startswith("-") else None
+
+
+def _allowed(size: int) -> tuple[int, int]:
+    """Bytes and values that the header of a file of `size` bytes may have: memory is bounded by what its size allows."""
+    return max(MAX_HEADER, min(size // 64, _MOST_HEADER)), max(MAX_VALUES, min(size // 1024, _MOST_VALUES))
 
 
 def _parsed(text: str) -> Any:
@@ -150,18 +157,19 @@ def _read_json(path: str, file: Any, size: int) -> dict[str, Any]:
     length = int.from_bytes(head, "little")
     if length > size - 8:
         _refuse_other_content(path, head, length, size)
-    if length > MAX_HEADER:
+    most, most_values = _allowed(size)
+    if length > most:
         raise InvalidHeader(
-            f"{path}: the header claims {length} bytes; more than {MAX_HEADER} is not accepted", fault="header-size"
+            f"{path}: the header claims {length} bytes; more than {most} is not accepted", fault="header-size"
         )
     text = file.read(length)
     if len(text) != length:
         raise UnreadableFile(f"{path}: was cut short while being read", fault="cut-short")
     if not text.startswith(b"{"):
         raise InvalidHeader(f"{path}: the header is not a JSON object (it must start with `{{`)")
-    if sum(map(text.count, (b",", b"[", b"{"))) > MAX_VALUES:
+    if sum(map(text.count, (b",", b"[", b"{"))) > most_values:
         raise InvalidHeader(
-            f"{path}: the header holds more than {MAX_VALUES} values; no adapter has so many tensors",
+            f"{path}: the header holds more than {most_values} values; no adapter of {size} bytes has so many tensors",
             fault="header-size",
         )
     try:

@@ -172,6 +172,18 @@ def test_a_header_of_millions_of_values_is_not_parsed(tmp_path: Path) -> None:
         open_source(path)
 
 
+def test_a_large_file_may_have_as_many_tensors_as_it_has_room_for(tmp_path: Path) -> None:
+    count, size = 89_000, 65_536
+    entries = {
+        f"m.{n}": {"dtype": "F16", "shape": [8, 4096], "data_offsets": [n * size, (n + 1) * size]} for n in range(count)
+    }
+    header = json.dumps(entries).encode()
+    with (tmp_path / "x.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + count * size)  # sparse: takes no space
+    assert len(container.read_header(str(tmp_path / "x.safetensors"))[0]) == count
+
+
 @pytest.mark.parametrize("field", ["dtype", "shape", "data_offsets"])
 def test_messages_hold_no_control_characters(field: str, tmp_path: Path) -> None:
     header = {"a": {**files.entry("F32", [1], 0), field: "\x1b[2J"}}
