@@ -144,7 +144,15 @@ def _near(value: Any, rng: Random) -> Any:
         )
     if isinstance(value, str):
         return rng.choice(
-            (value[:-1], value + "x", [value], value.upper(), "^" + value, value + ".*", value.encode().hex())
+            (
+                value[:-1],
+                value + "x",
+                [value],
+                value.upper(),
+                "^" + value,
+                value + ".*",
+                value.encode("utf-8", "surrogatepass").hex(),
+            )
         )
     if isinstance(value, dict):
         return rng.choice((list(value.items()), list(value), json.dumps(value, default=str), {"": value}))
