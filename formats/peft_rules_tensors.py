@@ -151,7 +151,7 @@ def _other_rank(seen: View) -> Iterator[Finding]:
     message = (
         f"{names} says rank {said} for {module}, whose tensors have rank {rank}{more}: peft fails with a size mismatch"
     )
-    if method.alpha:
+    if method.alpha and said < 2**63:
         alpha, rslora = parsed.rule(module)[:2]
         root = sqrt if rslora else float
         message += (

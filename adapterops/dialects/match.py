@@ -10,8 +10,9 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from adapterops.dialects.table import ANY, Dialect, Place, Suffix
-from adapterops.errors import AdapterOpsError, AmbiguousFormat
+from adapterops.errors import AdapterOpsError, AmbiguousFormat, BrokenAdapter
 from adapterops.methods import METHODS
+from adapterops.storage.dtypes import BITS
 from adapterops.storage.tensor import LazyTensor
 
 _SLOT = "{adapter}"
@@ -330,7 +331,13 @@ def group(
     out: dict[tuple[Place, str, str], Group] = {}
     scaled = _scaled(reading, tensors, tell or _raise)
     for claim in reading.claims:
-        method = claim.suffix.method
+        method, tensor = claim.suffix.method, tensors[claim.key]
+        if claim.suffix.transposed and len(tensor.shape) == 2:
+            if BITS[tensor.dtype] % 8:
+                text = f"{tensor.where}: elements of {tensor.dtype} are no bytes, and cannot be transposed"
+                (tell or _raise)(BrokenAdapter(text, keys=(claim.key,)))
+                continue
+            tensor = tensor.transposed()
         if method == ANY:
             method = scaled.get((claim.place, claim.name), "lora")
         at = (claim.place, claim.name, method)
@@ -348,8 +355,6 @@ def group(
                 )
             )
             continue
-        tensor = tensors[claim.key]
-        turned = claim.suffix.transposed and len(tensor.shape) == 2
-        entry.tensors[role] = tensor.transposed() if turned else tensor
+        entry.tensors[role] = tensor
         entry.options.update(claim.suffix.options)
     return list(out.values())

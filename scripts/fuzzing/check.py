@@ -93,7 +93,7 @@ def run(given: Input, place: Path, seconds: float, with_cli: bool = False, only_
         outcome.seconds = time.perf_counter() - started
         # Where the peak cannot be set back, what is still held shows all the same.
         outcome.memory = max(_peak() - memory, _resident() - resident)
-        if isinstance(found, Refused):
+        if isinstance(found, Refused) and os.path.lexists(given.path):  # else there is nothing to validate
             outcome.findings.append(Finding(f"validate refuses: {_where(found.error)}", str(found.error)))
         if only_validate:
             outcome.result = found if isinstance(found, str) else "fault"

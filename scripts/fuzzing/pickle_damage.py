@@ -133,7 +133,7 @@ def _pieces(pickle: bytes) -> list[bytes]:
     starts: list[int] = []
     with contextlib.suppress(ValueError):  # damaged already: the pieces up to there
         starts += (at or 0 for _, _, at in pickletools.genops(pickle))
-    return [pickle[a:b] for a, b in zip(starts, [*starts[1:], len(pickle)], strict=True)] or [pickle]
+    return [pickle[a:b] for a, b in zip(starts, [*starts[1:], len(pickle)], strict=False)] or [pickle]
 
 
 def _rewritten(pickle: bytes, rng: Random) -> bytes:

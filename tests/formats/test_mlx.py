@@ -743,3 +743,16 @@ def test_validate_tells_of_a_field_and_goes_on(tmp_path: Path) -> None:
     found = list(ao.validate(folder))
     assert any('scale is "x", not a number' in finding.message for finding in found)
     assert "X001" not in {finding.rule.code for finding in found}
+
+
+def test_a_factor_of_elements_that_are_no_bytes_is_refused(tmp_path: Path) -> None:
+    stem = "model.layers.0.self_attn.q_proj"
+    entries, at = {}, 0
+    for end, shape in (("lora_a", (8, 4)), ("lora_b", (4, 8))):
+        entries[f"{stem}.{end}"] = {"dtype": "F6_E2M3", "shape": list(shape), "data_offsets": [at, at + 24]}
+        at += 24
+    header = json.dumps(entries).encode()
+    (tmp_path / "adapters.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(at))
+    with pytest.raises(errors.BrokenAdapter, match="cannot be transposed"):
+        ao.load(tmp_path / "adapters.safetensors", fields={"scale": 2})
+    assert "T103" in [finding.code for finding in ao.validate(tmp_path)]

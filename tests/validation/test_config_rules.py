@@ -541,3 +541,7 @@ def test_peft_warns(code: str, tmp_path: Path) -> None:
     made = BROKEN[code](tmp_path)
     with pytest.warns(Warning, match=r"shiny_scale|missing adapter keys|did not match any"):
         loaded(made[0] if isinstance(made, tuple) else made)
+
+
+def test_a_rank_beyond_every_float_is_another_rank(tmp_path: Path) -> None:
+    assert codes(set_config(peft_folder(tmp_path), r=10**400)) == ["C230"]
