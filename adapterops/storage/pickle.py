@@ -45,7 +45,9 @@ class TensorSource:
         if held is None:
             import torch
 
-            flat = self.tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1).view(torch.uint8)
+            flat = self.tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
+            # One element counts as contiguous whatever its stride is said to be.
+            flat = flat.as_strided(flat.shape, (1,)).view(torch.uint8)
             held = self._bytes = flat.numpy().data
         part = held[start : start + len(buffer)]
         buffer[:] = part

@@ -227,3 +227,8 @@ def test_damage_gives_a_named_error_or_tensors(tmp_path: Path) -> None:
         except AdapterOpsError as error:
             kinds[type(error).__name__] += 1
     assert kinds["UnreadableFile"] > 50
+
+
+def test_an_element_with_a_stride_of_two(tmp_path: Path) -> None:
+    torch.save({"x.lora_A.weight": torch.tensor([1.0, 2.0]).as_strided((1,), (2,), 1)}, tmp_path / "a.bin")
+    assert open_source(tmp_path / "a.bin").tensors["x.lora_A.weight"].item() == 2.0
