@@ -51,10 +51,10 @@ def inspect(
       adapterops inspect my-peft-folder --json
       adapterops inspect adapter_model.safetensors --config --alpha 16
     """
-    from adapterops import api
+    from adapterops import loading
     from adapterops.inspection import report
 
-    adapter = api.load(
+    adapter = loading.load(
         source,
         format=source_format,
         arch=arch,

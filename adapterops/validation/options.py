@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from adapterops.architectures import Architecture
 from adapterops.errors import UsageError
@@ -27,7 +27,6 @@ class Options:
     architecture: Architecture | None = None
     targets: tuple[str, ...] = ()
     load_test: bool = False
-    settings: dict[str, str] = field(default_factory=dict)
 
 
 def chosen(rules: Iterable[Rule], options: Options) -> list[Rule]:

@@ -40,3 +40,17 @@ def test_a_rename_imports_nothing_heavy_and_needs_little_memory(to: str, tmp_pat
     assert said["exact"]
     assert said["bytes"] > 95_000_000
     assert said["peak"][0] < 60 * 1024, f"{said['peak'][0]} KiB"
+
+
+@pytest.mark.parametrize("command", ["inspect", "validate"])
+def test_what_only_reads_imports_nothing_that_only_writing_needs(command: str, tmp_path: Path) -> None:
+    files.write_kohya_sd1(tmp_path / "style.safetensors", 2)
+    code = (
+        "import atexit, sys; from adapterops.cli.main import run\n"
+        "heavy = ('adapterops.proof', 'adapterops.dialects.write', 'torch')\n"
+        "atexit.register(lambda: print([m for m in heavy if m in sys.modules], file=sys.stderr))\n"
+        "run(sys.argv[1:])"
+    )
+    arguments = [command, str(tmp_path / "style.safetensors"), *(["--header-only"] if command == "validate" else [])]
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == "[]", done.stderr
