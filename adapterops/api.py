@@ -105,8 +105,7 @@ def save(
         fit = _fitted(adapter, form, target, Rounding(wanted, fold_alpha))
         adapter, rounded = fit.source, bool(wanted or fold_alpha or fit.rounded)
         out = form.write(fit.adapter, target)
-        out = replace(
-            out,
+        out = out._replace(
             kept=tuple(u for u in out.kept if u.key in adapter.updates),
             dropped=(*fit.dropped, *out.dropped),
             notes=(*fit.notes, *out.notes),

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from math import isfinite
-from typing import Any
+from typing import Any, NamedTuple
 
 from adapterops.storage.dtypes import BITS
 
@@ -19,12 +18,11 @@ NOT_CARRIED = ("sshs_model_hash", "sshs_legacy_hash", "lora_adapter_metadata", "
 """Header entries that describe the source's own bytes or layout and would be false of another file."""
 
 
-@dataclass(frozen=True, slots=True)
-class Carried:
+class Carried(NamedTuple):
     """The contents of the `adapterops` header entry."""
 
-    spelling: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    spelling: Mapping[str, Mapping[str, Any]] = {}
+    config: Mapping[str, Mapping[str, Any]] = {}
     architecture: str | None = None
     """The base model where it was known; it decides where modules alone fit several."""
 

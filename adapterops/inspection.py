@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from math import hypot, isfinite, isnan, nan
-from typing import Any
+from typing import Any, NamedTuple
 
 from adapterops import registry
 from adapterops.adapter import Adapter, Certainty, Fact, Update
@@ -21,8 +20,7 @@ Spread = Mapping[Any, int]
 """A value and the number of modules that have it."""
 
 
-@dataclass(frozen=True, slots=True)
-class ComponentReport:
+class ComponentReport(NamedTuple):
     """One component of the base model and what the adapter does to it."""
 
     name: str
@@ -243,6 +241,8 @@ def _hashes(files: set[str]) -> dict[str, Any]:
 
     Source: kohya-ss/sd-scripts `library/train_util.py`, `addnet_hash_safetensors`.
     """
+    import hashlib  # a fortieth of the time of a command that needs none
+
     out: dict[str, Any] = {}
     for path in sorted(files):
         if not path.endswith(".safetensors"):

@@ -7,9 +7,8 @@ that a format needs is exported here; nothing else of adapterops is promised to 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from adapterops import errors
 from adapterops.adapter import Adapter, Certainty, Fact, Provenance, Update
@@ -66,8 +65,7 @@ def maths(module: str) -> Any:
     return import_module(f"adapterops.methods.{module}")
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
+class Target(NamedTuple):
     """What a format is asked to write: the dialect, the base model if it is known, and what the user says.
 
     `faithful` asks for the source's own spelling where it was this dialect (prefixes, an adapter's name), `repair` for a
@@ -77,23 +75,21 @@ class Target:
 
     dialect: Dialect
     architecture: Architecture | None = None
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Any] = {}
     faithful: bool = False
     allow_drop: bool = False
     repair: bool = False
     reader: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class Rounding:
+class Rounding(NamedTuple):
     """What a conversion asks of every number: the float type that it is rounded to, and scales baked into the factors."""
 
     dtype: str | None = None
     fold_alpha: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Fitted:
+class Fitted(NamedTuple):
     """An adapter as one reader of a format takes it.
 
     `source` is what of the adapter is left, all but `dropped`; `adapter` does the same, in tensors that the reader
@@ -107,8 +103,7 @@ class Fitted:
     notes: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class OutputFile:
+class OutputFile(NamedTuple):
     """One file of an output: safetensors (`tensors`, `metadata`) or text.
 
     `path` is relative to the output folder; "" where the output is a single file.  Of another container, `write` makes the
@@ -116,14 +111,13 @@ class OutputFile:
     """
 
     path: str
-    tensors: Mapping[str, LazyTensor] = field(default_factory=dict)
-    metadata: Mapping[str, str] = field(default_factory=dict)
+    tensors: Mapping[str, LazyTensor] = {}
+    metadata: Mapping[str, str] = {}
     text: str | None = None
     write: Callable[[str, Callable[[int], None]], None] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Output:
+class Output(NamedTuple):
     """The files that hold an adapter, and what the user should know about them."""
 
     files: tuple[OutputFile, ...]
@@ -134,8 +128,7 @@ class Output:
     """Whether the format itself changed tensors within rounding (a scale that it folded): the proof allows for that."""
 
 
-@dataclass(frozen=True, slots=True)
-class TypeRow:
+class TypeRow(NamedTuple):
     """One type of adapter that a format names, and what its files say: a row of `adapterops methods`.
 
     `recognised` are the ends of its keys.  Fields of its config: `read` where one is there, without effect on what the

@@ -30,8 +30,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from adapterops_formats.cloneofsimo_match import LISTED_KEY, Found, named, taken
-from adapterops_formats.cloneofsimo_walk import CLASSES, EARLY, LATE, missing, targets_for, walk
+from adapterops_formats.cloneofsimo_walk import CLASSES, EARLY, LATE, LISTED_KEY, missing, targets_for, walk
 
 from adapterops.plugin import (
     Adapter,
@@ -105,6 +104,8 @@ class Cloneofsimo(Format):
         return [r for r in found if any(c.suffix.method == "lora" for c in r.claims)][:1]
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
+        from adapterops_formats.cloneofsimo_match import Found, named  # other files have no positions
+
         said = _targets_said(source, request)
         found = Found()
 
@@ -116,7 +117,7 @@ class Cloneofsimo(Format):
                 found = named(numbered, source, request, said)
             except errors.AdapterOpsError as error:
                 request.wrong(error, (t.key for group in numbered for t in group.tensors.values()))
-            return [*(replace(group, place=_PLACES[component]) for component, group in found.groups), *tokens]
+            return [*(group._replace(place=_PLACES[component]) for component, group in found.groups), *tokens]
 
         adapter = read_by_table(reading, source, request, no_config, None, settle)
         spoken = CLONEOFSIMO if found.block == EARLY else LATER
@@ -129,7 +130,7 @@ class Cloneofsimo(Format):
             dialect=spoken.name,
             spelling=spelling,
             notes=(*provenance.notes, *found.notes),
-            carried=replace(provenance.carried, spelling={**carried, spoken.name: spelling}),
+            carried=provenance.carried._replace(spelling={**carried, spoken.name: spelling}),
         )
         return replace(adapter, metadata=own, provenance=provenance)
 
@@ -234,7 +235,7 @@ def _flat(group: Group) -> Group:
     vector = group.tensors["emb_params"]
     if len(vector.shape) != 1:
         raise errors.BrokenAdapter(f"{vector.where}: shape {list(vector.shape)}; a token's embedding is (dim,)")
-    return replace(group, tensors={"emb_params": vector.reshape((1, vector.numel))})
+    return group._replace(tensors={"emb_params": vector.reshape((1, vector.numel))})
 
 
 def _as_token(update: Update) -> Update:
@@ -285,6 +286,8 @@ def _positions(
 
     Raises `CannotRepresent` where no classes lead to exactly these modules, `UnknownArchitectureOfFile` without a base.
     """
+    from adapterops_formats.cloneofsimo_match import taken
+
     base = target.architecture.components.get(component) if target.architecture is not None else None
     if base is None:
         raise errors.UnknownArchitectureOfFile(

@@ -5,12 +5,11 @@ that the walk is the right one (`monkeypatch_or_replace_lora_extended` in cloneo
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from adapterops_formats.cloneofsimo_walk import CLASSES, EARLY, LATE, walk
+from adapterops_formats.cloneofsimo_walk import CLASSES, EARLY, LATE, LISTED_KEY, walk
 
 from adapterops.plugin import (
     METHODS,
@@ -25,8 +24,6 @@ from adapterops.plugin import (
     errors,
 )
 
-LISTED_KEY = re.compile(r"\[(\d+)\]")
-"""The key of a tensor in a list."""
 USUAL = {
     "unet": (("CrossAttention", "Attention", "GEGLU"), ("ResnetBlock2D", "CrossAttention", "Attention", "GEGLU")),
     "text_encoder": (("CLIPAttention",),),
@@ -122,7 +119,7 @@ def named(groups: list[Group], source: Source, request: Request, said: Mapping[s
                 f"the header's ranks are not the tensors' (so in {wrong.up.key!r}); the tensors are believed"
             )
         for pair, spec in zip(pairs, assigned[component].modules, strict=True):
-            found.groups.append((component, replace(pair.group, name=spec.name, stated=spec.name)))
+            found.groups.append((component, pair.group._replace(name=spec.name, stated=spec.name)))
     return found
 
 

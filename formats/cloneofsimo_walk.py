@@ -18,6 +18,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 
 from adapterops.plugin import ModuleSpec
 
+LISTED_KEY = re.compile(r"\[(\d+)\]")
+"""The key of a tensor in a list."""
 CLASSES: Mapping[str, Mapping[str, str]] = {
     "unet": {
         "Transformer2DModel": r"(^|\.)attentions\.\d+$",

@@ -30,10 +30,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from adapterops_formats.gguf_entries import ALPHA, HEADS, OWN, alpha_of, entries_of
-from adapterops_formats.gguf_experts import METHOD as EXPERTS
-from adapterops_formats.gguf_read import Names
-from adapterops_formats.gguf_write import Base, common_alpha, in_place, insist, is_idle, with_alpha
+from adapterops_formats.gguf_entries import ALPHA, EXPERTS, HEADS, OWN, alpha_of, entries_of
 from adapterops_formats.peft_config import refuse_scale
 
 from adapterops.plugin import (
@@ -102,6 +99,8 @@ class Gguf(Format):
         return super().recognise(source, dialects) if source.metadata.get("general.type") == "adapter" else []
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
+        from adapterops_formats.gguf_read import Names  # other files are read without llama.cpp's names
+
         refuse_scale(request.fields, self.title)
         kind = source.metadata.get("adapter.type")
         if kind != "lora":
@@ -126,7 +125,7 @@ class Gguf(Format):
             notes.append(f"{ALPHA} is {'missing' if alpha is None else 'zero'}: llama.cpp applies scale 1")
         provenance = adapter.provenance
         spelling = {**provenance.spelling, **({"types": types} if types else {})}
-        carried = replace(provenance.carried, spelling={**provenance.carried.spelling, GGUF.name: spelling})
+        carried = provenance.carried._replace(spelling={**provenance.carried.spelling, GGUF.name: spelling})
         return replace(
             adapter,
             metadata=kept,
@@ -134,6 +133,8 @@ class Gguf(Format):
         )
 
     def write(self, adapter: Adapter, target: Target) -> Output:
+        from adapterops_formats.gguf_write import Base, common_alpha, in_place, insist, is_idle, with_alpha
+
         base = Base.of(adapter, target)
         dropped: list[str] = []
         kept: list[Update] = []

@@ -23,6 +23,8 @@ OWN = (
     *("general.file_type", "general.quantization_version"),
 )
 """The header's entries that are made anew, or are true of one file's bytes only."""
+EXPERTS = "lora_parameters"
+"""The method of updates of a layer's experts."""
 HEADS = (".attention.head_count", ".attention.head_count_kv")
 
 

@@ -19,8 +19,6 @@ from adapterops_formats.gguf_rows import exchanged
 
 from adapterops.plugin import LazyTensor, Update, columns, errors, maths, same_bytes, stack, zeros
 
-METHOD = "lora_parameters"
-
 
 def taken_apart(update: Update, parts: Sequence[str]) -> list[Update]:
     """The stacks that an update of a parameter becomes, by the ends of their names in transformers.

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from adapterops_formats import gguf_table as table
-from adapterops_formats.gguf_entries import HEADS, INVOCATION, number_of, tokens_of
-from adapterops_formats.gguf_experts import METHOD as EXPERTS
+from adapterops_formats.gguf_entries import EXPERTS, HEADS, INVOCATION, number_of, tokens_of
 from adapterops_formats.gguf_experts import joined
 from adapterops_formats.gguf_rows import of_unknown_rows, with_rows
 
@@ -68,7 +66,7 @@ class Names:
             if self._tokens is not None:
                 options[INVOCATION] = self._tokens
             method = "lora" if self._tokens is None else "alora"
-            out.append(replace(entry, name=module, method=method, tensors=tensors, options=options))
+            out.append(entry._replace(name=module, method=method, tensors=tensors, options=options))
         for module, parts in stacks.items():
             out += self._parameters(module, parts, row)
         return out
@@ -182,7 +180,7 @@ class Names:
                 "is_transposed": False,
             }
             name = f"{module}.{parameter}"
-            out.append(replace(present[0], name=name, method=EXPERTS, tensors=tensors, options=options))
+            out.append(present[0]._replace(name=name, method=EXPERTS, tensors=tensors, options=options))
         return out
 
 

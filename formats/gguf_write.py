@@ -10,8 +10,7 @@ from math import isclose
 from typing import NamedTuple
 
 from adapterops_formats import gguf_table as table
-from adapterops_formats.gguf_entries import ALPHA
-from adapterops_formats.gguf_experts import METHOD as EXPERTS
+from adapterops_formats.gguf_entries import ALPHA, EXPERTS
 from adapterops_formats.gguf_experts import taken_apart
 from adapterops_formats.gguf_rows import with_rows
 

@@ -112,7 +112,7 @@ class Loralib(Format):
             places: dict[Place, Place] = {}
             for entry in groups:
                 places.setdefault(entry.place, replace(entry.place, component=component))
-            return [replace(g, place=places[g.place]) for g in groups]
+            return [g._replace(place=places[g.place]) for g in groups]
 
         def refine(updates: list[Update]) -> list[Update]:
             return [_with_reason(u) for u in updates]
@@ -224,7 +224,7 @@ def _with_triplets(reading: Reading) -> Reading:
         c._replace(suffix=own[c.suffix.role]) if c.name in triplets and c.suffix.method == "lora" else c
         for c in reading.claims
     )
-    return replace(reading, claims=claims)
+    return reading._replace(claims=claims)
 
 
 def _meant(entry: Group, architecture: Architecture | None, enabled: list[bool] | None, said: _Said) -> Group:
@@ -262,7 +262,7 @@ def _meant(entry: Group, architecture: Architecture | None, enabled: list[bool] 
                 f"{json.dumps(flags)} turns {sum(flags)} on"
             )
         entry.options["enable_lora"] = list(flags)
-    return replace(entry, method="lora_merged")
+    return entry._replace(method="lora_merged")
 
 
 def _with_reason(update: Update) -> Update:

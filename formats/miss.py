@@ -67,7 +67,7 @@ class Miss(Peft):
         if not any(update.method == "miss" for update in kept):
             return Output((), (), tuple(dropped))
         out = super().write(adapter.with_updates(kept), target)
-        return replace(out, dropped=(*dropped, *out.dropped))
+        return out._replace(dropped=(*dropped, *out.dropped))
 
 
 FORMAT = Miss()

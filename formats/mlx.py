@@ -26,9 +26,9 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import frexp, isclose, isfinite
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from adapterops_formats.mlx_config import ENTRY, NAME, MlxConfig, alpha_of, as_entry, from_entry, made, scale_given
 from adapterops_formats.mlx_names import (
@@ -150,7 +150,7 @@ class Mlx(Format):
             groups = [_meant(entry, request.architecture) for entry in groups]
             component = component_by_names(groups, request.architecture) or "model"
             place = replace(MLX.places[0], component=component)
-            return [replace(entry, place=place) for entry in groups]
+            return [entry._replace(place=place) for entry in groups]
 
         def refine(updates: list[Update]) -> list[Update]:
             own = [_as_before(update, carried) for update in updates]
@@ -292,7 +292,7 @@ def _meant(entry: Group, base: Architecture | None) -> Group:
     options = {**entry.options, "kind": "embedding"} if embedding else entry.options
     if not embedding:
         options.pop("kind", None)
-    return replace(entry, name=name, stated=entry.name if name != entry.name else "", options=options)
+    return entry._replace(name=name, stated=entry.name if name != entry.name else "", options=options)
 
 
 def _scale(config: MlxConfig, request: Request) -> tuple[float, Certainty, str] | None:
@@ -500,8 +500,7 @@ def _refusal(update: Update, target: Target) -> str:
     return ""
 
 
-@dataclass(frozen=True, slots=True)
-class _Even:
+class _Even(NamedTuple):
     """An adapter at one rank and one scale, and what was done to which module: `padded` has the ranks that were smaller,
     `stretched` what B was multiplied by."""
 
@@ -568,7 +567,7 @@ class _Even:
         own = {"padded": dict(self.padded), "stretched": {m: f for m, f in self.stretched.items() if f}}
         carried = adapter.provenance.carried
         spelling = {**carried.spelling, MLX.name: {name: table for name, table in own.items() if table}}
-        return replace(adapter, provenance=replace(adapter.provenance, carried=replace(carried, spelling=spelling)))
+        return replace(adapter, provenance=replace(adapter.provenance, carried=carried._replace(spelling=spelling)))
 
 
 def _restacked(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:

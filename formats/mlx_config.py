@@ -16,8 +16,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from adapterops_formats.mlx_names import covers
 
@@ -32,11 +31,10 @@ _TYPES = ("lora", "dora", "full")
 _LARGEST = 1e300
 
 
-@dataclass(frozen=True, slots=True)
-class MlxConfig:
+class MlxConfig(NamedTuple):
     """A checked config, and the place it stands in."""
 
-    fields: Mapping[str, Any] = field(default_factory=dict)
+    fields: Mapping[str, Any] = {}
     where: str = ""
 
     @classmethod

@@ -23,10 +23,8 @@ Sources: https://github.com/NVIDIA-NeMo/Megatron-Bridge `src/megatron/bridge/mod
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import ClassVar
 
-from adapterops_formats.gguf_rows import of_unknown_rows
 from adapterops_formats.torch_native import Heads, ReadOnly, decoder, family, heads, of_transformers, rows_of, taken
 
 from adapterops.plugin import (
@@ -141,18 +139,20 @@ def _parts(entry: Group, component: Component | None) -> Iterator[Group]:
             continue
         if component is None:
             tensors = {role: _unknown(t, names) if role in _ROWS else t for role, t in entry.tensors.items()}
-            yield replace(entry, tensors=tensors)
+            yield entry._replace(tensors=tensors)
             return
         stem = entry.name.removesuffix(end)
         split = _attention(component, stem) if end == _QKV else _gated(component, stem)
         rows = sum(high - low for pieces in split.values() for low, high in pieces)
         for module, pieces in split.items():
-            yield replace(entry, name=module, tensors=_rows_of(entry, pieces, rows, module))
+            yield entry._replace(name=module, tensors=_rows_of(entry, pieces, rows, module))
         return
     yield entry
 
 
 def _unknown(tensor: LazyTensor, names: str) -> LazyTensor:
+    from adapterops_formats.gguf_rows import of_unknown_rows
+
     return of_unknown_rows(
         tensor,
         f"{tensor.where}: Megatron keeps {names} in one weight, whose rows depend on the model and its heads; give the base's "

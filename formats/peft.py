@@ -267,7 +267,7 @@ def _about(request: Request, component: str) -> Request:
     base = request.architecture
     if base is None or component not in base.components or len(base.components) == 1:
         return request
-    return replace(request, architecture=replace(base, components={component: base.components[component]}))
+    return replace(request, architecture=base._replace(components={component: base.components[component]}))
 
 
 def _contradicted(sentence: str) -> None:
@@ -299,7 +299,7 @@ def _header(part: Adapter, component: str) -> dict[str, str]:
     if component == "model":
         spelling = dict(carried.spelling)
     own = {k: v for k, v in part.config.items() if k == component}
-    provenance = replace(part.provenance, carried=replace(carried, spelling=spelling))
+    provenance = replace(part.provenance, carried=carried._replace(spelling=spelling))
     return header(replace(part, config=own, provenance=provenance))
 
 
@@ -341,7 +341,7 @@ def _unwrapped(reading: Reading) -> Reading:
         if place not in kept or wrapped:
             kept[place] = claim
     alone = [c.key for c, name in originals if (c.place, name, c.suffix.role, "") not in kept]
-    return replace(reading, claims=tuple(kept.values()), unclaimed=(*reading.unclaimed, *alone))
+    return reading._replace(claims=tuple(kept.values()), unclaimed=(*reading.unclaimed, *alone))
 
 
 _FEW = 256
@@ -596,7 +596,7 @@ def _unlisted(groups: list[Group], config: PeftConfig | None, method: PeftMethod
     if any(not g.place.whole for g in groups if g.method in method.methods):
         return []
     names = method.unlisted(config, request.architecture)
-    return [Group(PEFT.places[0], name, method.method, _PREFIX + name) for name in names]
+    return [Group(PEFT.places[0], name, method.method, _PREFIX + name, {}, {}) for name in names]
 
 
 def _placed(groups: list[Group], component: str) -> list[Group]:
@@ -605,7 +605,7 @@ def _placed(groups: list[Group], component: str) -> list[Group]:
     for entry in groups:
         if entry.place not in places:
             places[entry.place] = replace(entry.place, component=component)
-    return [replace(g, place=places[g.place]) for g in groups]
+    return [g._replace(place=places[g.place]) for g in groups]
 
 
 def _with_indices(update: Update, stated: Any, request: Request) -> Update:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from adapterops_formats.peft_config import PeftConfig
@@ -21,7 +20,7 @@ def chosen(groups: list[Group], method: PeftMethod, config: PeftConfig | None) -
     """The groups under the method that the config or the tensors name, where several spell a tensor alike (soft prompts)."""
     kinds = config.method if config is not None else method
     return [
-        replace(g, method=kinds.method)
+        g._replace(method=kinds.method)
         if g.place.whole and not kinds.targeted and g.method not in kinds.methods and g.method in KIND_OF
         else g
         for g in groups

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from adapterops_formats import peft_parameters
@@ -45,7 +44,7 @@ def meant(
     Raises `UnknownFact` where A has fewer columns than the base's module has inputs, and nothing says why.
     """
     groups = peft_parameters.meant(groups, config, architecture)
-    return [replace(g, method=_method(g, config, architecture)) if g.method == "lora" else g for g in groups]
+    return [g._replace(method=_method(g, config, architecture)) if g.method == "lora" else g for g in groups]
 
 
 def _method(entry: Group, config: Any, architecture: Architecture | None) -> str:
@@ -316,4 +315,4 @@ def loralib_names(reading: Reading) -> Reading:
         else c
         for c in reading.claims
     )
-    return reading if claims == reading.claims else replace(reading, claims=claims)
+    return reading if claims == reading.claims else reading._replace(claims=claims)

@@ -11,7 +11,6 @@ Source: huggingface/peft 0.21.2 `tuners/lora/layer.py` (`ParamWrapper`), `tuners
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from adapterops_formats.peft_patterns import Base
@@ -53,7 +52,7 @@ def meant(groups: list[Group], config: Any, architecture: Architecture | None) -
             raise errors.BrokenAdapter(
                 f"{first.where}: of the nested factors of {module} some are missing", fault="missing-half"
             )
-        members = [replace(entry, method=METHOD) for _, entry in own]
+        members = [entry._replace(method=METHOD) for _, entry in own]
         names = _names(members, module, own_parameters, stated, config)
         for at, ((steps, entry), member) in enumerate(zip(own, members, strict=True)):
             member.options.update({"nesting": steps} | _rank(member, names[at], config))
@@ -61,7 +60,7 @@ def meant(groups: list[Group], config: Any, architecture: Architecture | None) -
                 spec = own_parameters.get(names[at])
                 layout = {"is_transposed": spec.transposed} if spec is not None and len(spec.shape) == 3 else {}
                 member.options.update({"parameter_name": names[at], **layout})
-                member = replace(member, name=f"{module}.{names[at]}")
+                member = member._replace(name=f"{module}.{names[at]}")
             if stated:
                 member.options["target_parameters"] = list(config.fields["target_parameters"])
             found[id(entry)] = member

@@ -10,21 +10,19 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Base:
+class Base(NamedTuple):
     """What is known of the base model that peft will walk over: nothing, by default."""
 
     names: frozenset[str] | None = None
     """The modules of the component; None where they are not known."""
     optional_prefix: str = ""
     """What the names begin with in one version of the base's class and not in another."""
-    shapes: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    shapes: Mapping[str, tuple[int, ...]] = {}
     """Of weights, (out, in, *kernel)."""
-    kinds: Mapping[str, str] = field(default_factory=dict)
+    kinds: Mapping[str, str] = {}
     """`linear`, `conv`, `embedding` …; `transposed` for a layer that stores its weight as (in, out)."""
     parameters: frozenset[str] = frozenset()
     """Matrices that modules hold under other names than `weight`, each by its dotted name."""

@@ -17,8 +17,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from adapterops_formats.peft_config import number
 from adapterops_formats.peft_patterns import Base, exact_endings, named
@@ -26,8 +26,7 @@ from adapterops_formats.peft_patterns import Base, exact_endings, named
 from adapterops.plugin import METHODS, Adapter, Fitted, Rounding, Target, Update, errors, nothing, uniform
 
 
-@dataclass(frozen=True, slots=True)
-class Server:
+class Server(NamedTuple):
     """What one server reads of a PEFT folder.
 
     `rslora`: whether it reads `use_rslora`, and `rslora_experts`, whether for experts too.  `largest` is the largest rank

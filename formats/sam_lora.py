@@ -212,9 +212,9 @@ def _joined(groups: list[Group], source: Source, request: Request, notes: list[s
         name = f"vision_encoder.layers.{block}.attn.qkv"
         tensors = {"A": stack([t["Aq"], t["Av"]]), "B": stack([t["Bq"], t["Bv"]])}
         options: dict[str, Any] = {"enable_lora": list(_PARTS)}
-        out.append(Group(place, name, "lora_merged", group.stem, name, tensors, options))
+        out.append(Group(place, name, "lora_merged", group.stem, tensors, options, name))
     component = component_by_names(out, request.architecture) or "model"
-    return [replace(group, place=replace(place, component=component)) for group in out]
+    return [group._replace(place=replace(place, component=component)) for group in out]
 
 
 def _blocks(count: int, width: int, source: Source, request: Request, notes: list[str]) -> Sequence[int]:

@@ -79,7 +79,7 @@ class TFew(Format):
                 _insist_on_a_column(group, request)
             component = component_by_names(groups, request.architecture) or "model"
             place = replace(TFEW.places[0], component=component)
-            return [replace(group, place=place) for group in groups]
+            return [group._replace(place=place) for group in groups]
 
         return read_by_table(reading, source, request, no_config, None, settle)
 

@@ -7,7 +7,6 @@ where follows from the numbers of heads, which the base's config says (`--base C
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 from adapterops.plugin import Adapter, Component, Format, Group, LazyTensor, Output, Request, Target, errors
@@ -68,7 +67,7 @@ def _count(config: Mapping[str, Any], name: str) -> int:
 def of_transformers(entry: Group) -> Group:
     """The group under transformers' name: its layers stand in `model`."""
     inside = entry.name.startswith("layers.")
-    return replace(entry, name=f"model.{entry.name}") if inside else entry
+    return entry._replace(name=f"model.{entry.name}") if inside else entry
 
 
 def taken(tensor: LazyTensor, pieces: Sequence[tuple[int, int]], rows: int, what: str) -> LazyTensor:

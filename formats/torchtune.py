@@ -20,10 +20,8 @@ Sources: https://github.com/pytorch/torchtune `torchtune/models/convert_weights.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import ClassVar
 
-from adapterops_formats.gguf_rows import of_unknown_rows, with_rows
 from adapterops_formats.torch_native import ReadOnly, decoder, family, heads, of_transformers
 
 from adapterops.plugin import (
@@ -119,13 +117,13 @@ class Torchtune(ReadOnly):
         try:
             if component is None:
                 tensors = {r: _unknown(t, entry) if which and r != "A" else t for r, t in entry.tensors.items()}
-                return entry if request.tell is not None else replace(entry, tensors=tensors)
+                return entry if request.tell is not None else entry._replace(tensors=tensors)
             kind = family(component, [*_TURNED, *_AS_THEY_ARE], "torchtune")
             if which is None or kind in _AS_THEY_ARE:
                 return entry
             size = heads(component).size
             turned = {r: t if r == "A" else _turned(t, size, entry) for r, t in entry.tensors.items()}
-            return replace(entry, tensors=turned)
+            return entry._replace(tensors=turned)
         except errors.AdapterOpsError as error:
             request.wrong(error, (tensor.key for tensor in entry.tensors.values()))
             return entry
@@ -134,6 +132,8 @@ class Torchtune(ReadOnly):
 def _turned(tensor: LazyTensor, size: int, entry: Group) -> LazyTensor:
     """The rows (out_features, …) in transformers' order."""
     try:
+        from adapterops_formats.gguf_rows import with_rows
+
         return with_rows(tensor, rotated(tensor.shape[0] if tensor.shape else 0, size), back=True)
     except ValueError as error:
         raise errors.BrokenAdapter(
@@ -143,6 +143,8 @@ def _turned(tensor: LazyTensor, size: int, entry: Group) -> LazyTensor:
 
 
 def _unknown(tensor: LazyTensor, entry: Group) -> LazyTensor:
+    from adapterops_formats.gguf_rows import of_unknown_rows
+
     return of_unknown_rows(
         tensor,
         f"{tensor.where}: torchtune keeps the rows of {entry.name} in an order that depends on the model and its heads, and "

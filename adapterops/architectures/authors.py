@@ -50,4 +50,4 @@ def _named(spec: ModuleSpec, row: ModuleSpec | None) -> ModuleSpec:
     """The model's module with the row's `original`, which repeats the model's name where it repeats the row's."""
     if row is None:
         return spec
-    return replace(spec, original=spec.name if row.original == row.name else row.original, widens=row.widens)
+    return spec._replace(original=spec.name if row.original == row.name else row.original, widens=row.widens)

@@ -18,7 +18,7 @@ LAYOUTS = ("installed", "published")
 def published(architecture: Architecture) -> Architecture:
     """The base model under its published names; the class's own are accepted as other names of the same modules."""
     components = {name: _published(component) for name, component in architecture.components.items()}
-    return replace(architecture, components=components)
+    return architecture._replace(components=components)
 
 
 def _published(component: Component) -> Component:
@@ -40,8 +40,7 @@ def _published(component: Component) -> Component:
 
 def _renamed(spec: ModuleSpec, names: Mapping[str, str]) -> ModuleSpec:
     name = names.get(spec.name, spec.name)
-    return replace(
-        spec,
+    return spec._replace(
         name=name,
         original=name if spec.original == spec.name else spec.original,
         tied_to=names.get(spec.tied_to, spec.tied_to) if spec.tied_to is not None else None,

@@ -6,12 +6,13 @@ Loading is on the path of every command, so this file imports neither torch nor 
 from __future__ import annotations
 
 import os
+import re
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from adapterops.architectures.errors import UnknownArchitecture
 from adapterops.architectures.expression import Value, evaluate_integer
@@ -20,8 +21,7 @@ from adapterops.architectures.template import ALL, Expander, Leaf, Piece, Row, s
 _FOLDER = os.path.dirname(__file__)
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleSpec:
+class ModuleSpec(NamedTuple):
     """A module of a base model that owns a parameter or a buffer."""
 
     name: str
@@ -93,8 +93,7 @@ class Component:
         return out
 
 
-@dataclass(frozen=True, slots=True)
-class Architecture:
+class Architecture(NamedTuple):
     """A base model as a table of modules."""
 
     name: str
@@ -128,12 +127,42 @@ def load(name: str) -> Architecture:
             f"unknown architecture {name!r}; known: {', '.join(names())}. "
             "For another base model give its config: --base CONFIG"
         )
-    document = _read(os.path.join(_FOLDER, f"{name}.toml"))
-    templates = _templates(document)
-    components: dict[str, Component] = {}
-    for component_name, table in document["components"].items():
-        components[component_name] = _component(component_name, table, templates, table["config"])
-    return Architecture(name, document["title"], components, builtin=True, released=document["released"])
+    path = os.path.join(_FOLDER, f"{name}.toml")
+    with open(path, encoding="utf-8") as file:
+        text = file.read()
+    title, released = (found[1] for found in (_TITLE.search(text), _RELEASED.search(text)) if found)
+    return Architecture(name, title, _Components(path, _COMPONENT.findall(text)), builtin=True, released=released)
+
+
+_TITLE, _RELEASED, _COMPONENT = (
+    re.compile(line, re.MULTILINE)
+    for line in (r'^title = "([^"\\]+)"$', r'^released = "([^"\\]+)"$', r"^\[components\.(\w+)\]$")
+)
+"""The lines of an architecture's file that tell whether it is worth parsing."""
+
+
+class _Components(Mapping[str, Component]):
+    """The components of a built-in architecture: their names are known, the file is parsed when one is asked for."""
+
+    def __init__(self, path: str, listed: Sequence[str]) -> None:
+        self._path, self._names = path, tuple(listed)
+        self._made: dict[str, Component] = {}
+
+    def __getitem__(self, name: str) -> Component:
+        if not self._made:
+            document = _read(self._path)
+            templates, tables = _templates(document), document["components"]
+            self._made = {own: _component(own, table, templates, table["config"]) for own, table in tables.items()}
+        return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def likes(class_name: str, config: Mapping[str, Any]) -> Iterator[Component]:
@@ -224,7 +253,7 @@ def _joined(spec: ModuleSpec, modules: Mapping[str, ModuleSpec]) -> ModuleSpec:
     others = [name for name, _, _ in joins if modules[name].shape[1:] != spec.shape[1:]]
     if rows != spec.shape[0] or others:
         raise ValueError(f"{spec.name}: its shape {spec.shape} is not that of the {rows} rows that it joins")
-    return replace(spec, joins=joins)
+    return spec._replace(joins=joins)
 
 
 class _Modules(Mapping[str, ModuleSpec]):
@@ -256,8 +285,5 @@ class _Modules(Mapping[str, ModuleSpec]):
 
 def _spec(leaf: Leaf) -> ModuleSpec:
     params = ("weight", "bias") if leaf.bias else ("weight",)
-    return ModuleSpec(
-        leaf.canonical, leaf.original, leaf.shape, leaf.kind, leaf.bias,
-        tied_to=leaf.tied_to or None, params=params, joins=leaf.joins, widens=leaf.widens,
-        partial=leaf.partial,
-    )  # fmt: skip
+    name, original, kind, shape, bias, joins, widens, tied_to, partial = leaf
+    return ModuleSpec(name, original, shape, kind, bias, False, tied_to or None, params, joins, partial, widens)

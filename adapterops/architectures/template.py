@@ -63,12 +63,10 @@ class Leaf(NamedTuple):
 
     def under(self, canonical: str, original: str) -> Leaf:
         """The same module in a template that is used at these places."""
-        return self._replace(
-            canonical=canonical + self.canonical,
-            original=original + self.original if self.original else "",
-            joins=tuple((canonical + name, start, stop) for name, start, stop in self.joins),
-            tied_to=canonical + self.tied_to if self.tied_to else "",
-        )
+        name, own, kind, shape, bias, joins, widens, tied_to, partial = self
+        joins = joins and tuple((canonical + part, start, stop) for part, start, stop in joins)
+        tied_to = tied_to and canonical + tied_to
+        return Leaf(canonical + name, own and original + own, kind, shape, bias, joins, widens, tied_to, partial)
 
 
 def stems(rows: list[Row], templates: Mapping[str, list[Row]], column: str) -> frozenset[str]:

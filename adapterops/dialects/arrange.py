@@ -98,7 +98,7 @@ class Arranger:
         spelling = {n: {k: v for k, v in own.items() if k != "joined"} for n, own in carried.spelling.items()}
         if self._records:
             spelling[self.dialect.name] = {**spelling.get(self.dialect.name, {}), "joined": self._records}
-        provenance = replace(self.adapter.provenance, carried=replace(carried, spelling=spelling))
+        provenance = replace(self.adapter.provenance, carried=carried._replace(spelling=spelling))
         return replace(self.adapter, provenance=provenance).with_updates(written)
 
     def _component(self, update: Update) -> Component | None:

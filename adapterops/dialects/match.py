@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
+from itertools import repeat
 from operator import attrgetter
 from typing import Any, NamedTuple
 
@@ -33,8 +34,7 @@ class Claim(NamedTuple):
 _PLACE, _SUFFIX = attrgetter("place"), attrgetter("suffix")
 
 
-@dataclass(frozen=True, slots=True)
-class Reading:
+class Reading(NamedTuple):
     """A dialect's reading of a file's keys."""
 
     dialect: Dialect
@@ -49,8 +49,8 @@ class Reading:
         if [p.reads for p in dialect.places] != [p.reads for p in self.dialect.places]:
             return None
         places = dict(zip(self.dialect.places, dialect.places, strict=True))
-        claims = tuple(claim._replace(place=places[claim.place]) for claim in self.claims)
-        return replace(self, dialect=dialect, claims=claims)
+        claims = tuple([Claim(key, places[p], name, suffix, stem) for key, p, name, suffix, stem in self.claims])
+        return self._replace(dialect=dialect, claims=claims)
 
     @property
     def score(self) -> float:
@@ -73,15 +73,15 @@ def read_keys(dialect: Dialect, keys: Iterable[str], variants: Mapping[str, tupl
     """
     keys = tuple(keys)
     best: Reading | None = None
-    names = _adapter_names(dialect, keys)
+    ends = _ends(keys)
+    names = _adapter_names(dialect, ends)
     # Most dialects have not one of a file's endings; that is cheap to see before their prefixes are tried.
-    present = _present(keys)
     texts = (text for place in dialect.places if not place.whole for name in names for text in _table(place, name))
-    if present.isdisjoint(texts) and not any(_has_whole(place, keys) for place in dialect.places if place.whole):
+    if ends.present.isdisjoint(texts) and not any(_has_whole(place, keys) for place in dialect.places if place.whole):
         return Reading(dialect, (), keys)
     for swap in _swaps(dialect, variants or {}):
         for adapter in names:
-            reading = _read(dialect, keys, adapter, swap)
+            reading = _read(dialect, ends, adapter, swap)
             if best is None or (reading.score, reading.updates_claimed) > (best.score, best.updates_claimed):
                 best = reading
             if best.score == 1.0 and best.updates_claimed:
@@ -98,17 +98,20 @@ def _swaps(dialect: Dialect, variants: Mapping[str, tuple[str, ...]]) -> list[tu
     return [*(s for s in out if s[1].startswith(s[0])), None, *(s for s in out if not s[1].startswith(s[0]))]
 
 
-def _read(dialect: Dialect, keys: tuple[str, ...], adapter: str, swap: tuple[str, str] | None) -> Reading:
+_Found = tuple[str, Suffix] | None
+"""The ending by which a key is known to be a place's, if it is; and as what."""
+
+
+def _read(dialect: Dialect, ends: _Ends, adapter: str, swap: tuple[str, str] | None) -> Reading:
     claims, unclaimed = [], []
-    places = [
-        (place, place.prefix if swap is None or place.prefix != swap[0] else swap[1], _table(place, adapter))
-        for place in dialect.places
-    ]
-    endings_of = _endings(keys)
-    for key in keys:
-        endings = endings_of[key]
+    places: list[tuple[Place, str, dict[str, Suffix], dict[str, _Found]]] = []
+    for place in dialect.places:
+        prefix = place.prefix if swap is None or place.prefix != swap[0] else swap[1]
+        if ends.any_begins(prefix):
+            places.append((place, prefix, _table(place, adapter), {}))
+    for key, end in zip(ends.keys, ends.ends, strict=True):
         claim = None
-        for place, prefix, table in places:
+        for place, prefix, table, known in places:
             if not key.startswith(prefix):
                 continue
             if place.whole:
@@ -118,9 +121,12 @@ def _read(dialect: Dialect, keys: tuple[str, ...], adapter: str, swap: tuple[str
                 if claim is not None:
                     break
                 continue
-            ending = next((e for e in endings if e in table), None)
-            if ending is not None:
-                claim = _claim(key, len(prefix), place, ending, table[ending])
+            if end in known:
+                found = known[end]
+            else:
+                found = known[end] = next(((e, table[e]) for e in _endings(end) if e in table), None)
+            if found is not None:
+                claim = _claim(key, len(prefix), place, *found)
             elif place.saved:
                 claim = _saved(key, len(prefix), place)
             if claim is not None:
@@ -142,26 +148,42 @@ _DEPTH = 4
 """The most dots that a suffix has, an adapter's name included."""
 
 
-@lru_cache(maxsize=4)
-def _endings(keys: tuple[str, ...]) -> dict[str, list[str]]:
-    """For every key its dotted endings, longest first: all that a suffix can be.  Every dialect asks for them."""
-    out = {}
-    for key in keys:
-        endings, at = [], len(key)
-        for _ in range(_DEPTH):
-            at = key.rfind(".", 0, at)
-            if at < 0:
-                break
-            endings.append(key[at:])
-        endings.reverse()
-        out[key] = endings
-    return out
+class _Ends:
+    """Keys and how they end, which every dialect asks for."""
+
+    def __init__(self, keys: tuple[str, ...]) -> None:
+        self.keys = keys
+        self.ends = [key[len(key.rsplit(".", _DEPTH)[0]) :] for key in keys]
+        """The longest ending of each that a suffix can be."""
+        self.present = frozenset(ending for end in set(self.ends) for ending in _endings(end))
+        """Every dotted ending that some key has."""
+        self._begun: dict[str, bool] = {}
+        self._tails: dict[str, Counter[tuple[str, str]]] = {}
+
+    def any_begins(self, prefix: str) -> bool:
+        """Whether any key begins so."""
+        if prefix not in self._begun:
+            self._begun[prefix] = not prefix or any(map(str.startswith, self.keys, repeat(prefix)))
+        return self._begun[prefix]
+
+    def tails(self, after: str) -> Counter[tuple[str, str]]:
+        """What may be adapters' names before `after` in the keys, each with the end of what stands before it."""
+        if after not in self._tails:
+            self._tails[after] = _tails(self.keys, after)
+        return self._tails[after]
+
+
+def _endings(end: str) -> Iterator[str]:
+    """The dotted endings of an ending, longest first."""
+    while end:
+        yield end
+        at = end.find(".", 1)
+        end = end[at:] if at > 0 else ""
 
 
 @lru_cache(maxsize=4)
-def _present(keys: tuple[str, ...]) -> frozenset[str]:
-    """Every dotted ending that some key has."""
-    return frozenset().union(*_endings(keys).values())
+def _ends(keys: tuple[str, ...]) -> _Ends:
+    return _Ends(keys)
 
 
 def _claim(key: str, start: int, place: Place, ending: str, suffix: Suffix) -> Claim | None:
@@ -226,18 +248,17 @@ _MOST_NAMES, _FEW_NAMES, _MANY = 8, 2, 8192
 to hold thousands of names."""
 
 
-def _adapter_names(dialect: Dialect, keys: tuple[str, ...]) -> list[str]:
+def _adapter_names(dialect: Dialect, ends: _Ends) -> list[str]:
     """The adapter names that the keys may hold, "" (none) first."""
     found: dict[str, int] = {}
-    present = _present(keys)
     for after, befores in _around(dialect):
-        if after.startswith(".") and after not in present:
+        if after.startswith(".") and after not in ends.present:
             continue
-        for (tail, name), count in _tails(keys, after).items():
+        for (tail, name), count in ends.tails(after).items():
             if tail.endswith(befores):
                 found[name] = found.get(name, 0) + count
     names = sorted((n for n in found if n and n not in PARAMETERS), key=lambda n: -found[n])
-    return ["", *names[: _MOST_NAMES if len(keys) < _MANY else _FEW_NAMES]]
+    return ["", *names[: _MOST_NAMES if len(ends.keys) < _MANY else _FEW_NAMES]]
 
 
 @lru_cache(maxsize=256)
@@ -256,9 +277,7 @@ _BEFORE = 64
 """The most letters, of at most two parts, that stand before an adapter's name in a suffix."""
 
 
-@lru_cache(maxsize=16)
 def _tails(keys: tuple[str, ...], after: str) -> Counter[tuple[str, str]]:
-    """What may be adapters' names before `after` in the keys, each with the end of what stands before it."""
     found: Counter[tuple[str, str]] = Counter()
     for key in keys:
         if key.endswith(after):
@@ -269,18 +288,17 @@ def _tails(keys: tuple[str, ...], after: str) -> Counter[tuple[str, str]]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Group:
+class Group(NamedTuple):
     """The claimed tensors of one module and method, by role."""
 
     place: Place
     name: str
     method: str
     stem: str
+    tensors: dict[str, LazyTensor]
+    options: dict[str, Any]
     stated: str = ""
     """The module's name as the file has it, where it was changed to be the base's."""
-    tensors: dict[str, LazyTensor] = field(default_factory=dict)
-    options: dict[str, Any] = field(default_factory=dict)
 
 
 def bare(reading: Reading) -> bool:
@@ -292,7 +310,7 @@ def sample(reading: Reading, size: int) -> Reading:
     """The same reading of some `size` modules, spread over the file."""
     names = list(dict.fromkeys(claim.name for claim in reading.claims))
     chosen = set(names[:: max(1, len(names) // size)])
-    return replace(reading, claims=tuple(claim for claim in reading.claims if claim.name in chosen))
+    return reading._replace(claims=tuple(claim for claim in reading.claims if claim.name in chosen))
 
 
 def _raise(error: AdapterOpsError) -> None:
@@ -304,9 +322,11 @@ def _scaled(
 ) -> dict[tuple[Place, str], str]:
     """The scaled method of each module that has one: whose an alpha is.  Where it has two and an alpha, that is told."""
     methods: dict[tuple[Place, str], str] = {}
+    used = {suffix.method for suffix in set(map(_SUFFIX, reading.claims))}
+    scaled = {method for method in used if method != ANY and METHODS[method].scaled}
     for claim in reading.claims:
         method = claim.suffix.method
-        if method == ANY or not METHODS[method].scaled:
+        if method not in scaled:
             continue
         known = methods.setdefault((claim.place, claim.name), method)
         if known != method:
@@ -343,7 +363,7 @@ def group(
         at = (claim.place, claim.name, method)
         entry = out.get(at)
         if entry is None:
-            entry = out[at] = Group(*at, claim.stem)
+            entry = out[at] = Group(*at, claim.stem, {}, {})
         role = claim.suffix.role
         if role in entry.tensors:
             twins = (claim.key, entry.tensors[role].key)

@@ -149,7 +149,7 @@ def read(
         stated=stated,
         dropped=tuple(dropped),
         size=source.size,
-        carried=replace(carried, spelling={**carried.spelling, reading.dialect.name: spelling}),
+        carried=carried._replace(spelling={**carried.spelling, reading.dialect.name: spelling}),
     )
     return Adapter(
         {u.key: u for u in updates},
@@ -282,7 +282,7 @@ def _align_part(groups: list[Group], architecture: Architecture) -> tuple[list[G
     strip, add = change
     said = f"stripped of {strip!r}" if strip else f"given {add!r} in front"
     return (
-        [g if g.place.free else replace(g, name=add + g.name[len(strip) :], stated=g.name) for g in groups],
+        [g if g.place.free else g._replace(name=add + g.name[len(strip) :], stated=g.name) for g in groups],
         [f"module names are {said} to be those of {architecture.name}"],
     )
 

@@ -238,12 +238,12 @@ def component_by_names(groups: Sequence[Group], given: Architecture | None = Non
                 table = _table(architecture, place, some)
                 if any(name not in table for name in some):
                     continue
-            tried = [replace(g, place=place) for g in lookup]
+            tried = [g._replace(place=place) for g in lookup]
             change = align(tried, architecture) if given is not None else ("", "")
             if change is None:
                 continue
             strip, add = change
-            aligned = [replace(g, name=add + g.name[len(strip) :]) for g in tried]
+            aligned = [g._replace(name=add + g.name[len(strip) :]) for g in tried]
             if fit(architecture, aligned).whole:
                 return component
     return None
@@ -459,7 +459,7 @@ def rename(groups: Sequence[Group], architecture: Architecture) -> list[Group] |
         name = entry.name if entry.name in component.modules else component.renamed.get(entry.name)
         if name is None:
             return None
-        out.append(replace(entry, name=name, stated=entry.name))
+        out.append(entry._replace(name=name, stated=entry.name))
     return out
 
 
@@ -473,7 +473,7 @@ def adopt(groups: Sequence[Group], architecture: Architecture) -> Architecture:
     if architecture.builtin or len(architecture.components) != 1 or len(names) != 1 or known:
         return architecture
     name, component = names.pop(), next(iter(architecture.components.values()))
-    return replace(architecture, components={name: replace(component, name=name)})
+    return architecture._replace(components={name: replace(component, name=name)})
 
 
 def spelled(architecture: Architecture | None, place: Place, module: str) -> str | None:

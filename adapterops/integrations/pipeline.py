@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 from adapterops.adapter import COMPONENTS
@@ -44,7 +43,7 @@ def component_of(name: str, model: Any) -> Component:
         own = _unwrapped(path, wrappers)
         if own is not None:
             tied = _unwrapped(spec.tied_to, wrappers) if spec.tied_to else None
-            modules[own] = _whole(replace(spec, name=own, original=own, tied_to=tied), model.get_submodule(path))
+            modules[own] = _whole(spec._replace(name=own, original=own, tied_to=tied), model.get_submodule(path))
     paths = {own for path, _ in model.named_modules() if path and (own := _unwrapped(path, wrappers)) is not None}
     config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
     kind = type(model).__name__
@@ -104,5 +103,5 @@ def _whole(spec: ModuleSpec, module: Any) -> ModuleSpec:
     from torch import nn
 
     if isinstance(module, nn.Linear) and not spec.transposed:
-        return replace(spec, shape=(module.out_features, module.in_features))
+        return spec._replace(shape=(module.out_features, module.in_features))
     return spec

@@ -182,7 +182,7 @@ def _renamed(adapter: Adapter, architecture: Architecture, allow_drop: bool = Fa
 def _groups(updates: Sequence[Update], component: str, architecture: Architecture) -> list[Group]:
     """The updates as modules of one component, under the names that it has for them."""
     place = Place(component, f"{component}.", ())
-    groups = [Group(place, u.module, u.method, u.module, "", dict(u.tensors), dict(u.options)) for u in updates]
+    groups = [Group(place, u.module, u.method, u.module, dict(u.tensors), dict(u.options)) for u in updates]
     return _aligned(groups, architecture)
 
 
@@ -211,14 +211,14 @@ def _aligned(groups: list[Group], architecture: Architecture) -> list[Group]:
     change = resolve.align(groups, architecture)
     if change is not None:
         strip, add = change
-        return [replace(g, name=add + g.name[len(strip) :]) for g in groups]
+        return [g._replace(name=add + g.name[len(strip) :]) for g in groups]
     renamed = resolve.rename(groups, architecture)
     if renamed is not None:
         return renamed
     # A module is missing: the others still have the beginning that the class has lost.
     component = architecture.components[groups[0].place.component]
     known, lost = component.modules, component.optional_prefix
-    return [replace(g, name=n) if (n := g.name.removeprefix(lost)) in known else g for g in groups]
+    return [g._replace(name=n) if (n := g.name.removeprefix(lost)) in known else g for g in groups]
 
 
 def _is_fused(update: Update, base: Architecture | None) -> bool:

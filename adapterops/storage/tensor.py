@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -100,8 +100,7 @@ def numbered(position: int) -> str:
     return f"[{position}]"
 
 
-@dataclass(frozen=True, slots=True)
-class LazyTensor:
+class LazyTensor(NamedTuple):
     """A tensor that has not been read.
 
     `key` is its name in the file it came from, `shape` its shape, `dtype` a name of `dtypes.BITS`.
@@ -154,7 +153,7 @@ class LazyTensor:
         """The same bytes under another shape.  Raises `ValueError` if the numbers of elements differ."""
         if prod(shape) != self.numel:
             raise ValueError(f"{self.where}: shape {list(self.shape)} cannot become {list(shape)}")
-        return self if shape == self.shape else replace(self, shape=shape)
+        return self if shape == self.shape else self._replace(shape=shape)
 
     def rows(self, pieces: Sequence[tuple[int, int]]) -> LazyTensor:
         """The rows [start, stop) of the first axis, in order; no byte is read.
@@ -166,7 +165,7 @@ class LazyTensor:
             raise ValueError(f"{self.where}: shape {list(self.shape)} has no rows {list(pieces)}")
         width = self.nbytes // count if count else 0
         parts = [
-            replace(self, shape=(stop - start, *self.shape[1:]), start=self.start + start * width)
+            self._replace(shape=(stop - start, *self.shape[1:]), start=self.start + start * width)
             for start, stop in pieces
         ]
         return stack(parts)

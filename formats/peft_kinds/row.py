@@ -6,8 +6,7 @@ Source: huggingface/peft 0.21.2 `tuners/*/config.py`, `tuners/*/layer.py`, `util
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from adapterops_formats.peft_patterns import Base
 
@@ -90,8 +89,7 @@ def is_finite(value: float) -> bool:
     return abs(value) <= 1e300
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
+class Setting(NamedTuple):
     """A field of a config that changes what the tensors mean and does not follow from them.
 
     It becomes an option of the update, under the field's name.  Where a config lacks the field, peft takes `default`.
@@ -128,8 +126,7 @@ class Setting:
         return is_finite(value) and (low is None or low <= value) and (high is None or value <= high)
 
 
-@dataclass(frozen=True, slots=True)
-class PeftMethod:
+class PeftMethod(NamedTuple):
     """One `peft_type`.
 
     `method` is that of its updates, `also` further ones that may stand in the same adapter.
@@ -186,8 +183,8 @@ class PeftMethod:
     """Methods whose updates act on bare parameters of a module, which `target_modules` does not name."""
     legacy: tuple[str, ...] = ()
     """Fields of earlier releases, and facts of other writers, that say how tensors are read and are never written."""
-    refused: Mapping[str, str] = field(default_factory=dict)
-    defaults: Mapping[str, Any] = field(default_factory=dict)
+    refused: Mapping[str, str] = {}
+    defaults: Mapping[str, Any] = {}
     """What a config that is written anew says where nothing is known: fields that every peft with the method has."""
     shared: tuple[str, ...] = ()
     fields: Fields = no_fields

@@ -507,7 +507,7 @@ FROD = PeftMethod(
     rank="",
     shaping=("save_projection", "sparse_rate"),
     settings=(
-        replace(_SEED, about="it is the seed of the sparse part's positions, which were not saved"),
+        _SEED._replace(about="it is the seed of the sparse part's positions, which were not saved"),
         Setting(
             "regularization_alpha",
             (float,),

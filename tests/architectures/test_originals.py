@@ -100,7 +100,7 @@ def test_another_order_of_the_pieces_is_told(swap: str) -> None:
     """The comparison above sees a table that joins the right pieces in the wrong order."""
     component, _, _ = flux()
     first, second, *rest = component.fused[swap].joins
-    turned = replace(component.fused[swap], joins=(second, first, *rest))
+    turned = component.fused[swap]._replace(joins=(second, first, *rest))
     wrong = replace(component, fused={**component.fused, swap: turned})
     checkpoint, expected = numbered(wrong)
     checkpoint = {k.replace("_norm.weight", "_norm.scale"): v for k, v in checkpoint.items()}

@@ -5,16 +5,19 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from functools import cache
+from importlib.resources import files
 from typing import Any
 
 import pytest
 
+from adapterops import architectures
 from adapterops.architectures import Component, UnknownArchitecture, load, names
 from adapterops.architectures.expression import Scope, evaluate, fill
 from adapterops.architectures.listing import list_modules
-from adapterops.architectures.table import _component, likes
+from adapterops.architectures.table import _component, _read, likes
 from adapterops.architectures.template import Expander
 
 torch = pytest.importorskip("torch")
@@ -175,6 +178,29 @@ def test_loading_imports_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("name", names())
+def test_what_is_told_without_parsing_a_file_is_what_it_says(name: str) -> None:
+    known = load(name)
+    document = _read(str(files(architectures) / f"{name}.toml"))
+    assert (known.title, known.released) == (document["title"], document["released"])
+    assert list(known.components) == list(document["components"])
+
+
+def test_a_file_is_parsed_when_its_modules_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    parsed: list[Any] = []
+    monkeypatch.setattr(tomllib, "load", lambda file: parsed.append(file) or {"components": {}})
+    _read.cache_clear()
+    try:
+        lazy = load.__wrapped__("sd3").components
+        assert (len(lazy), "text_encoder_3" in lazy, "unet" in lazy) == (4, True, False)
+        assert not parsed
+        with pytest.raises(KeyError):
+            lazy["transformer"]
+        assert parsed
+    finally:
+        _read.cache_clear()
 
 
 def test_rows_are_written_out_when_they_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -298,7 +298,7 @@ def made(case: Case, root: Path) -> Adapter | None:
             continue
         taken |= parts
         tensors, options = built
-        keyed = {role: replace(t, key=f"{name}.{spec.name}.{role}") for role, t in tensors.items()}
+        keyed = {role: t._replace(key=f"{name}.{spec.name}.{role}") for role, t in tensors.items()}
         alpha: Fact[float | None] | None = None
         update = Update(name, spec.name, case.method, keyed, options=options)
         if METHODS[case.method].scaled:
@@ -318,18 +318,18 @@ def made(case: Case, root: Path) -> Adapter | None:
 def beside(case: Case, architecture: Architecture, make: Numbers, taken: set[tuple[str, str]]) -> Iterator[Update]:
     component = architecture.components[min(taken)[0]]
     if case.extra == "bundled":
-        tensors = {"emb_params": replace(make("e", 2, 8), key="bundle_emb.cat.emb_params")}
+        tensors = {"emb_params": make("e", 2, 8)._replace(key="bundle_emb.cat.emb_params")}
         yield Update("embeddings", "cat", "bundled", tensors)
     if case.extra == "trainable_tokens":
         spec = next((s for s in component.modules.values() if s.kind == "embedding"), None)
         if spec is not None and (component.name, spec.name) not in taken:
-            tensors = {"delta": replace(make("delta", 2, spec.shape[1]), key=f"{spec.name}.delta")}
+            tensors = {"delta": make("delta", 2, spec.shape[1])._replace(key=f"{spec.name}.delta")}
             yield Update(component.name, spec.name, "trainable_tokens", tensors, options={"indices": [1, 3]})
     if case.extra == "saved":
         small = (s for s in component.modules.values() if s.shape and prod(s.shape) <= 1 << 14)
         spec = next((s for s in small if (component.name, s.name) not in taken), None)
         if spec is not None:
-            tensors = {"weight": replace(make("w", *spec.shape), key=f"{spec.name}.weight")}
+            tensors = {"weight": make("w", *spec.shape)._replace(key=f"{spec.name}.weight")}
             yield Update(component.name, spec.name, "saved", tensors)
 
 
