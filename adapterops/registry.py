@@ -175,8 +175,13 @@ def _rank(reading: Reading) -> tuple[float, int, bool]:
 def explain(source: Source, keys: Iterable[str]) -> None:
     """Raise `UnsupportedFormat` where one of `keys` is of a kind that a format knows by name and does not convert."""
     keys = tuple(keys)
+    lines = "\n".join(keys)
+    plain = lines.count("\n") == len(keys) - 1
     for form in formats().values():
         for pattern, what in form.foreign.items():
+            # One search of all keys tells that there is none, or none likely (a class of characters may span lines).
+            if plain and not re.search(pattern, lines, re.MULTILINE):
+                continue
             matcher = re.compile(pattern)
             hit = next((key for key in keys if matcher.search(key)), None)
             if hit is not None:
@@ -222,11 +227,17 @@ def _what_is_it(source: Source) -> str:
         names = " ".join(keys).lower()
         if any(word in names for word in ("emb_params", "<", "clip_l", "clip_g", "string_to_param", "embed")):
             return f"{source.path}: is an embedding (textual inversion or soft prompt: {shapes}), not an adapter"
-    for dialect in (d for form in formats().values() for d in form.dialects):
-        endings = tuple(
+    endings_of = {
+        dialect: tuple(
             s.text.replace("{adapter}", "") for p in dialect.places for s in p.suffixes if s.method == "lora"
         )
-        hit = next((key for key in keys if key.endswith(endings)), None)
+        for form in formats().values()
+        for dialect in form.dialects
+    }
+    every = tuple({ending for own in endings_of.values() for ending in own})
+    ending_so = [key for key in keys if key.endswith(every)]
+    for dialect, endings in endings_of.items():
+        hit = next((key for key in ending_so if key.endswith(endings)), None)
         if hit is not None:
             return (
                 f"{source.path}: tensor {hit!r} ends as {dialect.title} spells a factor, but neither that format nor "

@@ -61,7 +61,7 @@ class Tampering(Format):
     def write(self, adapter: Adapter, target: Target) -> Output:
         out = super().write(adapter, target)
         (file,) = out.files
-        return replace(out, files=(OutputFile(file.path, self.change(dict(file.tensors)), file.metadata),))
+        return out._replace(files=(OutputFile(file.path, self.change(dict(file.tensors)), file.metadata),))
 
 
 @pytest.fixture

@@ -79,13 +79,17 @@ def read_keys(dialect: Dialect, keys: Iterable[str], variants: Mapping[str, tupl
     texts = (text for place in dialect.places if not place.whole for name in names for text in _table(place, name))
     if ends.present.isdisjoint(texts) and not any(_has_whole(place, keys) for place in dialect.places if place.whole):
         return Reading(dialect, (), keys)
-    for swap in _swaps(dialect, variants or {}):
-        for adapter in names:
-            reading = _read(dialect, ends, adapter, swap)
-            if best is None or (reading.score, reading.updates_claimed) > (best.score, best.updates_claimed):
-                best = reading
-            if best.score == 1.0 and best.updates_claimed:
-                return best
+    ways = [(swap, adapter) for swap in _swaps(dialect, variants or {}) for adapter in names]
+    if len(keys) >= _MANY:
+        # A stranger's file may make each of them a long look; those that read nothing of a spread of keys are left.
+        some = _Ends(keys[:: len(keys) // _SPREAD])
+        ways = [way for way in ways if _read(dialect, some, way[1], way[0]).claims] or ways[:1]
+    for swap, adapter in ways:
+        reading = _read(dialect, ends, adapter, swap)
+        if best is None or (reading.score, reading.updates_claimed) > (best.score, best.updates_claimed):
+            best = reading
+        if best.score == 1.0 and best.updates_claimed:
+            return best
     assert best is not None
     return best
 
@@ -124,7 +128,9 @@ def _read(dialect: Dialect, ends: _Ends, adapter: str, swap: tuple[str, str] | N
             if end in known:
                 found = known[end]
             else:
-                found = known[end] = next(((e, table[e]) for e in _endings(end) if e in table), None)
+                found = _found(end, table)
+                if ends.few:
+                    known[end] = found
             if found is not None:
                 claim = _claim(key, len(prefix), place, *found)
             elif place.saved:
@@ -144,8 +150,21 @@ def _table(place: Place, adapter: str) -> dict[str, Suffix]:
     return {s.text.replace(_SLOT, f".{adapter}" if adapter else ""): s for s in place.suffixes}
 
 
+_MANY, _SPREAD = 8192, 256
+"""What are many keys, and how many of those are looked at first."""
 _DEPTH = 4
 """The most dots that a suffix has, an adapter's name included."""
+
+
+def _found(end: str, table: Mapping[str, Suffix]) -> _Found:
+    """The longest of the endings of a key's end that is in the table, and what it is there."""
+    at = 0
+    while at >= 0:
+        ending = end[at:]
+        if ending in table:
+            return ending, table[ending]
+        at = end.find(".", at + 1)
+    return None
 
 
 class _Ends:
@@ -155,7 +174,10 @@ class _Ends:
         self.keys = keys
         self.ends = [key[len(key.rsplit(".", _DEPTH)[0]) :] for key in keys]
         """The longest ending of each that a suffix can be."""
-        self.present = frozenset(ending for end in set(self.ends) for ending in _endings(end))
+        distinct = set(self.ends)
+        self.few = len(distinct) < _MANY
+        """Whether ends are worth remembering: a stranger's file may have as many as keys."""
+        self.present = frozenset(ending for end in distinct for ending in _endings(end))
         """Every dotted ending that some key has."""
         self._begun: dict[str, bool] = {}
         self._tails: dict[str, Counter[tuple[str, str]]] = {}
@@ -243,7 +265,7 @@ def _saved(key: str, start: int, place: Place) -> Claim | None:
     return Claim(key, place, name, Suffix("." + parameter, "saved", parameter), key[:start] + name)
 
 
-_MOST_NAMES, _FEW_NAMES, _MANY = 8, 2, 8192
+_MOST_NAMES, _FEW_NAMES = 8, 2
 """Adapter names that are tried, and how many of a file of many keys: a file holds one adapter, and a stranger's may be made
 to hold thousands of names."""
 
