@@ -11,7 +11,8 @@ import os
 
 from adapterops.architectures.errors import BadBaseConfig, UnknownArchitecture
 from adapterops.architectures.layout import LAYOUTS, published
-from adapterops.architectures.table import Architecture, Component, ModuleSpec, load, names
+from adapterops.architectures.spec import ModuleSpec
+from adapterops.architectures.table import Architecture, Component, load, names
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt")
 

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Set
 from dataclasses import replace
 from typing import Any
 
-from adapterops.architectures.table import Component, ModuleSpec, likes
+from adapterops.architectures.spec import ModuleSpec
+from adapterops.architectures.table import Component, likes
 
 
 def with_originals(component: Component, config: Mapping[str, Any], owners: Set[str]) -> Component:

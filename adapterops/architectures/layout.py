@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from adapterops.architectures.table import Architecture, Component, ModuleSpec
+from adapterops.architectures.spec import ModuleSpec
+from adapterops.architectures.table import Architecture, Component
 
 LAYOUTS = ("installed", "published")
 """What `--layout` may say."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from adapterops.architectures.table import ModuleSpec
+from adapterops.architectures.spec import ModuleSpec
 
 if TYPE_CHECKING:
     from torch import nn

@@ -16,39 +16,10 @@ from typing import Any, NamedTuple
 
 from adapterops.architectures.errors import UnknownArchitecture
 from adapterops.architectures.expression import Value, evaluate_integer
-from adapterops.architectures.template import ALL, Expander, Leaf, Piece, Row, stems
+from adapterops.architectures.spec import ModuleSpec
+from adapterops.architectures.template import ALL, Expander, Row, stems
 
 _FOLDER = os.path.dirname(__file__)
-
-
-class ModuleSpec(NamedTuple):
-    """A module of a base model that owns a parameter or a buffer."""
-
-    name: str
-    """Canonical dotted name inside its component; "" for what the component's root owns."""
-    original: str
-    """The name in the authors' own repository; the canonical name where that is not known, "" where it has no such
-    module (its weight is part of a fused one)."""
-    shape: tuple[int, ...]
-    """Of `weight`: (out, in), (out, in, *kernel), (num_embeddings, dim), (channels,); () without a `weight`.
-
-    A grouped convolution's `in` is that of one group, as torch stores it.
-    """
-    kind: str
-    """linear, conv, embedding, norm or other."""
-    bias: bool
-    transposed: bool = False
-    """The weight is stored as (in, out), as GPT-2's Conv1D does; `shape` is still (out, in)."""
-    tied_to: str | None = None
-    """The module that owns this module's `weight`, where it is shared."""
-    params: tuple[str, ...] = ("weight",)
-    """The names of the parameters and buffers that the module owns itself."""
-    joins: tuple[Piece, ...] = ()
-    """For a fused module: the canonical modules, and which of their rows, that make up its rows, in order."""
-    partial: bool = False
-    """For a fused module: whether it is only some rows of the authors' own, named by dialects with a tail for them."""
-    widens: bool = False
-    """Whether adapters may give it more inputs than the base has (Flux.1's control adapters widen `x_embedder`)."""
 
 
 @dataclass(frozen=True)
@@ -233,10 +204,10 @@ class _Rows:
         fused: dict[str, ModuleSpec] = {}
         try:
             expander = Expander(self.templates, _scope(self.table, self.config))
-            for leaf in expander.expand(self.table["rows"]):
-                if leaf.canonical in modules or leaf.canonical in fused:
-                    raise ValueError(f"module {leaf.canonical!r} is listed twice")
-                (fused if leaf.joins else modules)[leaf.canonical] = _spec(leaf)
+            for spec in expander.expand(self.table["rows"]):
+                if spec.name in modules or spec.name in fused:
+                    raise ValueError(f"module {spec.name!r} is listed twice")
+                (fused if spec.joins else modules)[spec.name] = spec
             fused = {name: _joined(spec, modules) for name, spec in fused.items()}
         except ValueError as error:
             raise ValueError(f"{self.where}: {error}") from error
@@ -281,9 +252,3 @@ class _Modules(Mapping[str, ModuleSpec]):
     def get(self, name: str, default: Any = None) -> Any:
         """As `dict.get`; the inherited one costs an exception a miss."""
         return self._table.get(name, default)
-
-
-def _spec(leaf: Leaf) -> ModuleSpec:
-    params = ("weight", "bias") if leaf.bias else ("weight",)
-    name, original, kind, shape, bias, joins, widens, tied_to, partial = leaf
-    return ModuleSpec(name, original, shape, kind, bias, False, tied_to or None, params, joins, partial, widens)

@@ -32,9 +32,10 @@ A template sees its loop variables, its `with` arguments and the component's glo
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from adapterops.architectures.expression import Scope, Value, evaluate, evaluate_integer, fill
+from adapterops.architectures.spec import ModuleSpec, Piece
 
 KINDS = ("linear", "conv", "embedding", "norm")
 _COLUMNS = frozenset(
@@ -44,29 +45,15 @@ ALL = -1
 """As the end of a piece: all rows of the module."""
 
 Row = Mapping[str, Any]
-Piece = tuple[str, int, int]
-"""A canonical module, and the rows [start, stop) of its weight."""
 
 
-class Leaf(NamedTuple):
-    """A module relative to the place where its template is used."""
-
-    canonical: str
-    original: str
-    kind: str
-    shape: tuple[int, ...]
-    bias: bool
-    joins: tuple[Piece, ...] = ()
-    widens: bool = False
-    tied_to: str = ""
-    partial: bool = False
-
-    def under(self, canonical: str, original: str) -> Leaf:
-        """The same module in a template that is used at these places."""
-        name, own, kind, shape, bias, joins, widens, tied_to, partial = self
-        joins = joins and tuple((canonical + part, start, stop) for part, start, stop in joins)
-        tied_to = tied_to and canonical + tied_to
-        return Leaf(canonical + name, own and original + own, kind, shape, bias, joins, widens, tied_to, partial)
+def placed(spec: ModuleSpec, canonical: str, original: str) -> ModuleSpec:
+    """A module of a template that is used at these places."""
+    name, own, shape, kind, bias, transposed, tied_to, params, joins, partial, widens = spec
+    joins = joins and tuple((canonical + part, start, stop) for part, start, stop in joins)
+    tied_to = tied_to and canonical + tied_to
+    own = own and original + own
+    return ModuleSpec(canonical + name, own, shape, kind, bias, transposed, tied_to, params, joins, partial, widens)
 
 
 def stems(rows: list[Row], templates: Mapping[str, list[Row]], column: str) -> frozenset[str]:
@@ -91,11 +78,11 @@ class Expander:
     def __init__(self, templates: Mapping[str, list[Row]], scope: Scope) -> None:
         self._templates = templates
         self._globals = scope
-        self._expanded: dict[tuple[str, tuple[tuple[str, int], ...]], list[Leaf]] = {}
+        self._expanded: dict[tuple[str, tuple[tuple[str, int], ...]], list[ModuleSpec]] = {}
 
-    def expand(self, rows: list[Row], arguments: Mapping[str, int] | None = None) -> list[Leaf]:
+    def expand(self, rows: list[Row], arguments: Mapping[str, int] | None = None) -> list[ModuleSpec]:
         """The modules that `rows` describe. Raises ValueError, quoting the row, where one is wrong."""
-        leaves: list[Leaf] = []
+        leaves: list[ModuleSpec] = []
         for row in rows:
             try:
                 for scope in _scopes(row.get("for", {}), {**self._globals, **(arguments or {})}):
@@ -104,7 +91,7 @@ class Expander:
                 raise ValueError(f"row {dict(row)!r}: {error}") from error
         return leaves
 
-    def _expand_row(self, row: Row, scope: Scope, leaves: list[Leaf]) -> None:
+    def _expand_row(self, row: Row, scope: Scope, leaves: list[ModuleSpec]) -> None:
         if not _COLUMNS.issuperset(row):
             raise ValueError(f"unknown columns {sorted(set(row) - _COLUMNS)}")
         canonical = fill(row["canonical"], scope)
@@ -119,16 +106,19 @@ class Expander:
             shape = tuple(evaluate_integer(size, scope) for size in row[kind])
             joins = tuple(_piece(piece, scope) for piece in row.get("joins", ()))
             bias = row.get("bias", kind != "embedding")
-            tied_to = fill(row.get("tied_to", ""), scope)
-            widens, partial = row.get("widens", False), row.get("partial", False)
-            leaves.append(Leaf(canonical, original, kind, shape, bias, joins, widens, tied_to, partial))
+            tied_to = fill(row.get("tied_to", ""), scope) or None
+            params = ("weight", "bias") if bias else ("weight",)
+            partial, widens = row.get("partial", False), row.get("widens", False)
+            leaves.append(
+                ModuleSpec(canonical, original, shape, kind, bias, False, tied_to, params, joins, partial, widens)
+            )
             return
         arguments = {key: evaluate_integer(value, scope) for key, value in row.get("with", {}).items()}
         place = f"{canonical}." if canonical else ""
         original_place = f"{original}." if original else ""
-        leaves.extend(leaf.under(place, original_place) for leaf in self._template(row["use"], arguments))
+        leaves += [placed(leaf, place, original_place) for leaf in self._template(row["use"], arguments)]
 
-    def _template(self, name: str, arguments: dict[str, int]) -> list[Leaf]:
+    def _template(self, name: str, arguments: dict[str, int]) -> list[ModuleSpec]:
         key = (name, tuple(sorted(arguments.items())))
         if key not in self._expanded:
             if name not in self._templates:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from adapterops.adapter import COMPONENTS
 from adapterops.architectures.errors import BadBaseConfig
-from adapterops.architectures.table import Architecture, Component, ModuleSpec
+from adapterops.architectures.spec import ModuleSpec
+from adapterops.architectures.table import Architecture, Component
 from adapterops.storage.folder import Folder, LocalFolder
 from adapterops.storage.source import HUB, Source, open_in, open_source
 from adapterops.storage.tensor import LazyTensor

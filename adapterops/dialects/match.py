@@ -132,7 +132,13 @@ def _read(dialect: Dialect, ends: _Ends, adapter: str, swap: tuple[str, str] | N
                 if ends.few:
                     known[end] = found
             if found is not None:
-                claim = _claim(key, len(prefix), place, *found)
+                ending, suffix = found
+                stem = key[: len(key) - len(ending)]
+                name = stem[len(prefix) :]
+                if place.tails:
+                    claim = _tailed(key, place, name, suffix, stem)
+                elif name:
+                    claim = Claim(key, place, name, suffix, stem)
             elif place.saved:
                 claim = _saved(key, len(prefix), place)
             if claim is not None:
@@ -208,11 +214,8 @@ def _ends(keys: tuple[str, ...]) -> _Ends:
     return _Ends(keys)
 
 
-def _claim(key: str, start: int, place: Place, ending: str, suffix: Suffix) -> Claim | None:
-    stem = key[: len(key) - len(ending)]
-    name = stem[start:]
-    if not place.tails:
-        return Claim(key, place, name, suffix, stem) if name else None
+def _tailed(key: str, place: Place, name: str, suffix: Suffix, stem: str) -> Claim | None:
+    """A key of a place that spells the ends of modules' names in its own way; None for a module that it has not."""
     for canonical, spelled in place.tails:
         if name.endswith(spelled):
             return Claim(key, place, name[: len(name) - len(spelled)] + canonical, suffix, stem)
