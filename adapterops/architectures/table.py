@@ -233,7 +233,7 @@ class _Modules(Mapping[str, ModuleSpec]):
     def __init__(self, rows: _Rows, fused: bool) -> None:
         self._rows, self._fused = rows, fused
 
-    @property
+    @cached_property
     def _table(self) -> dict[str, ModuleSpec]:
         return self._rows.tables[self._fused]
 

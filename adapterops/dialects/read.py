@@ -53,13 +53,14 @@ class ScaleRule(NamedTuple):
     source: str = ""
 
 
+_NO_RULE = ScaleRule()
 ScaleOf = Callable[[str, str, int], ScaleRule]
 """(component, module, rank) to what the config beside the tensors says."""
 
 
 def no_config(component: str, module: str, rank: int) -> ScaleRule:
     """The rule of a file that has no config."""
-    return ScaleRule()
+    return _NO_RULE
 
 
 def read(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cache
 from importlib import import_module
 
 from adapterops.methods.base import Method
@@ -67,18 +68,18 @@ _CLASSES = {
 """Where each method's class stands.  A module is imported when its method is asked for."""
 
 
+@cache
+def _made(name: str) -> Method:
+    """The one instance of a method.  Raises `KeyError` for a name that none has."""
+    module, _, kind = _CLASSES[name].partition(":")
+    made: Method = getattr(import_module(f"adapterops.methods.{module}"), kind)()
+    return made
+
+
 class _Methods(Mapping[str, Method]):
     """Every method by name."""
 
-    def __init__(self) -> None:
-        self._made: dict[str, Method] = {}
-
-    def __getitem__(self, name: str) -> Method:
-        made = self._made.get(name)
-        if made is None:
-            module, _, kind = _CLASSES[name].partition(":")
-            made = self._made[name] = getattr(import_module(f"adapterops.methods.{module}"), kind)()
-        return made
+    __getitem__ = staticmethod(_made)
 
     def __contains__(self, name: object) -> bool:
         return name in _CLASSES
