@@ -38,6 +38,14 @@ REFUSED = {
     "boolean as size": (one(shape=[True]), "list of sizes"),
     "negative sizes": (one(shape=[-1, -1]), "list of sizes"),
     "minus zero": ('{"a":{"dtype":"F32","shape":[1],"data_offsets":[-0,4]}}', "pair of positions"),
+    "minus zero behind white space": (
+        '{"a":{"dtype":"F32","shape":[1],"data_offsets":[\t -0,4]}}',
+        "pair of positions",
+    ),
+    "minus zero beside dates": (
+        '{"__metadata__":{"day":"2026-01-02"},"a":{"dtype":"F32","shape":[1],"data_offsets":[-0,4]}}',
+        "pair of positions",
+    ),
     "5,000 digits": ('{"a":{"dtype":"F32","shape":[%s],"data_offsets":[0,4]}}' % ("9" * 5000), "list of sizes"),
     "product wraps to the size": (one(shape=[2**32, 2**32]), "64 bits"),
     "product overflows before a zero": (one(shape=[2**53, 2**53, 0], data_offsets=[0, 0]), "64 bits"),
@@ -69,6 +77,16 @@ REFUSED = {
 STRICTER = {
     "name twice": (f'{{"a":{ONE},"a":{ONE}}}', "twice"),
     "name twice, once escaped": (f'{{"a":{ONE},"\\u0061":{ONE}}}', "twice"),
+    "name twice, white space before a colon": (f'{{"a":{ONE},"a" :{ONE}}}', "twice"),
+    "name twice, a colon escaped elsewhere": (
+        f'{{"__metadata__":{{"k":"\\u003a\\u003A::"}},"a":{ONE},"a":{ONE}}}',
+        "twice",
+    ),
+    "name with colons twice": (f'{{"a:b":{ONE},"a:b":{ONE}}}', "twice"),
+    "metadata key twice, once escaped": (
+        f'{{"__metadata__":{{"k:":"1:2","k\\u003a":"2"}},"a":{ONE}}}',
+        "twice",
+    ),
     "metadata key twice": (f'{{"__metadata__":{{"k":"1","k":"2"}},"a":{ONE}}}', "twice"),
     "unknown field": (one(more=1), "exactly dtype"),
     "entry as a list": ('{"a":["F32",[1],[0,4]]}', "exactly dtype"),
@@ -80,6 +98,9 @@ ACCEPTED = {
     "plain": f'{{"a":{ONE}}}',
     "metadata null (MLX)": f'{{"__metadata__":null,"a":{ONE}}}',
     "metadata": f'{{"__metadata__":{{"k":"v"}},"a":{ONE}}}',
+    "colons, dates and constants in metadata": (
+        f'{{"__metadata__":{{"a:b":"{{\\"x\\": -0, \\"y\\": NaN}}","day":"2026-01-02","c":"\\u003a"}},"a:b":{ONE}}}'
+    ),
     "white space after": f'{{"a":{ONE}}} \n\t',
     "scalar": one(shape=[]),
     "paired surrogates": f'{{"\\ud83d\\ude00":{ONE}}}',
