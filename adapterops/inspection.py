@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from adapterops import registry
 from adapterops.adapter import Adapter, Certainty, Fact, Update
+from adapterops.errors import AdapterOpsError
 from adapterops.loading import PathLike, load
 from adapterops.methods import METHODS
 from adapterops.storage import dtypes, safetensors
@@ -103,9 +104,17 @@ def inspect(path: PathLike, *, norms: bool = False, hashes: bool = False, **opti
     `norms` adds the size of every block's weight delta (reads the tensors), `hashes` recomputes
     `sshs_model_hash`; `options` are those of `load`.
 
+    An adapter whose base model no table knows, or whose header contradicts its alphas, is reported on too, with a note.
+
     Raises what `load` raises.
     """
-    return report(load(path, **options), norms=norms, hashes=hashes)
+    try:
+        adapter = load(path, **options)
+    except AdapterOpsError as refusal:
+        from adapterops.looking import look  # a success has no use for it
+
+        adapter = look(refusal, path, **options)
+    return report(adapter, norms=norms, hashes=hashes)
 
 
 def report(adapter: Adapter, *, norms: bool = False, hashes: bool = False) -> Inspection:

@@ -68,7 +68,7 @@ def load(
         given = published(given)
     if isinstance(alpha, int):
         alpha = float(alpha)
-    source = _renamed(path, tuple(rename))
+    source = renamed_source(path, tuple(rename))
     trained = alpha == "trained"
     request = Request(given, None if trained else alpha, dict(fields or {}), allow_drop, repair)
     adapter = read_source(source, format, request)
@@ -79,7 +79,7 @@ def load(
     return with_trained_scale(adapter)
 
 
-def _renamed(path: PathLike, texts: tuple[str, ...]) -> Source:
+def renamed_source(path: PathLike, texts: tuple[str, ...]) -> Source:
     """The source, its keys repaired by the rules of `--rename`.  Raises `UsageError` for one that is none."""
     if not texts:
         return open_source(path)

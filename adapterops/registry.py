@@ -168,8 +168,10 @@ def _fit(reading: Reading, source: Source, given: Architecture | None) -> tuple[
     return best_fit(groups, given), hinted, not any(needs_table(place) for place in reading.dialect.places)
 
 
-def _rank(reading: Reading) -> tuple[float, int, bool]:
-    return reading.score, reading.updates_claimed, reading.prefix != "" and not bare(reading)
+def _rank(reading: Reading) -> tuple[float, int, int]:
+    # A prefix tells most; a dialect that has none by rights is more like it than one whose own is missing.
+    surely = 0 if reading.prefix == "" else 1 if bare(reading) else 2
+    return reading.score, reading.updates_claimed, surely
 
 
 def explain(source: Source, keys: Iterable[str]) -> None:

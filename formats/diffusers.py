@@ -9,20 +9,29 @@
 - before peft: `unet.<module>.lora.down.weight`, text encoders `….lora_linear_layer.down.weight`; no alpha;
 - without a component, with Kohya's factors and alphas (`transformer_blocks.0.attn.to_q.lora_down.weight`): not
   diffusers' own writing but read by it; Qwen-Image's published distillations are spelled so;
+- without a component, with peft's factors (`transformer_blocks.0.attn.to_q.lora_A.default.weight`), as DiffSynth-Studio
+  saves what it trains; diffusers reads it;
+- under the component's name, with LyCORIS' tensors and alphas (`transformer.<module>.lokr_w1`): ai-toolkit's LoKr, the
+  LoHa and LoKr that OneTrainer saves for diffusers, and its backups; no reading of diffusers' but these trainers';
+- under the component's name, whole differences and DoRA magnitudes of ai-toolkit's beside peft's factors
+  (`transformer.<module>.diff`, `.magnitude`), which ai-toolkit alone reads;
 - attention processors: `unet.<attention>.processor.to_q_lora.down.weight`, at first without `unet.`; no alpha.
 
 Sources: huggingface/diffusers 0.42.1 `loaders/lora_base.py` (`_save_lora_weights`, `LORA_ADAPTER_METADATA_KEY`),
-`utils/state_dict_utils.py`, `utils/peft_utils.py` (`get_peft_kwargs`).
+`utils/state_dict_utils.py`, `utils/peft_utils.py` (`get_peft_kwargs`); ostris/ai-toolkit `toolkit/network_mixins.py`
+(`get_state_dict`), `toolkit/lora_special.py` (`FullModule`), `toolkit/models/DoRA.py`; Nerogar/OneTrainer
+`modules/util/convert_lora_util.py` (`convert_to_diffusers`), `modules/modelSaver/mixin/LoRASaverMixin.py`
+(`_save_internal`); modelscope/DiffSynth-Studio `diffsynth/diffusion/training_module.py`, `diffsynth/utils/lora/general.py`.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from adapterops_formats.lycoris_names import DOWN_UP, LYCORIS
+from adapterops_formats.lycoris_names import DIFFERENCES, DOWN_UP, LYCORIS
 from adapterops_formats.peft_config import PeftConfig, check_given, describes, from_updates, refuse_scale
 from adapterops_formats.peft_names import LORA
 
@@ -32,6 +41,7 @@ from adapterops.plugin import (
     AlphaIn,
     Dialect,
     Format,
+    Group,
     Output,
     OutputFile,
     Place,
@@ -160,6 +170,45 @@ WITH_ALPHA = replace(
     example="transformer.transformer_blocks.0.attn.to_q.alpha",
 )
 
+DIFFSYNTH = Dialect(
+    name="diffsynth",
+    format="diffusers",
+    title="diffusers' names without a component, peft's factors (DiffSynth)",
+    places=(Place("transformer", "", LORA),),
+    alpha=AlphaIn.NOWHERE,
+    convention="rank",
+    vectors=True,
+    example="transformer_blocks.0.attn.to_q.lora_A.default.weight",
+)
+
+WITH_LYCORIS = Dialect(
+    name="diffusers-lycoris",
+    format="diffusers",
+    title="diffusers' names with LyCORIS' tensors (ai-toolkit, OneTrainer)",
+    places=tuple(Place(component, f"{component}.", (*DOWN_UP, *LYCORIS)) for component in COMPONENTS),
+    alpha=AlphaIn.TENSOR,
+    convention="rank",
+    example="transformer.transformer_blocks.0.attn.to_q.lokr_w1",
+)
+
+AI_TOOLKIT = Dialect(
+    name="ai-toolkit",
+    format="diffusers",
+    title="ai-toolkit (whole differences and magnitudes beside peft's factors)",
+    places=tuple(
+        Place(component, f"{component}.", (*LORA[:2], Suffix(".magnitude", "lora", "magnitude"), *DIFFERENCES[:2]))
+        for component in ("unet", "transformer")
+    ),
+    alpha=AlphaIn.NOWHERE,
+    convention="rank",
+    vectors=True,
+    written=False,
+    example="transformer.transformer_blocks.0.attn.norm_q.diff",
+)
+
+# Without these, the dialect reads a file as the usual one does, and would only tie with it.
+_MARKS = {WITH_ALPHA: (".alpha",), AI_TOOLKIT: (".diff", ".diff_b", ".magnitude")}
+
 _LATER = "this version does not convert it"
 
 
@@ -170,24 +219,35 @@ class Diffusers(Format):
     title = "diffusers (pytorch_lora_weights.safetensors)"
     limits = (
         "A DoRA magnitude per input, and methods other than LoRA; `diffusers-down` has LyCORIS' too, as far as "
-        "diffusers reads them.",
+        "diffusers reads them, and `diffusers-lycoris` for the trainers that do.",
         "A scale that is not 1, in the spellings without alpha: `--fold-alpha` multiplies it in.",
     )
-    dialects = (DIFFUSERS, BEFORE_PEFT, MIXED, PROCESSORS, BARE_PROCESSORS, WITHOUT_PREFIX, WITH_ALPHA)
+    dialects = (
+        DIFFUSERS,
+        BEFORE_PEFT,
+        MIXED,
+        PROCESSORS,
+        BARE_PROCESSORS,
+        WITHOUT_PREFIX,
+        WITH_ALPHA,
+        DIFFSYNTH,
+        WITH_LYCORIS,
+        AI_TOOLKIT,
+    )
     file_name = "pytorch_lora_weights.safetensors"
     # peft's wrapper, left in: https://github.com/bghira/SimpleTuner/issues/779.
     variants: ClassVar = {"transformer.": ("transformer.base_model.model.",)}
     foreign = {
         r"^(controlnet|vae|image_encoder|image_proj)\.": "belongs to a component that no format here converts",
         r"^lora_controlnet$": f"is a Stability control-LoRA; {_LATER}",
-        r"^transformer_blocks\.\d+\..*\.(lora_down|lora_up|lora_A|lora_B)\.": (
-            f"is spelled without a component (DiffSynth and others); {_LATER}"
-        ),
     }
 
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
-        if len(dialects) > 1 and not any(key.endswith(".alpha") for key in source.tensors):
-            dialects = [d for d in dialects if d is not WITH_ALPHA]  # read alike, it would only tie with the usual one
+        if len(dialects) > 1:
+            idle = [d for d, marks in _MARKS.items() if not any(key.endswith(marks) for key in source.tensors)]
+            # What has a PEFT config beside it is a PEFT folder, whatever its keys lack.
+            idle += [DIFFSYNTH] if source.config is not None else []
+            dialects = [d for d in dialects if d not in idle]
         readings = super().recognise(source, dialects)
         # A header that says scales is read by those dialects that have one, where they read every key too.
         telling = [r for r in readings if r.dialect.alpha is AlphaIn.CONFIG and not r.unclaimed]
@@ -198,14 +258,14 @@ class Diffusers(Format):
         told = reading.dialect.alpha is AlphaIn.CONFIG or reading.dialect is WITH_ALPHA
         if not told or METADATA_KEY not in source.metadata:
             refuse_scale(request.fields, f"{reading.dialect.title} without a header")
-            return read_by_table(reading, source, request)
+            return _renaming_told(read_by_table(reading, source, request, component_of=_naming(request)))
         configs = _header_configs(source, request)
 
         def rule(component: str, module: str, rank: int) -> ScaleRule:
             config = configs.get(component)
             return config.rule(module) if config is not None else ScaleRule()
 
-        adapter = read_by_table(reading, source, request, rule)
+        adapter = _renaming_told(read_by_table(reading, source, request, rule, component_of=_naming(request)))
         for component, config in configs.items():
             own = [u for u in adapter.as_stated() if u.component == component]
             describes(config.fields, config.where, own, lambda sentence: request.wrong(errors.Conflict(sentence)))
@@ -235,6 +295,33 @@ class Diffusers(Format):
             )
         file = OutputFile("", spelled.tensors, metadata)
         return Output((file,), tuple(spelled.kept), tuple(spelled.dropped), tuple(notes))
+
+
+_INSTALLED, _PUBLISHED = "encoder.layers.", "text_model."
+"""How the modules of CLIPTextModel begin in transformers 5, and what stood before that until then and in checkpoints."""
+
+
+def _published(groups: list[Group]) -> list[Group]:
+    """The groups of a pipeline's file with the first text encoder's modules under their published names.
+
+    A file for the text encoder alone is left as it is: its names are those of the class that it was trained on.
+    """
+    own = {id(g) for g in groups if g.place.component == "text_encoder" and g.name.startswith(_INSTALLED)}
+    if not own or all(g.place.component == "text_encoder" for g in groups):
+        return groups
+    return [g._replace(name=_PUBLISHED + g.name, stated=g.name) if id(g) in own else g for g in groups]
+
+
+def _naming(request: Request) -> Callable[[list[Group]], list[Group]] | None:
+    """Names are those of the base that the user gave, if one was given."""
+    return _published if request.architecture is None else None
+
+
+def _renaming_told(adapter: Adapter) -> Adapter:
+    if not any(name.startswith(_INSTALLED) for name in adapter.provenance.stated.values()):
+        return adapter
+    note = "text_encoder: its modules are named as in transformers 5; they go by their published names (text_model.…)"
+    return replace(adapter, provenance=replace(adapter.provenance, notes=(*adapter.provenance.notes, note)))
 
 
 def _plain(adapter: Adapter) -> bool:

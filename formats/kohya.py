@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import isfinite, sqrt
 
-from adapterops_formats.lycoris_names import DOWN_UP, IA3, LYCORIS, UNREAD
+from adapterops_formats.lycoris_names import DOWN_UP, IA3, LYCORIS, UNREAD, unnamed
 from adapterops_formats.peft_config import refuse_scale
 
 from adapterops.plugin import (
@@ -128,6 +128,7 @@ class Kohya(Format):
     file_name = "lora.safetensors"
     foreign = {
         r"\.oft_blocks(\.\d+)?$|\.oft_diag$": f"is OFT or BOFT (LyCORIS or sd-scripts); {_LATER}",
+        r"\.oft_R\.(weight|scaled_oft)$": f"is OFT (OneTrainer); {_LATER}",
         r"\.(a1|a2|b1|b2|bm)\.weight$": f"is GLoRA (LyCORIS); {_LATER}",
         # What a module of LyCORIS saved as it stood has and its own `state_dict` folds into w1, w1_a or lora_up.
         r"\.scalar$": (
@@ -135,7 +136,14 @@ class Kohya(Format):
             "included; multiply it into the module's lora_up, hada_w1_a, lokr_w1 or lokr_w1_a and take it out, or take it "
             "out with --allow-drop, and its module with it"
         ),
-        r"^lora_unet_blocks_\d+_(cross|self)_attn_": f"belongs to an Anima or Wan adapter in Kohya's spelling; {_LATER}",
+        **{
+            rf"^lora_unet_{names}": f"belongs to an adapter of {base} in Kohya's spelling; {_LATER}"
+            for base, names in {
+                "Wan or Anima": r"blocks_\d+_(cross|self)_attn_",
+                "HunyuanVideo or FramePack": r"double_blocks_\d+_(img|txt)_(mlp_fc[12]|mod_linear)\.",
+                "Z-Image or Lumina 2": r"(layers|noise_refiner|context_refiner)_\d+_(attention|feed_forward|adaLN)",
+            }.items()
+        },
     }
 
     # Conversions by hand that replaced every dot, or put the prefix before a name that had its component already.
@@ -163,7 +171,7 @@ class Kohya(Format):
 
     def write(self, adapter: Adapter, target: Target) -> Output:
         spelled = self.spell(adapter, target)
-        metadata, notes = header(spelled.adapter), list(spelled.notes)
+        metadata, notes = header(spelled.adapter), [*spelled.notes, *unnamed(target)]
         if _contradicted(spelled.adapter, metadata) is not None:
             notes.append(
                 f"the header's ss_network_alpha, {metadata.pop('ss_network_alpha')[:40]}, is no module's: left out"

@@ -6,7 +6,7 @@ Sources: KohakuBlueleaf/LyCORIS 4.1.3 `lycoris/modules/*.py`; Comfy-Org/ComfyUI 
 
 from __future__ import annotations
 
-from adapterops.plugin import ANY, Suffix
+from adapterops.plugin import ANY, Suffix, Target
 
 SCALE = (Suffix(".alpha", ANY, "alpha"), Suffix(".dora_scale", ANY, "magnitude"))
 """What stands beside the factors of any method with a scale."""
@@ -36,3 +36,19 @@ UNREAD = (
     ),
 )
 """What common readers of these files leave out: huggingface/diffusers `loaders/lora_pipeline.py`, "dora_scale"."""
+
+
+def unnamed(target: Target) -> tuple[str, ...]:
+    """What to say of a dialect that spells modules as the base's authors do, where only diffusers' names of them are
+    known: those of a model that was built from a config, and is no built-in table's."""
+    base, places = target.architecture, target.dialect.places
+    if base is None or base.builtin:
+        return ()
+    asked = {place.among(base.components) for place in places if place.column(base.family) == "original"}
+    modules = [spec for name in asked if name for spec in base.components[name].modules.values()]
+    if not modules or any(spec.original != spec.name for spec in modules):
+        return ()
+    return (
+        f"no table has the authors' names of {base.name}'s modules: they are called as diffusers calls them, and readers "
+        f"of {target.dialect.title} pass over those that the authors call otherwise",
+    )

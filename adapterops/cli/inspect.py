@@ -10,6 +10,7 @@ import click
 from adapterops.cli.main import print_json
 from adapterops.cli.options import reading
 from adapterops.cli.text import bytes_text, plural, spread, table
+from adapterops.errors import AdapterOpsError
 
 if TYPE_CHECKING:
     from adapterops.adapter import Adapter
@@ -54,17 +55,24 @@ def inspect(
     from adapterops import loading
     from adapterops.inspection import report
 
-    adapter = loading.load(
-        source,
-        format=source_format,
-        arch=arch,
-        base=base,
-        layout=layout,
-        alpha=alpha,
-        fields=fields,
-        allow_drop=allow_drop,
-        rename=rename,
-    )
+    options: dict[str, Any] = {
+        "format": source_format,
+        "arch": arch,
+        "base": base,
+        "layout": layout,
+        "alpha": alpha,
+        "fields": fields,
+        "allow_drop": allow_drop,
+        "rename": rename,
+    }
+    try:
+        adapter = loading.load(source, **options)
+    except AdapterOpsError as refusal:
+        if show_config:
+            raise
+        from adapterops.looking import look  # a success has no use for it
+
+        adapter = look(refusal, source, **options)
     if show_config:
         config, notes = _configs(adapter, fields)
         for note in notes:

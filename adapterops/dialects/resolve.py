@@ -14,8 +14,9 @@ from adapterops.dialects.table import Dialect, Place, traits
 from adapterops.errors import AdapterOpsError, BrokenAdapter, CannotRepresent, UnknownArchitectureOfFile, UnknownModule
 from adapterops.methods import METHODS
 
-_ENOUGH = 0.5
-"""The share of a file's modules that must have an architecture's names and shapes for the rest to count as errors."""
+_ENOUGH, _MOST = 0.5, 2 / 3
+"""The share of a file's modules that must have an architecture's names and shapes for the rest to count as errors; and where
+the rest are dozens, which no slip explains, but a base model that has part of the names (HunyuanVideo has Flux.1's)."""
 
 
 _SAMPLE = 24
@@ -292,7 +293,7 @@ def identify(
             fits.append(fit(architecture, lookup))
     best = max(fits, key=lambda f: (f.shaped, f.named, f.architecture.name == hint, _usual(f, lookup)))
     dependent = any(needs_table(g.place) for g in groups)
-    enough = best.total and best.shaped / best.total >= _ENOUGH
+    enough = best.total and best.shaped / best.total >= (_ENOUGH if len(best.unknown) < _SAMPLE else _MOST)
     if not enough:
         if not dependent:
             return Identified(None, Fact(None, Certainty.UNKNOWN, "its module names are used as they stand"))

@@ -32,7 +32,8 @@ UNETS = {
     "cloneofsimo-0.15",
 }
 """Spellings that UNets and text encoders alone have."""
-NO_ALPHA = {"bfl", "bfl-peft", "xlabs"}
+NO_BIAS = ("comfy", "comfy-down", "comfy-diffusers", "diffusers-lycoris", "loralib")
+NO_ALPHA = {"bfl", "bfl-peft", "xlabs", "diffsynth"}
 Tensors = dict[str, torch.Tensor]
 
 
@@ -77,7 +78,8 @@ def all_dialects(source: Path, folder: Path, refused: Mapping[str, str], **optio
 
 
 _ATTENTION = r"double.*(qkv|proj)$|linear2$"
-_NO_MAGNITUDE = dict.fromkeys((*NO_ALPHA, "loralib"), "magnitude")
+_NO_MAGNITUDE = dict.fromkeys(("bfl", "bfl-peft", "xlabs", "loralib"), "magnitude")
+_NO_MAGNITUDE["diffsynth"] = "its scale is 0.5"
 _NO_SCALE = dict.fromkeys(NO_ALPHA, "its scale is 0.5")
 _TAILS = {"xlabs": "can hold only modules that end in"}
 CASES: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
@@ -98,7 +100,7 @@ def test_every_spelling_says_the_same(name: str, base: Path, tmp_path: Path) -> 
 
 def test_a_control_adapter_goes_where_biases_and_norms_can(base: Path, tmp_path: Path) -> None:
     held = {"bfl", "diffusers", "diffusers-alpha", "peft"}
-    words = dict.fromkeys(DIALECTS, "norm_k") | dict.fromkeys(("comfy", "comfy-down", "loralib"), "bias")
+    words = dict.fromkeys(DIALECTS, "norm_k") | dict.fromkeys(NO_BIAS, "bias")
     source = ff.control(tmp_path / "control.safetensors")
     all_dialects(source, tmp_path, {d: w for d, w in words.items() if d not in held}, base=base)
 

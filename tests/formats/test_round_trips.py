@@ -75,7 +75,7 @@ def holders(adapter: Adapter) -> set[str]:
     if parts <= {"text_encoder", "text_encoder_2"}:
         flat.add("onetrainer")
     if any(u.options.get("dora_axis") == "in" for u in adapter):
-        return {*flat, "comfy"}
+        return {*flat, "comfy", "comfy-diffusers", "diffusers-lycoris"}
     kernels = any(prod(t.shape[2:]) != 1 for u in adapter if u.method == "lora" for t in u.tensors.values())
     beside = {"saved": {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}, "lora": {"A", "B"}}
     if parts == {"model"} and not kernels and _one_scale(adapter):
@@ -87,13 +87,13 @@ def holders(adapter: Adapter) -> set[str]:
     plain = all(set(u.tensors) == {"A", "B"} and not u.options.get("kind") for u in adapter)
     known = {"unet", "text_encoder", "text_encoder_2", "transformer"}
     if parts <= known and not any("mid" in u.tensors for u in adapter):
-        out |= {"diffusers", "diffusers-alpha"}
+        out |= {"diffusers", "diffusers-alpha", "diffusers-lycoris"}
         if "transformer" not in parts:
             out.add("diffusers-mixed")
     if adapter.base is not None:
         out |= flat
         if not any("mid" in u.tensors for u in adapter):
-            out.add("comfy")
+            out |= {"comfy", "comfy-diffusers"}
     unit = all(u.alpha is not None and u.alpha.value == u.tensors["B"].shape[1] and not u.rslora for u in adapter)
     if parts <= {"unet", "text_encoder", "text_encoder_2"} and plain and unit:
         out.add("diffusers-lora")

@@ -1,0 +1,112 @@
+"""Adapters of base models without a table, and with headers out of date: looked at, and refused with the reason."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from trainers import DOWN_UP, FLUX, WAN, Tensors, pairs, write
+
+import adapterops as ao
+from adapterops.cli.main import run
+from adapterops.errors import AdapterOpsError, Conflict
+
+HUNYUAN = {
+    **{f"double_blocks.{i}.img_attn_qkv": (9216, 3072) for i in range(20)},
+    **{f"double_blocks.{i}.img_attn_proj": (3072, 3072) for i in range(20)},
+    **{f"double_blocks.{i}.img_mlp.fc1": (12288, 3072) for i in range(20)},
+    **{f"double_blocks.{i}.img_mlp.fc2": (3072, 12288) for i in range(20)},
+    **{f"single_blocks.{i}.linear1": (21504, 3072) for i in range(40)},
+}
+"""Modules of HunyuanVideo: many of Flux.1's names, flattened, in Flux.1's sizes."""
+Z_IMAGE = {"layers.0.attention.to_q": (3840, 3840), "noise_refiner.1.feed_forward.w1": (10240, 3840)}
+FLUX_2 = {"double_blocks.0.img_attn.proj": (6144, 6144), "single_blocks.47.linear2": (6144, 24576)}
+
+
+def comfy(modules: dict[str, tuple[int, int]]) -> Tensors:
+    """As ai-toolkit and diffusion-pipe save what Comfy is to read."""
+    return pairs(modules, "diffusion_model.")
+
+
+def musubi(modules: dict[str, tuple[int, int]]) -> Tensors:
+    """As kohya-ss/musubi-tuner `networks/lora.py` saves."""
+    return pairs(modules, "lora_unet_", DOWN_UP, 1.0, flat=True, rank=1)
+
+
+CASES = {
+    "Wan, Comfy": (comfy, dict(WAN), "Wan"),
+    "Wan, musubi-tuner": (musubi, dict(WAN), "Wan"),
+    "Z-Image, Comfy": (comfy, Z_IMAGE, "Z-Image"),
+    "Z-Image, musubi-tuner": (musubi, Z_IMAGE, "Z-Image"),
+    "HunyuanVideo, Comfy": (comfy, HUNYUAN, "HunyuanVideo"),
+    "HunyuanVideo, musubi-tuner": (musubi, HUNYUAN, "HunyuanVideo"),
+    "Flux.2, Comfy": (comfy, FLUX_2, "fits none of the known base models"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_they_are_looked_at_and_refused(name: str, tmp_path: Path) -> None:
+    writer, modules, said = CASES[name]
+    path = write(tmp_path / "a.safetensors", writer(modules))
+    found = ao.inspect(path)
+    assert (found.architecture.value, found.modules) == (None, len(modules))
+    assert [c.name for c in found.components] == ["denoiser"]
+    assert list(found.components[0].scales) == [1.0]
+    assert any(said in note and "not to be converted" in note for note in found.notes)
+    with pytest.raises(AdapterOpsError, match=said):
+        ao.convert(path, "peft", tmp_path / "peft")
+    report = ao.validate(path, ignore=["D601"])
+    assert {f.rule.code for f in report} == {"B303"}
+
+
+def test_the_command_looks_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path / "a.safetensors", comfy(dict(WAN)))
+    run(["inspect", str(path), "--json"])
+    assert json.loads(capsys.readouterr().out)["modules"] == len(WAN)
+    with pytest.raises(SystemExit) as stop:
+        run(["inspect", str(path), "--config"])
+    assert stop.value.code == 2
+    assert "Wan" in capsys.readouterr().err
+
+
+def test_a_broken_file_of_an_unknown_base_is_still_refused(tmp_path: Path) -> None:
+    tensors = comfy(dict(WAN))
+    del tensors["diffusion_model.blocks.0.self_attn.q.lora_A.weight"]
+    path = write(tmp_path / "a.safetensors", tensors)
+    with pytest.raises(AdapterOpsError):
+        ao.inspect(path)
+
+
+def test_a_header_out_of_date_does_not_hide_the_file(tmp_path: Path) -> None:
+    """A merged or resized file that keeps its source's header: readers go by the tensors."""
+    tensors = pairs(FLUX, "lora_transformer_", DOWN_UP, 4.0, flat=True)
+    path = write(tmp_path / "a.safetensors", tensors, ss_network_alpha="8.0", ss_network_dim="16")
+    found = ao.inspect(path)
+    assert list(found.components[0].alphas) == [4.0]
+    assert any("ss_network_alpha" in note for note in found.notes)
+    with pytest.raises(Conflict, match="ss_network_alpha"):
+        ao.convert(path, "peft", tmp_path / "peft")
+
+
+@pytest.mark.parametrize(("target", "told"), [("comfy", True), ("kohya", True), ("peft", False), ("diffusers", False)])
+def test_names_that_only_diffusers_uses_are_told_of(target: str, told: bool, tmp_path: Path) -> None:
+    """Wan's authors call `attn1.to_q` otherwise: Comfy would pass over it without a word."""
+    config = {
+        "_class_name": "WanTransformer3DModel",
+        "num_attention_heads": 2,
+        "attention_head_dim": 8,
+        "num_layers": 1,
+    }
+    base = tmp_path / "config.json"
+    base.write_text(json.dumps({**config, "ffn_dim": 32, "text_dim": 16, "freq_dim": 16, "in_channels": 4}))
+    path = write(tmp_path / "a.safetensors", pairs({"blocks.0.attn1.to_q": (16, 16)}, "transformer."))
+    done = ao.convert(path, target, tmp_path / "out", base=base)
+    assert any("no table has the authors' names" in note for note in done.notes) is told
+
+
+@pytest.mark.parametrize("target", ["comfy", "kohya"])
+def test_names_that_a_table_has_are_not(target: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.safetensors", pairs(FLUX, "transformer."))
+    done = ao.convert(path, target, tmp_path / "out", arch="flux")
+    assert not any("authors" in note for note in done.notes)
