@@ -1,18 +1,18 @@
-"""The best low-rank approximation of a dense matrix.
+"""The best low-rank approximation of a dense matrix: by block Krylov iteration (`krylov.py`), or by the Gram matrix of a small
+side.
 
-Block Krylov iteration (Musco and Musco, https://arxiv.org/abs/1504.05477), restarted from the best vectors where its
-subspace gets large: the subspace grows by MᵀM times its newest block, and holds the leading singular vectors to many
-digits long before it is the whole space.  How fast it still gains on ‖M‖² tells when to stop.
+A block narrower than the rank takes more steps, and fewer columns in all; but of singular values that are the same it finds
+as many as it has columns.  So a block is narrow only where there is no start, and where that many come out the same, a wide
+one goes on.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from adapterops.errors import BrokenAdapter
+from adapterops.linalg.krylov import Found, leading, orthonormal, times
 from adapterops.linalg.lowrank import Svd
 from adapterops.linalg.random import Draw
 
@@ -20,24 +20,20 @@ if TYPE_CHECKING:
     import torch
 
 MOST_STEPS = 40
+"""Steps of a wide block after which it ends in any case; of a narrow one, as many as have as many columns in all."""
 _MORE = 8
-"""How much wider than the rank a block is: the vectors just beyond the rank converge slowest."""
+"""How much wider than the rank a wide block is: the vectors just beyond the rank converge slowest."""
+_NARROWEST, _STEP = 16, 8
+"""Columns of the narrowest block, as reading the matrix costs as much for fewer; and what those of others are multiples of."""
 _RANDOM = 2
 """Columns of the first block that are random whatever start is given: it may be blind to some leading vectors."""
-_MOST_BLOCKS = 6
-"""Blocks in the subspace before it is restarted."""
 _SMALL_SIDE, _SMALL_BLOCKS = 160, 8
-"""A side up to so many columns, or blocks, is decomposed by its Gram matrix: by measurement faster there."""
-_ROUNDING = 1e-8
-"""How large noise is beside what it is added to: no larger than float32's own."""
-_MOST_ATTEMPTS = 5
+"""A side up to so many columns, or wide blocks, is decomposed by its Gram matrix: by measurement faster there."""
+_STEEP = 0.03
+"""A singular value below this share of the largest: squares in float32 do not tell its vector well from the next one's."""
 _SQUARABLE = (1e-20, 1e30)
 _ROWS = 1024
 """Rows of which a Gram matrix is summed up at a time."""
-_FLOOR = 1e-4
-"""Errors below a hundredth of the norm (squared: this) count as a hundredth: float32 resolves no excess over less."""
-_SLOWEST, _FASTEST, _UNKNOWN = 0.98, 0.1, 0.5
-"""Which share of a step's gain the next step is believed to bring: limits, and what is assumed after the first two."""
 
 Parts = tuple["torch.Tensor", "torch.Tensor", "torch.Tensor"]
 """u (m, rank), s (rank,), vh (rank, n)."""
@@ -59,11 +55,12 @@ def truncated(
     that.
 
     The excess is (‖M − approximation‖ − ‖M − best approximation‖) / ‖M − best approximation‖.  The iteration ends when
-    it is estimated to be at most `tolerance`, and in any case after `MOST_STEPS` steps; where ‖M − best approximation‖
-    is less than a hundredth of ‖M‖, the excess is relative to that hundredth.
+    it is estimated to be at most `tolerance`, or when the singular vectors' residuals are no more than float32's rounding
+    (with a `tolerance` of 0, only then), and in any case after `MOST_STEPS` steps; where ‖M − best approximation‖ is less than
+    a hundredth of ‖M‖, the excess is relative to that hundredth.
 
-    Works on the matrix's device (on the CPU for MPS, which has no float64).  Besides the matrix it holds
-    6·(rank + 8)·(m + n) numbers.  Raises `BrokenAdapter` for values that are not finite.
+    Works on the matrix's device (on the CPU for MPS, which has no float64).  Besides the matrix it holds some
+    18·(rank + 8)·min(m, n) + 3·(rank + 8)·max(m, n) numbers.  Raises `BrokenAdapter` for values that are not finite.
     """
     import torch
 
@@ -87,96 +84,34 @@ def truncated(
     if tall.shape[1] <= max(_SMALL_SIDE, _SMALL_BLOCKS * width):
         u, s, vh = _by_gram(tall, rank)
     else:
-        given = [] if start is None else [start[:, : width - _RANDOM].to(matrix)]
-        given = given if m >= n else [matrix @ columns for columns in given]
-        noise = torch.from_numpy(draw.normal(width * tall.shape[1])).reshape(width, -1).to(matrix)
-        first = _orthonormal(torch.cat([*(columns.T for columns in given), noise])[:width])
-        (u, s, vh), excess = _by_krylov(tall, rank, tolerance, first, noise, math.sqrt(energy))
+        if start is not None:
+            start = start[:, : width - _RANDOM].to(matrix)
+            start = start.T if m >= n else times(matrix, start.T)
+        (u, s, vh), excess = _by_krylov(tall, rank, tolerance, start, draw, math.sqrt(energy))
     if m < n:
         u, vh = vh.T, u.T
     return Svd(u.contiguous(), s, vh.contiguous(), energy), excess
 
 
 def _by_krylov(
-    matrix: torch.Tensor, rank: int, tolerance: float, first: torch.Tensor, noise: torch.Tensor, norm: float
+    matrix: torch.Tensor, rank: int, tolerance: float, start: torch.Tensor | None, draw: Draw, norm: float
 ) -> tuple[Parts, float]:
-    """Of a matrix (m, n), m ≥ n, and its norm; `first` (width, n) are the rows that the subspace begins with, and
-    `noise` are random ones, of which it is helped out.
-
-    Vectors are rows here, so that a block of them is contiguous.  Everything is relative to the norm.
-    """
+    """Of a matrix (m, n), m ≥ n, and its norm; at most rank + 6 rows of `start` (k, n)."""
     import torch
 
-    m, n = matrix.shape
-    width = first.shape[0]
-    most = _MOST_BLOCKS * width
-    basis, images = matrix.new_empty(most, n), matrix.new_empty(most, m)
-    gram = torch.zeros(most, most, dtype=torch.float64)
-    captured: list[float] = []
-    used, block = 0, first
-    while True:
-        new = slice(used, used + width)
-        basis[new] = block
-        torch.mm(block, matrix.T, out=images[new])
-        images[new] /= norm
-        used += width
-        gram[:used, new] = (images[:used] @ images[new].T).cpu().double()
-        gram[new, :used] = gram[:used, new].T
-        values, vectors = torch.linalg.eigh(gram[:used, :used])
-        captured.append(float(values[-rank:].sum()))
-        excess = estimated_excess(captured)
-        if excess <= tolerance or len(captured) == MOST_STEPS:
-            break
-        block = _following(images[new] @ matrix, basis[:used], noise.roll(len(captured), 1))
-        if used + width > most:
-            kept = min(rank + width, most - width)
-            best = vectors[:, -kept:].T.to(basis)
-            basis[:kept], images[:kept] = best @ basis[:used], best @ images[:used]
-            gram[:kept, :kept] = torch.diag(values[-kept:])
-            used = kept
-    best = vectors[:, -rank:].T.to(basis)
-    return _finished(best @ images[:used], best @ basis[:used], norm), excess
+    wide = rank + _MORE
+    noise = torch.from_numpy(draw.normal(wide * matrix.shape[1])).reshape(wide, -1).to(matrix)
 
+    def begun(rows: torch.Tensor | None, width: int) -> Found:
+        first = noise if rows is None else torch.cat([rows, noise])
+        columns = MOST_STEPS * wide
+        return leading(matrix, rank, tolerance, orthonormal(first[:width]), noise[:width], norm, columns)
 
-def estimated_excess(captured: Sequence[float]) -> float:
-    """What `truncated` says of it, from the share of ‖M‖² that was captured after each step so far.
-
-    What is missing is taken for a geometric series that begins with the last gain; its ratio is the larger one of the
-    last two, as steps bring less and less.
-    """
-    lost = max(0.0, 1 - captured[-1])
-    gains = [max(0.0, after - before) for before, after in pairwise(captured)]
-    missing = lost
-    if gains:
-        ratios = [min(after / before, 1.0) if before else 0.0 for before, after in pairwise(gains)]
-        ratio = min(_SLOWEST, max(_FASTEST, *ratios[-2:])) if ratios else _UNKNOWN
-        missing = min(lost, gains[-1] * ratio / (1 - ratio))
-    return missing / (2 * max(lost, _FLOOR))
-
-
-def _following(rows: torch.Tensor, basis: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """Orthonormal rows (width, n) that span what `rows` have outside of the orthonormal `basis` (used, n).
-
-    Where that is of fewer dimensions (sparse matrices, matrices of low rank), `noise` gives the rest: without it QR
-    would, and that may lie in the basis.  Repeated while a row lay mostly in the basis, as QR makes large what rounding
-    left of it.
-    """
-    for attempt in range(_MOST_ATTEMPTS):
-        rows = rows / (float(rows.abs().max()) or 1.0) + noise * _ROUNDING
-        squares = rows.square().sum(dim=1)
-        inside = rows @ basis.T
-        rows = _orthonormal(rows - inside @ basis)
-        if attempt and float((inside.square().sum(dim=1) / squares).max()) < 0.5:
-            break
-    return rows
-
-
-def _orthonormal(rows: torch.Tensor) -> torch.Tensor:
-    """Orthonormal rows that span `rows`."""
-    import torch
-
-    q: torch.Tensor = torch.linalg.qr(rows.T)[0]
-    return q.T.contiguous()
+    narrow = min(wide, max(_NARROWEST, -(-rank // 2 // _STEP) * _STEP))
+    found = begun(start, narrow if start is None else wide)
+    if start is None and found.hidden:
+        found = begun(None, wide)
+    return _finished(matrix, found.rows, rank, norm), found.excess
 
 
 def _by_gram(matrix: torch.Tensor, rank: int) -> Parts:
@@ -189,19 +124,22 @@ def _by_gram(matrix: torch.Tensor, rank: int) -> Parts:
         block = matrix[row : row + _ROWS].double()
         gram.addmm_(block.T, block)
     best = torch.linalg.eigh(gram)[1][:, -rank:].T.to(matrix)
-    return _finished(best @ matrix.T, best, 1.0)
+    return _finished(matrix, best, rank, 1.0)
 
 
-def _finished(images: torch.Tensor, basis: torch.Tensor, norm: float) -> Parts:
-    """The singular value decomposition of M·P for the projection P on the orthonormal rows `basis` (rank, n).
-
-    `images` (rank, m) are M times each of them, relative to `norm`.
+def _finished(matrix: torch.Tensor, rows: torch.Tensor, rank: int, norm: float) -> Parts:
+    """The leading part of the singular value decomposition of M·P for the projection P on the span of the orthonormal `rows`
+    (k, n), k ≥ rank; of P'·M, for P' on the span of M·rowsᵀ, where the singular values differ much.
     """
     import torch
 
-    u, core = torch.linalg.qr(images.T)
-    left, s, right = torch.linalg.svd(core.cpu().double())
-    return u @ left.to(u), (s * norm).to(u), right.to(u) @ basis
+    left, core = torch.linalg.qr(times(matrix, rows).T / norm)
+    u, s, vh = torch.linalg.svd(core.cpu().double())
+    if s[rank - 1] < _STEEP * s[0]:
+        right, core = torch.linalg.qr(times(matrix.T, left.T).T / norm)
+        v, s, uh = torch.linalg.svd(core.cpu().double())
+        u, vh, rows = uh.T, v.T, right.T
+    return left @ u[:, :rank].to(left), (s[:rank] * norm).to(left), vh[:rank].to(left) @ rows
 
 
 def _energy(matrix: torch.Tensor) -> float:

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from adapterops.adapter import Adapter, Certainty, Fact, Update
 from adapterops.errors import CannotRepresent, Conflict, UsageError
 from adapterops.linalg.dense import truncated
+from adapterops.linalg.loftq import difference_norm
 from adapterops.linalg.random import Draw
 from adapterops.methods import METHODS
 from adapterops.operations.kept import Keeper
@@ -151,11 +152,11 @@ def _taken(update: Update, init: str, adapter: Adapter, sources: Sources) -> tup
     rank = METHODS["lora"].rank(update) or 1
     if sources.residual is not None:
         change = weight - sources.residual.of(update).weight
-        pair, off = _leading(change, rank, scale, update)
-        return pair, off
+        b, a = _leading(change, rank, scale, update)
+        return (b, a), difference_norm(change, scale * b, a) / (float(change.norm()) or 1.0)
     if init.startswith("olora"):
         return _olora(weight.T if flipped else weight, rank, flipped), 0.0
-    pair, _ = _leading(weight, rank, scale, update)
+    pair = _leading(weight, rank, scale, update)
     return pair, _spread(update, weight, pair, init, scale) if "_niter_" in init else 0.0
 
 
@@ -192,8 +193,8 @@ def _insist_on_shape(update: Update, weight: torch.Tensor) -> None:
         )
 
 
-def _leading(weight: torch.Tensor, rank: int, scale: float, update: Update) -> tuple[Pair, float]:
-    """The best approximation of a weight of that rank, divided by the scale; and the share of the weight that it leaves."""
+def _leading(weight: torch.Tensor, rank: int, scale: float, update: Update) -> Pair:
+    """The best approximation of a weight of that rank, divided by the scale."""
     import torch
 
     small = min(weight.shape) <= _SMALL
@@ -203,9 +204,7 @@ def _leading(weight: torch.Tensor, rank: int, scale: float, update: Update) -> t
         found, _ = truncated(weight, rank, tolerance=_TIGHT, draw=Draw(0, "demutate", update.module))
         u, s, vh = found.u, found.s, found.vh
     roots = (s[:rank] / scale).sqrt()
-    pair = u[:, :rank] * roots, roots[:, None] * vh[:rank]
-    left = float((weight - scale * pair[0] @ pair[1]).norm())
-    return pair, left / (float(weight.norm()) or 1.0)
+    return u[:, :rank] * roots, roots[:, None] * vh[:rank]
 
 
 def _olora(weight: torch.Tensor, rank: int, flipped: bool) -> Pair:

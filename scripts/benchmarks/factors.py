@@ -47,7 +47,7 @@ def pissa_ours(weight: torch.Tensor, rank: int) -> Made:
     from adapterops.adapter import Update
     from adapterops.operations.demutate import _leading
 
-    return _leading(weight, rank, 1.0, Update("model", "m", "lora", {}))[0]
+    return _leading(weight, rank, 1.0, Update("model", "m", "lora", {}))
 
 
 def pissa_peer(weight: torch.Tensor, rank: int) -> Made:
