@@ -14,19 +14,24 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from adapterops.errors import UsageError
 
 if TYPE_CHECKING:
     import torch
 
+T = TypeVar("T")
 KINDS = ("nf4", "fp4", "int8")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DEFAULT_BLOCK = 64
-_PART = 1 << 20
-"""Numbers that are quantised at a time: their copies in several types stay small.  A multiple of every block size."""
+_PART = 1 << 18
+"""Numbers that are quantised at a time: their copies in several types stay in a processor's cache.  A multiple of every block
+size."""
 _OF_MAXIMA = 256
 """Block size of the quantised maxima; bitsandbytes has no other."""
 
@@ -59,20 +64,32 @@ class Quantiser:
         functional = bitsandbytes().functional
         flat = weight.view(-1)
         parts = [flat[start : start + _PART] for start in range(0, len(flat), _PART)]
-        quantised = [functional.quantize_4bit(part, blocksize=self.block_size, quant_type=self.kind) for part in parts]
-        if self.double:
-            maxima = torch.cat([state.absmax for _, state in quantised])
-            offset = maxima.mean()
-            maxima = functional.dequantize_blockwise(
-                *functional.quantize_blockwise(maxima - offset, blocksize=_OF_MAXIMA)
-            )
-            maxima += offset
-            counts = [len(state.absmax) for _, state in quantised]
-            for (_, state), own in zip(quantised, torch.split(maxima, counts), strict=True):
-                state.absmax = own.contiguous()
-        for part, (values, state) in zip(parts, quantised, strict=True):
+        quantise = partial(functional.quantize_4bit, blocksize=self.block_size, quant_type=self.kind)
+
+        def put_back(part: torch.Tensor, values: torch.Tensor, state: Any) -> None:
             part.copy_(functional.dequantize_4bit(values, state).reshape(-1))
+
+        if not self.double:
+            _each(lambda part: put_back(part, *quantise(part)), parts)
+            return weight
+        quantised = _each(quantise, parts)
+        maxima = torch.cat([state.absmax for _, state in quantised])
+        offset = maxima.mean()
+        maxima = functional.dequantize_blockwise(*functional.quantize_blockwise(maxima - offset, blocksize=_OF_MAXIMA))
+        maxima += offset
+        counts = [len(state.absmax) for _, state in quantised]
+        for (_, state), own in zip(quantised, torch.split(maxima, counts), strict=True):
+            state.absmax = own.contiguous()
+        _each(lambda at: put_back(parts[at], *quantised[at]), range(len(parts)))
         return weight
+
+
+def _each(work: Callable[[Any], T], parts: Sequence[Any]) -> list[T]:
+    """What `work` makes of each part, in order: on all cores, since not every step of it uses them by itself."""
+    import torch
+
+    with ThreadPoolExecutor(max(1, min(len(parts), torch.get_num_threads()))) as pool:
+        return list(pool.map(work, parts))
 
 
 def _by_rows_(weight: torch.Tensor) -> torch.Tensor:
