@@ -101,6 +101,7 @@ _CHOICES: dict[str, Callable[[object], bool]] = {
     "joined": lambda value: _is_table_of(value, _is_blocks),
     "targets": lambda value: _is_table_of(value, lambda names: isinstance(names, list) and all(map(_is_text, names))),
     "types": lambda value: _is_table_of(value, _is_text),
+    "ends": lambda value: _is_table_of(value, _is_text),
     "shapes": lambda value: _is_table_of(value, lambda roles: _is_table_of(roles, _is_sizes)),
 }
 """The choices of spelling that `dialects.read` records, and what each looks like: headers come from strangers."""

@@ -9,26 +9,37 @@ scale 1.  SimpleTuner, asked for Comfy's format, puts the prefix before diffuser
 Sources: Comfy-Org/ComfyUI `comfy/lora.py` (`model_lora_keys_unet`, `model_lora_keys_clip`, `load_lora`),
 `comfy/weight_adapter/lora.py`; bghira/SimpleTuner `simpletuner/helpers/training/lora_format.py`
 (`convert_diffusers_to_comfyui`).
+
+OneTrainer's ORIGINAL output is the same without the prefix, of the denoiser alone and always with alphas.  Embeddings that
+it bundles stand beside the rest.  Source: Nerogar/OneTrainer `modules/modelSaver/mixin/LoRASaverMixin.py`
+(`_save_original`, `_save_comfy`), `modules/util/convert_lora_util.py` (`convert_lora_suffix_ab`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-from adapterops_formats.lycoris_names import DOWN_UP, LYCORIS, UNREAD, unnamed
+from adapterops_formats.lycoris_names import DOWN_UP, EMBEDDINGS, LYCORIS, UNREAD, embeddings_told, of_adapters, unnamed
+from adapterops_formats.modulation import MODULATION, choice, of_blocks, of_parameters, recorded
 
-from adapterops.plugin import Adapter, AlphaIn, Dialect, Format, Output, Place, Suffix, Target
+from adapterops.plugin import Adapter, AlphaIn, Dialect, Format, Output, Place, Reading, Request, Source, Suffix, Target
 
 _A_B = (Suffix(".lora_A.weight", "lora", "A"), Suffix(".lora_B.weight", "lora", "B"))
 _SET = (Suffix(".set_weight", "saved", "weight"),)
 _NO_TABLE = (
     "no table of that base model is built in; where diffusers has the same names, --base CONFIG of its model is enough"
 )
+_EMBEDDINGS_APART = (
+    "ComfyUI loads none from a LoRA's file; it does from a copy of it, named after the token, in models/embeddings"
+)
+"""Source: Comfy-Org/ComfyUI `comfy/lora.py` (`load_lora`), `comfy/sd1_clip.py` (`load_embed`, `bundled_embed`)."""
 
 
 def _dialect(name: str, title: str, pair: tuple[Suffix, ...], example: str, *canonical: str) -> Dialect:
     """A dialect whose denoiser's modules are called as the authors do, but of the `canonical` bases as diffusers does."""
-    suffixes = (*pair, *LYCORIS, *_SET)
+    suffixes = (*pair, *LYCORIS, *_SET, MODULATION)
     called = dict.fromkeys(canonical, "canonical")
 
     def encoder(component: str, name: str, *only: str) -> Place:
@@ -45,12 +56,25 @@ def _dialect(name: str, title: str, pair: tuple[Suffix, ...], example: str, *can
             encoder("text_encoder_2", "clip_g", "sdxl", "sd3"),
             # T5 is the third encoder of SD3 and the second of Flux.1.
             replace(encoder("text_encoder_3", "t5xxl", "sd3", "flux"), instead=("text_encoder_2",)),
+            EMBEDDINGS,
         ),
         alpha=AlphaIn.TENSOR,
         convention="rank",
         unread=UNREAD,
         example=example,
     )
+
+
+ORIGINAL = Dialect(
+    name="onetrainer-original",
+    format="comfy",
+    title="the authors' bare names with alpha (OneTrainer's ORIGINAL)",
+    places=(Place("unet", "", (*_A_B, *LYCORIS), ("transformer",), names="original"),),
+    alpha=AlphaIn.TENSOR,
+    convention="rank",
+    unread=UNREAD,
+    example="double_blocks.0.img_attn.qkv.alpha",
+)
 
 
 class Comfy(Format):
@@ -74,7 +98,9 @@ class Comfy(Format):
             "diffusion_model.transformer_blocks.0.attn.to_q.lora_A.weight",
             "flux",
             "sd3",
+            "z_image",
         ),
+        ORIGINAL,
     )
     file_name = "lora.safetensors"
     foreign = {
@@ -83,9 +109,9 @@ class Comfy(Format):
         **{
             rf"^diffusion_model\.{names}": f"belongs to an adapter of {base} by its authors' names; {_NO_TABLE}"
             for base, names in {
-                "Wan or Anima": r"blocks\.\d+\.(cross|self)_attn\.",
+                "Anima": r"blocks\.\d+\.(cross|self)_attn\.\w+_proj\.",
                 "HunyuanVideo": r"double_blocks\.\d+\.(img|txt)_attn_(qkv|proj)\.",
-                "Z-Image or Lumina 2": r"(layers|noise_refiner|context_refiner)\.\d+\.(attention|feed_forward|adaLN)",
+                "Lumina 2": r"(layers|noise_refiner|context_refiner)\.\d+\.(attention|feed_forward|adaLN)",
                 "LTX-Video": r"transformer_blocks\.\d+\.attn[12]\.",
                 "HiDream": r"(double|single)_stream_blocks\.",
                 "Chroma": r"distilled_guidance_layer\.",
@@ -93,9 +119,23 @@ class Comfy(Format):
         },
     }
 
+    def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
+        """As for any format; bare names without a single alpha are not OneTrainer's, and a bundle alone is Kohya's."""
+        scaled = any(key.endswith(".alpha") for key in source.tensors)
+        found = of_adapters(super().recognise(source, [d for d in dialects if d is not ORIGINAL or scaled]))
+        return list(map(of_parameters, found))
+
+    def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
+        return recorded(super().read(source, reading, request), reading)
+
+    def spelling(self, adapter: Adapter, target: Target) -> dict[str, Any]:
+        names = (target.dialect.name, *(dialect.name for dialect in self.dialects))
+        return {**super().spelling(adapter, target), **choice(adapter, *names)}
+
     def write(self, adapter: Adapter, target: Target) -> Output:
-        out = super().write(adapter, target)
-        return out._replace(notes=(*out.notes, *unnamed(target)))
+        out = of_blocks(super().write(adapter, target), self.spelling(adapter, target))
+        told = embeddings_told(adapter, _EMBEDDINGS_APART) if target.dialect is not ORIGINAL else ()
+        return out._replace(notes=(*out.notes, *told, *unnamed(target)))
 
 
 FORMAT = Comfy()

@@ -14,12 +14,14 @@
 - under the component's name, with LyCORIS' tensors and alphas (`transformer.<module>.lokr_w1`): ai-toolkit's LoKr, the
   LoHa and LoKr that OneTrainer saves for diffusers, and its backups; no reading of diffusers' but these trainers';
 - under the component's name, whole differences and DoRA magnitudes of ai-toolkit's beside peft's factors
-  (`transformer.<module>.diff`, `.magnitude`), which ai-toolkit alone reads;
+  (`transformer.<module>.diff`, `.magnitude`), and text encoders as `lora_te1.<module>`, all of which ai-toolkit alone reads;
+- with textual inversions bundled into the file (`bundle_emb.<token>.clip_l`), as OneTrainer saves for diffusers, which
+  refuses such a file whole;
 - attention processors: `unet.<attention>.processor.to_q_lora.down.weight`, at first without `unet.`; no alpha.
 
 Sources: huggingface/diffusers 0.42.1 `loaders/lora_base.py` (`_save_lora_weights`, `LORA_ADAPTER_METADATA_KEY`),
 `utils/state_dict_utils.py`, `utils/peft_utils.py` (`get_peft_kwargs`); ostris/ai-toolkit `toolkit/network_mixins.py`
-(`get_state_dict`), `toolkit/lora_special.py` (`FullModule`), `toolkit/models/DoRA.py`; Nerogar/OneTrainer
+(`get_state_dict`), `toolkit/lora_special.py` (`FullModule`, `create_modules`), `toolkit/models/DoRA.py`; Nerogar/OneTrainer
 `modules/util/convert_lora_util.py` (`convert_to_diffusers`), `modules/modelSaver/mixin/LoRASaverMixin.py`
 (`_save_internal`); modelscope/DiffSynth-Studio `diffsynth/diffusion/training_module.py`, `diffsynth/utils/lora/general.py`.
 """
@@ -31,7 +33,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from adapterops_formats.lycoris_names import DIFFERENCES, DOWN_UP, LYCORIS
+from adapterops_formats.lycoris_names import DIFFERENCES, DOWN_UP, EMBEDDINGS, LYCORIS, embeddings_told, of_adapters
 from adapterops_formats.peft_config import PeftConfig, check_given, describes, from_updates, refuse_scale
 from adapterops_formats.peft_names import LORA
 
@@ -174,7 +176,8 @@ DIFFSYNTH = Dialect(
     name="diffsynth",
     format="diffusers",
     title="diffusers' names without a component, peft's factors (DiffSynth)",
-    places=(Place("transformer", "", LORA),),
+    # DiffSynth has its own classes: of Wan those have the authors' names, of Qwen-Image diffusers'.
+    places=(Place("transformer", "", LORA, names_in={"wan_14b": "original"}),),
     alpha=AlphaIn.NOWHERE,
     convention="rank",
     vectors=True,
@@ -185,19 +188,37 @@ WITH_LYCORIS = Dialect(
     name="diffusers-lycoris",
     format="diffusers",
     title="diffusers' names with LyCORIS' tensors (ai-toolkit, OneTrainer)",
-    places=tuple(Place(component, f"{component}.", (*DOWN_UP, *LYCORIS)) for component in COMPONENTS),
+    places=(*(Place(component, f"{component}.", (*DOWN_UP, *LYCORIS)) for component in COMPONENTS), EMBEDDINGS),
     alpha=AlphaIn.TENSOR,
     convention="rank",
     example="transformer.transformer_blocks.0.attn.to_q.lokr_w1",
 )
 
+BUNDLED = replace(
+    DIFFUSERS,
+    name="diffusers-bundled",
+    title="diffusers with bundled embeddings (OneTrainer)",
+    places=(*DIFFUSERS.places, EMBEDDINGS),
+    example="bundle_emb.ohwx.clip_l",
+)
+
 AI_TOOLKIT = Dialect(
     name="ai-toolkit",
     format="diffusers",
-    title="ai-toolkit (whole differences and magnitudes beside peft's factors)",
-    places=tuple(
-        Place(component, f"{component}.", (*LORA[:2], Suffix(".magnitude", "lora", "magnitude"), *DIFFERENCES[:2]))
-        for component in ("unet", "transformer")
+    title="ai-toolkit (differences, magnitudes and text encoders of its own spelling)",
+    places=(
+        *(
+            Place(component, f"{component}.", (*LORA[:2], Suffix(".magnitude", "lora", "magnitude"), *DIFFERENCES[:2]))
+            for component in ("unet", "transformer")
+        ),
+        *(
+            Place(component, prefix, (*LORA[:2], Suffix(".magnitude", "lora", "magnitude")))
+            for component, prefix in (
+                ("text_encoder", "lora_te."),
+                ("text_encoder", "lora_te1."),
+                ("text_encoder_2", "lora_te2."),
+            )
+        ),
     ),
     alpha=AlphaIn.NOWHERE,
     convention="rank",
@@ -207,7 +228,12 @@ AI_TOOLKIT = Dialect(
 )
 
 # Without these, the dialect reads a file as the usual one does, and would only tie with it.
-_MARKS = {WITH_ALPHA: (".alpha",), AI_TOOLKIT: (".diff", ".diff_b", ".magnitude")}
+_MARKS: Mapping[Dialect, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    WITH_ALPHA: ((), (".alpha",)),
+    BUNDLED: ((EMBEDDINGS.prefix,), ()),
+    AI_TOOLKIT: (("lora_te.", "lora_te1.", "lora_te2."), (".diff", ".diff_b", ".magnitude")),
+}
+"""How keys begin, or end, of which a file has one at least that is to be read so."""
 
 _LATER = "this version does not convert it"
 
@@ -232,6 +258,7 @@ class Diffusers(Format):
         WITH_ALPHA,
         DIFFSYNTH,
         WITH_LYCORIS,
+        BUNDLED,
         AI_TOOLKIT,
     )
     file_name = "pytorch_lora_weights.safetensors"
@@ -244,11 +271,15 @@ class Diffusers(Format):
 
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
         if len(dialects) > 1:
-            idle = [d for d, marks in _MARKS.items() if not any(key.endswith(marks) for key in source.tensors)]
+            idle = [
+                dialect
+                for dialect, (heads, ends) in _MARKS.items()
+                if not any(key.startswith(heads) or key.endswith(ends) for key in source.tensors)
+            ]
             # What has a PEFT config beside it is a PEFT folder, whatever its keys lack.
             idle += [DIFFSYNTH] if source.config is not None else []
             dialects = [d for d in dialects if d not in idle]
-        readings = super().recognise(source, dialects)
+        readings = of_adapters(super().recognise(source, dialects))
         # A header that says scales is read by those dialects that have one, where they read every key too.
         telling = [r for r in readings if r.dialect.alpha is AlphaIn.CONFIG and not r.unclaimed]
         return telling if telling and METADATA_KEY in source.metadata else readings
@@ -286,7 +317,10 @@ class Diffusers(Format):
         spelled = self.spell(adapter, target)
         kept = spelled.adapter
         metadata = header(kept)
-        notes = list(spelled.notes)
+        notes = [
+            *spelled.notes,
+            *embeddings_told(kept, "diffusers refuses a LoRA's file that has any; OneTrainer reads it"),
+        ]
         if target.dialect.alpha is AlphaIn.CONFIG and not _plain(kept):
             metadata[METADATA_KEY] = _write_header(kept, target)
             notes.append(

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from math import isfinite, sqrt
 
-from adapterops_formats.lycoris_names import DOWN_UP, IA3, LYCORIS, UNREAD, unnamed
+from adapterops_formats.lycoris_names import DOWN_UP, EMBEDDINGS, IA3, LYCORIS, UNREAD, unnamed
 from adapterops_formats.peft_config import refuse_scale
 
 from adapterops.plugin import (
@@ -32,7 +32,6 @@ from adapterops.plugin import (
     Reading,
     Request,
     Source,
-    Suffix,
     Target,
     Update,
     errors,
@@ -41,11 +40,6 @@ from adapterops.plugin import (
 )
 
 SUFFIXES = (*DOWN_UP, *LYCORIS, *IA3)
-_BUNDLED = tuple(
-    Suffix(f".{name}", "bundled", name)
-    for name in ("emb_params", "string_to_param.*", "clip_l", "clip_g", "t5", "t5xxl", "qwen", "<PAD>")
-)
-EMBEDDINGS = Place("embeddings", "bundle_emb.", _BUNDLED, free=True)
 ENCODERS = (
     Place("text_encoder", "lora_te_", SUFFIXES, flat=True, only=frozenset({ONE_ENCODER})),
     # diffusers' own export calls the encoder of SD 1.x so, too; it is read, and written only where there are two.
@@ -139,9 +133,9 @@ class Kohya(Format):
         **{
             rf"^lora_unet_{names}": f"belongs to an adapter of {base} in Kohya's spelling; {_LATER}"
             for base, names in {
-                "Wan or Anima": r"blocks_\d+_(cross|self)_attn_",
+                "Anima": r"blocks_\d+_(cross|self)_attn_\w+_proj\.",
                 "HunyuanVideo or FramePack": r"double_blocks_\d+_(img|txt)_(mlp_fc[12]|mod_linear)\.",
-                "Z-Image or Lumina 2": r"(layers|noise_refiner|context_refiner)_\d+_(attention|feed_forward|adaLN)",
+                "Lumina 2": r"(layers|noise_refiner|context_refiner)_\d+_(attention|feed_forward|adaLN)",
             }.items()
         },
     }
@@ -163,7 +157,8 @@ class Kohya(Format):
             request.wrong(
                 errors.Conflict(
                     f"{source.path}: two alphas: the header's ss_network_alpha is {source.metadata['ss_network_alpha'][:40]}, "
-                    f"but no module has it ({other.name}: {other.alpha}); --alpha tensors believes the tensors, as readers do",
+                    f"but no module has it ({other.name}: {other.alpha}); sd-scripts, Comfy and diffusers take the tensors and "
+                    "do not look at the header: --alpha tensors does as they do",
                     fault="header-alpha",
                 )
             )

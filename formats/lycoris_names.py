@@ -1,12 +1,14 @@
 """The names of the tensors of LyCORIS' methods, which Kohya's, Comfy's and its own files share.
 
-Sources: KohakuBlueleaf/LyCORIS 4.1.3 `lycoris/modules/*.py`; Comfy-Org/ComfyUI `comfy/weight_adapter/*.py`,
-`comfy/lora.py`.
+Sources: KohakuBlueleaf/LyCORIS 4.1.3 `lycoris/modules/*.py`, `tools/pack_bundle.py`; Comfy-Org/ComfyUI
+`comfy/weight_adapter/*.py`, `comfy/lora.py`; Nerogar/OneTrainer `modules/modelSaver/*/*LoRASaver.py` (`_get_state_dict`).
 """
 
 from __future__ import annotations
 
-from adapterops.plugin import ANY, Suffix, Target
+from collections.abc import Iterable
+
+from adapterops.plugin import ANY, Adapter, Place, Reading, Suffix, Target
 
 SCALE = (Suffix(".alpha", ANY, "alpha"), Suffix(".dora_scale", ANY, "magnitude"))
 """What stands beside the factors of any method with a scale."""
@@ -28,6 +30,20 @@ DIFFERENCES = (
 )
 LYCORIS = (*LOHA, *LOKR, *DIFFERENCES, *SCALE)
 """Every method that these files share but LoRA, whose names differ, and (IA)³, which only LyCORIS reads."""
+EMBEDDINGS = Place(
+    "embeddings",
+    "bundle_emb.",
+    tuple(
+        Suffix(f".{name}", "bundled", name)
+        for name in (
+            *("emb_params", "string_to_param.*", "clip_l", "clip_g", "t5", "t5xxl", "qwen", "<PAD>"),
+            *("clip_l_out", "clip_g_out", "t5_out"),
+        )
+    ),
+    free=True,
+)
+"""Textual inversions in an adapter's file: OneTrainer puts them into each of its formats, `_out` for vectors that replace
+the encoder's output."""
 UNREAD = (
     (
         "magnitude",
@@ -36,6 +52,17 @@ UNREAD = (
     ),
 )
 """What common readers of these files leave out: huggingface/diffusers `loaders/lora_pipeline.py`, "dora_scale"."""
+
+
+def of_adapters(readings: Iterable[Reading]) -> list[Reading]:
+    """The readings of more than embeddings: a file of those alone is LyCORIS' bundle, which is Kohya's."""
+    return [reading for reading in readings if not all(claim.place.free for claim in reading.claims)]
+
+
+def embeddings_told(adapter: Adapter, sentence: str) -> tuple[str, ...]:
+    """What to say of a file with embeddings in it, after their tokens' names; nothing where there are none."""
+    tokens = sorted({update.module for update in adapter if update.method == "bundled"})
+    return (f"bundled embeddings ({', '.join(tokens)[:80]}): {sentence}",) if tokens else ()
 
 
 def unnamed(target: Target) -> tuple[str, ...]:

@@ -579,7 +579,16 @@ def _say_why_unknown(update: Update, source: Source, method: PeftMethod) -> Upda
         f"{source.config_path} says no {method.alpha}" if source.config is not None else f"no {CONFIG} is beside them"
     )
     reason = f"PEFT stores no alpha among the tensors, and {where}"
+    first = update.tensors.get("A")
+    if source.config is None and first is not None and first.key == f"{update.module}{_LEFT_IN}":
+        reason += (
+            f" (keys with {_LEFT_IN} and no prefix are DiffSynth-Studio's, whose scale is 1: --alpha {first.shape[0]})"
+        )
     return replace(update, alpha=replace(update.alpha, source=reason))
+
+
+_LEFT_IN = ".lora_A.default.weight"
+"""How modelscope/DiffSynth-Studio `diffsynth/diffusion/training_module.py` leaves an adapter's name in what it saves."""
 
 
 def _component(config: Mapping[str, Any] | None) -> str:

@@ -438,22 +438,6 @@ def _is_known(init: Any) -> bool:
     return not isinstance(init, str) or not init or init in _INITS or init.lower() in ("gaussian", "olora", "mica")
 
 
-@checker(OTHER_TYPE)
-def other_names(subject: Subject) -> Iterator[Finding]:
-    """A PEFT folder whose tensors have another format's names."""
-    recognised, config = subject.recognised, subject.config
-    if recognised is None or config is None or "peft_type" not in config or recognised[0].is_folder:
-        return
-    claim = next((c for c in recognised[1].claims if c.suffix.method != "saved"), None)
-    if claim is not None:
-        yield OTHER_TYPE.found(
-            subject.weights,
-            f"{claim.key!r} and the other tensors are named as {recognised[1].dialect.title} names them, and peft, whose config "
-            "is beside them, looks for base_model.model.… only: it finds none",
-            remedy="Convert the weights, and take the config that comes with them: adapterops convert FILE --to peft.",
-        )
-
-
 @checker(SECOND_CONFIG)
 def second_config(subject: Subject) -> Iterator[Finding]:
     """Configs in the folder whose weights are not."""
@@ -495,4 +479,4 @@ RULES: tuple[Rule, ...] = (
     BAD_INIT,
     SECOND_CONFIG,
 )
-CHECKERS: tuple[Checker, ...] = (no_config, general, base_model, initialisation, other_names, second_config)
+CHECKERS: tuple[Checker, ...] = (no_config, general, base_model, initialisation, second_config)

@@ -15,7 +15,8 @@ from adapterops.architectures.table import Component, likes
 
 
 def with_originals(component: Component, config: Mapping[str, Any], owners: Set[str]) -> Component:
-    """The component with `original`, `fused`, `widens` and `like` of the built-in table that it equals, or as it is.
+    """The component with `original`, `fused`, `parameters`, `widens` and `like` of the built-in table that it equals, or as
+    it is.
 
     `config` is complete: with the class's own defaults.  `owners` are the modules that own a parameter; each of them
     must be in the table, with the same shape and bias.  What only the table has is left out, and with it the fused
@@ -24,7 +25,7 @@ def with_originals(component: Component, config: Mapping[str, Any], owners: Set[
     equals: list[Component] = []
     for known in likes(component.class_name, config):
         try:
-            same = all(_alike(_row(known, name), spec) for name, spec in component.modules.items() if name in owners)
+            same = all(_alike(known, component, name) for name in component.modules if name in owners)
         except ValueError:  # the config lacks a number that the rows need: it is not the table's model
             continue
         if same:
@@ -35,7 +36,8 @@ def with_originals(component: Component, config: Mapping[str, Any], owners: Set[
     modules = {name: _named(spec, _row(known, name)) for name, spec in component.modules.items()}
     fused = {name: spec for name, spec in known.fused.items() if all(part in modules for part, _, _ in spec.joins)}
     like = known.like if all(other.like == known.like for other in equals) else ""
-    return replace(component, modules=modules, fused=fused, like=like)
+    parameters = {**component.parameters, **known.parameters}
+    return replace(component, modules=modules, fused=fused, parameters=parameters, like=like)
 
 
 def _row(known: Component, name: str) -> ModuleSpec | None:
@@ -43,8 +45,14 @@ def _row(known: Component, name: str) -> ModuleSpec | None:
     return rows.get(name) or (rows.get(prefix + name) if prefix else None)
 
 
-def _alike(row: ModuleSpec | None, spec: ModuleSpec) -> bool:
-    return row is not None and (row.shape, row.kind, row.bias) == (spec.shape, spec.kind, spec.bias)
+def _alike(known: Component, component: Component, name: str) -> bool:
+    row, spec = _row(known, name), component.modules[name]
+    if row is not None or spec.shape:
+        return row is not None and (row.shape, row.kind, row.bias) == (spec.shape, spec.kind, spec.bias)
+    # It owns bare parameters alone; those of the root are in no list of the model's.
+    paths = [f"{name}.{own}" if name else own for own in spec.params]
+    rows = known.parameters
+    return all(p in rows and component.parameters.get(p, rows[p]).shape == rows[p].shape for p in paths)
 
 
 def _named(spec: ModuleSpec, row: ModuleSpec | None) -> ModuleSpec:

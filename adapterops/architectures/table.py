@@ -15,7 +15,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from adapterops.architectures.errors import UnknownArchitecture
-from adapterops.architectures.expression import Value, evaluate_integer
+from adapterops.architectures.expression import Value, evaluate, evaluate_integer
 from adapterops.architectures.spec import ModuleSpec
 from adapterops.architectures.template import ALL, Expander, Row, stems
 
@@ -44,11 +44,11 @@ class Component:
     stems: Mapping[str, frozenset[str]] = field(default_factory=dict)
     """What the names in each column begin with, where that is known without writing them out."""
     parameters: Mapping[str, ModuleSpec] = field(default_factory=dict)
-    """Matrices, and stacks of them, that a module holds under other names than `weight` (`--base`): the experts of a layer.
-    Each by the dotted name of the parameter, in the order in which its module defines them."""
+    """Matrices, and stacks of them, that a module holds under other names than `weight`: the experts of a layer, tables of
+    shifts and scales.  Each by the dotted name of the parameter, in the order in which its module defines them."""
     like: str = ""
-    """For a model built from a config: the built-in architecture whose rows describe it, too, where it is the only
-    one (the same text encoders serve several)."""
+    """For a model built from a config: the family of built-in architectures whose rows describe it, too, where it is the
+    only one (the same text encoders serve several)."""
 
     def spec(self, name: str) -> ModuleSpec | None:
         """The module of that name, fused ones and bare parameters included."""
@@ -73,12 +73,14 @@ class Architecture(NamedTuple):
     builtin: bool
     released: str = ""
     """Year and month: where the modules of a file fit two base models alike, the older one is taken."""
+    release_of: str = ""
+    """The built-in architecture that this one is a later release of, with the same names for what both have."""
 
     @property
     def family(self) -> str:
         """The built-in architecture whose rules of spelling hold for this one; its own name where none does."""
         if self.builtin:
-            return self.name
+            return self.release_of or self.name
         like = {component.like for component in self.components.values() if component.like}
         return self.name if len(like) != 1 else like.pop()
 
@@ -102,12 +104,19 @@ def load(name: str) -> Architecture:
     with open(path, encoding="utf-8") as file:
         text = file.read()
     title, released = (found[1] for found in (_TITLE.search(text), _RELEASED.search(text)) if found)
-    return Architecture(name, title, _Components(path, _COMPONENT.findall(text)), builtin=True, released=released)
+    family = _FAMILY.search(text)
+    components = _Components(path, _COMPONENT.findall(text))
+    return Architecture(name, title, components, True, released, family[1] if family else "")
 
 
-_TITLE, _RELEASED, _COMPONENT = (
+_TITLE, _RELEASED, _FAMILY, _COMPONENT = (
     re.compile(line, re.MULTILINE)
-    for line in (r'^title = "([^"\\]+)"$', r'^released = "([^"\\]+)"$', r"^\[components\.(\w+)\]$")
+    for line in (
+        r'^title = "([^"\\]+)"$',
+        r'^released = "([^"\\]+)"$',
+        r'^family = "([^"\\]+)"$',
+        r"^\[components\.(\w+)\]$",
+    )
 )
 """The lines of an architecture's file that tell whether it is worth parsing."""
 
@@ -123,7 +132,13 @@ class _Components(Mapping[str, Component]):
         if not self._made:
             document = _read(self._path)
             templates, tables = _templates(document), document["components"]
-            self._made = {own: _component(own, table, templates, table["config"]) for own, table in tables.items()}
+            self._made = {
+                # The same model as another architecture's.
+                own: load(table["of"]).components[own]
+                if "of" in table
+                else _component(own, table, templates, table["config"])
+                for own, table in tables.items()
+            }
         return self._made[name]
 
     def __contains__(self, name: object) -> bool:
@@ -139,14 +154,15 @@ class _Components(Mapping[str, Component]):
 def likes(class_name: str, config: Mapping[str, Any]) -> Iterator[Component]:
     """The built-in components of the class `library.Class`, with their rows written out for another config.
 
-    `like` says which architecture each is from.  Whether its rows hold for that config is for the caller to see.  Its
+    `like` says which family each is from.  Whether its rows hold for that config is for the caller to see.  Its
     modules raise `ValueError` when they are first asked for, where the config lacks a number that a row needs.
     """
     for name in names():
         document = _read(os.path.join(_FOLDER, f"{name}.toml"))
         for component_name, table in document["components"].items():
-            if table["class"] == class_name:
-                yield replace(_component(component_name, table, _templates(document), config), like=name)
+            if table.get("class") == class_name:
+                component = _component(component_name, table, _templates(document), config)
+                yield replace(component, like=document.get("family", name))
 
 
 def _templates(document: Mapping[str, Any]) -> dict[str, list[Row]]:
@@ -168,9 +184,10 @@ def _component(
 ) -> Component:
     rows = _Rows(f"component {name}", table, templates, config)
     prefix = table.get("optional_prefix", "")
-    modules, fused = _Modules(rows, False), _Modules(rows, True)
+    modules, fused, parameters = (_Modules(rows, which) for which in range(3))
     begin = {column: stems(table["rows"], templates, column) for column in ("canonical", "original")}
-    return Component(name, modules, table["class"], config, optional_prefix=prefix, fused=fused, stems=begin)
+    kinds: dict[str, Any] = {"fused": fused, "parameters": parameters}
+    return Component(name, modules, table["class"], config, optional_prefix=prefix, stems=begin, **kinds)
 
 
 def _scope(table: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Value]:
@@ -185,6 +202,11 @@ def _scope(table: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Val
             scope[name] = evaluate_integer(value, scope)
     for name, factors in table.get("products", {}).items():
         scope[name] = prod(evaluate_integer(factor, scope) for factor in factors)
+    for name, (count, listed) in table.get("others", {}).items():
+        left_out = evaluate(listed, scope)
+        if not isinstance(left_out, list):
+            raise ValueError(f"{listed!r} needs a list, not {left_out!r}")
+        scope[name] = [number for number in range(evaluate_integer(count, scope)) if number not in left_out]
     return scope
 
 
@@ -198,20 +220,21 @@ class _Rows:
     config: Mapping[str, Any]
 
     @cached_property
-    def tables(self) -> tuple[dict[str, ModuleSpec], dict[str, ModuleSpec]]:
-        """The modules of the class, and those that only the authors have."""
+    def tables(self) -> tuple[dict[str, ModuleSpec], ...]:
+        """The modules of the class, those that only the authors have, and bare parameters."""
         modules: dict[str, ModuleSpec] = {}
         fused: dict[str, ModuleSpec] = {}
+        parameters: dict[str, ModuleSpec] = {}
         try:
             expander = Expander(self.templates, _scope(self.table, self.config))
             for spec in expander.expand(self.table["rows"]):
-                if spec.name in modules or spec.name in fused:
+                if any(spec.name in listed for listed in (modules, fused, parameters)):
                     raise ValueError(f"module {spec.name!r} is listed twice")
-                (fused if spec.joins else modules)[spec.name] = spec
+                (fused if spec.joins else parameters if spec.kind == "parameter" else modules)[spec.name] = spec
             fused = {name: _joined(spec, modules) for name, spec in fused.items()}
         except ValueError as error:
             raise ValueError(f"{self.where}: {error}") from error
-        return modules, fused
+        return modules, fused, parameters
 
 
 def _joined(spec: ModuleSpec, modules: Mapping[str, ModuleSpec]) -> ModuleSpec:
@@ -228,14 +251,14 @@ def _joined(spec: ModuleSpec, modules: Mapping[str, ModuleSpec]) -> ModuleSpec:
 
 
 class _Modules(Mapping[str, ModuleSpec]):
-    """One of the two tables of some rows."""
+    """One of the tables of some rows."""
 
-    def __init__(self, rows: _Rows, fused: bool) -> None:
-        self._rows, self._fused = rows, fused
+    def __init__(self, rows: _Rows, which: int) -> None:
+        self._rows, self._which = rows, which
 
     @cached_property
     def _table(self) -> dict[str, ModuleSpec]:
-        return self._rows.tables[self._fused]
+        return self._rows.tables[self._which]
 
     def __getitem__(self, name: str) -> ModuleSpec:
         return self._table[name]

@@ -13,6 +13,7 @@ A row describes one module, or a family of them:
     conv       (out, in, kernel height, kernel width)
     embedding  (num_embeddings, dim)
     norm       (channels,)
+    parameter  of a bare parameter, which has no `weight`: `canonical` and `original` end with its own name
     bias       whether the module has a bias; by default all but embeddings have
     joins      for a module that only the authors have: the canonical modules whose rows make up its own, in order; a
                name stands for all rows of that module, [name, start, stop] for some of them
@@ -21,10 +22,13 @@ A row describes one module, or a family of them:
     widens     true where adapters may give the module more inputs than the base has (control adapters)
     tied_to    the module that owns the weight, where it is shared
 
-The component's globals are the numbers of its config, its `vars`, and two tables for what a config leaves out:
+The component's globals are the numbers of its config, its `vars`, and three tables for what a config leaves out:
 
     defaults   what a number stands for that the config lacks or leaves null: { out_channels = "in_channels" }
     products   names for products, which expressions have not: { inner = ["num_attention_heads", "attention_head_dim"] }
+    others     names for the numbers below a count that a list leaves out: { single = ["num_layers", "dual_layers"] }
+
+A component that another architecture has, too, has only `of`, the name of that architecture.
 
 A template sees its loop variables, its `with` arguments and the component's globals, not its caller's scope.
 """
@@ -37,7 +41,7 @@ from typing import Any
 from adapterops.architectures.expression import Scope, Value, evaluate, evaluate_integer, fill
 from adapterops.architectures.spec import ModuleSpec, Piece
 
-KINDS = ("linear", "conv", "embedding", "norm")
+KINDS = ("linear", "conv", "embedding", "norm", "parameter")
 _COLUMNS = frozenset(
     {"for", "canonical", "original", "use", "with", "bias", "joins", "partial", "widens", "tied_to", *KINDS}
 )
@@ -105,9 +109,11 @@ class Expander:
             kind = kinds[0]
             shape = tuple(evaluate_integer(size, scope) for size in row[kind])
             joins = tuple(_piece(piece, scope) for piece in row.get("joins", ()))
-            bias = row.get("bias", kind != "embedding")
+            bias = row.get("bias", kind not in ("embedding", "parameter"))
             tied_to = fill(row.get("tied_to", ""), scope) or None
             params = ("weight", "bias") if bias else ("weight",)
+            if kind == "parameter":
+                params = (canonical.rpartition(".")[2],)
             partial, widens = row.get("partial", False), row.get("widens", False)
             leaves.append(
                 ModuleSpec(canonical, original, shape, kind, bias, False, tied_to, params, joins, partial, widens)

@@ -51,12 +51,10 @@ class Identified(NamedTuple):
 class NameBook:
     """The spelled names of one component under one place's rules, and the canonical names they stand for."""
 
-    def __init__(self, architecture: Architecture, place: Place) -> None:
-        self.architecture = architecture
+    def __init__(self, component: Component | None, original: bool, place: Place) -> None:
+        self.component = component
         self.table: dict[str, str] = {}
         self.clashes: dict[str, tuple[str, str]] = {}
-        component = architecture.components.get(place.among(architecture.components) or "")
-        original = place.column(architecture.family) == "original"
         for spec in _listed(component, original, bool(place.tails)) if component else ():
             name = spec.original if original else spec.name
             name = name.replace(".", "_") if place.flat else name
@@ -99,15 +97,17 @@ def spells(place: Place, architecture: Architecture, spec: ModuleSpec) -> bool:
     return bool(spec.original) and (not tailed or spec.original.endswith(tuple(c for c, _ in place.tails)))
 
 
-_books: dict[tuple[int, str | None, str, bool, bool], NameBook] = {}
+_books: dict[tuple[int, bool, bool, bool], NameBook] = {}
 
 
 def book(architecture: Architecture, place: Place) -> NameBook:
     """The (cached) names of a component of `architecture` as `place` spells them."""
-    component = place.among(architecture.components)
-    at = (id(architecture), component, place.column(architecture.family), place.flat, bool(place.tails))
+    component = architecture.components.get(place.among(architecture.components) or "")
+    original = place.column(architecture.family) == "original"
+    # Base models share components; a book keeps its own alive, and with it the number that it is found by.
+    at = (id(component), original, place.flat, bool(place.tails))
     if at not in _books:
-        _books[at] = NameBook(architecture, place)
+        _books[at] = NameBook(component, original, place)
     return _books[at]
 
 

@@ -19,18 +19,32 @@ def common_base(adapters: Sequence[Adapter]) -> tuple[Fact[str | None], Architec
     Raises `UsageError` where two of them tell of different ones.
     """
     known = [a for a in adapters if a.architecture.value is not None]
-    for other in known[1:]:
-        if other.architecture.value != known[0].architecture.value:
-            raise UsageError(
-                f"{other.provenance.path} is for {other.architecture.value} ({other.architecture.source}), and "
-                f"{known[0].provenance.path} for {known[0].architecture.value} ({known[0].architecture.source}): adapters of "
-                "different base models cannot be merged"
-            )
     if not known:
         return Fact(None, Certainty.UNKNOWN, "no source names a known base model"), None
-    first = known[0]
-    # One that was trained on other modules may fit two tables alike; the base that another one shows serves all.
+    # One that was trained on few modules may fit two tables alike; the base that another one shows serves all.
+    first = next((a for a in known if a.architecture.certainty is not Certainty.ASSUMED), known[0])
+    for other in known:
+        if other.architecture.value == first.architecture.value:
+            continue
+        if other.architecture.certainty is not Certainty.ASSUMED or not _is_of(other, first.base):
+            raise UsageError(
+                f"{other.provenance.path} is for {other.architecture.value} ({other.architecture.source}), and "
+                f"{first.provenance.path} for {first.architecture.value} ({first.architecture.source}): adapters of "
+                "different base models cannot be merged"
+            )
     return first.architecture, first.base
+
+
+def _is_of(adapter: Adapter, base: Architecture | None) -> bool:
+    """Whether a base model has all modules of an adapter, in their shapes."""
+    if base is None:
+        return False
+    for update in adapter:
+        component = base.components.get(update.component)
+        spec = component.spec(update.module) if component is not None else None
+        if spec is None or not METHODS[update.method].fits(update, spec.shape):
+            return False
+    return True
 
 
 def notes(adapters: Sequence[Adapter]) -> list[str]:

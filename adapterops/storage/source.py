@@ -14,6 +14,7 @@ from adapterops.storage import safetensors
 from adapterops.storage.folder import NOT_FETCHED, Folder, LocalFolder, named
 from adapterops.storage.regular import open_regular
 from adapterops.storage.tensor import LazyTensor
+from adapterops.storage.training_state import without_state
 
 CONFIG_NAME = "adapter_config.json"
 FOLDER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -349,6 +350,7 @@ def _open_folder(folder: Folder, tell: Callable[[AdapterOpsError], None] | None 
         return Source(folder.path, parts=_Parts(folder, parts))
     lone = CONFIG_NAME in names
     what = f"has {CONFIG_NAME} but no weights ({' or '.join(FOLDER_WEIGHTS)})" if lone else "holds no weights"
+    what += f" ({notes[0]})" if notes else ""
     raise NotAnAdapter(f"{folder.path}: {what}", fault="no-weights" if lone else "no-adapter")
 
 
@@ -369,12 +371,14 @@ def _choose(folder: Folder, names: list[str], visible: list[str]) -> tuple[str, 
         for name in indexes:
             shards.update(files_of(os.path.join(folder.path, name), _read_index_json(folder, name)).values())
     weights = [n for n in visible if os.path.splitext(n)[1].lower() in WEIGHTS_SUFFIXES and n not in shards] + indexes
+    weights, state = without_state(weights)
+    left = (f"{', '.join(state)}: by the name what a trainer keeps to go on with; not read",) if state else ()
     last = next((name for name in OTHER_WEIGHTS if name in weights), "")
     if last and all(name == last or _is_checkpoint(name) for name in weights):
-        return last, tuple(f"{last} is read; {name}, a checkpoint, is not" for name in weights if name != last)
+        return last, (*(f"{last} is read; {name}, a checkpoint, is not" for name in weights if name != last), *left)
     if len(weights) > 1:
         raise NotAnAdapter(f"{folder.path}: holds several weight files ({', '.join(weights)}); name one of them")
-    return (weights[0] if weights else ""), ()
+    return (weights[0] if weights else ""), left
 
 
 def _holds_weights(folder: Folder) -> bool:

@@ -18,27 +18,9 @@ from adapterops.storage.source import (
     WEIGHTS_SUFFIXES,
     shards_beside,
 )
+from adapterops.storage.training_state import is_training_state
 from adapterops.validation.subject import Place
 
-TRAINING_STATE = (
-    "optimizer",
-    "scheduler",
-    "scaler",
-    "rng_state",
-    "training_args",
-    "random_states",
-    "sampler",
-    "custom_checkpoint",
-    "pytorch_model_fsdp",
-    "mp_rank_",
-    "zero_pp_rank_",
-    "bf16_zero_pp_rank_",
-    "fp16_zero_pp_rank_",
-)
-"""How the names of files begin that trainers keep beside an adapter to go on with it.
-
-Sources: transformers `trainer.py`, accelerate `utils/constants.py`, DeepSpeed `runtime/engine.py` (`_get_zero_ckpt_prefix`).
-"""
 _ENCODED = re.compile(rb'"gA[I-X][A-Za-z0-9+/]{200}')
 """Base64 of the first bytes of a pickle."""
 _SMALLEST_TENSOR = 1000
@@ -130,7 +112,7 @@ def _walk(folder: Folder, depth: int, seen: set[str]) -> Iterator[Place]:
         if name not in skipped
         and (
             name.endswith(INDEX_SUFFIX)
-            or (is_weights(name) and not name.startswith(TRAINING_STATE))
+            or (is_weights(name) and not is_training_state(name))
             or _holds_a_pickle(folder, name)
         )
     ]

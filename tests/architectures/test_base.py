@@ -335,10 +335,26 @@ def test_a_small_sd3_has_the_authors_names_and_its_buffer_does_not_matter(tmp_pa
     assert last.original == "joint_blocks.1.context_block.adaLN_modulation.1"
 
 
-@pytest.mark.parametrize("more", [{"qk_norm": "rms_norm"}, {"dual_attention_layers": [0]}])
-def test_a_model_with_other_modules_than_the_tables_has_no_originals(tmp_path: Path, more: dict[str, Any]) -> None:
-    # Stable Diffusion 3.5: norms and second attentions that the rows for 3.0 do not have.
-    transformer = from_values(tmp_path, SD3 | more).components["transformer"]
+@pytest.mark.parametrize("norm", [{}, {"qk_norm": "rms_norm"}])
+@pytest.mark.parametrize("dual", [{}, {"dual_attention_layers": [0]}, {"dual_attention_layers": [0, 1]}])
+def test_a_small_sd35_has_the_authors_names(tmp_path: Path, norm: dict[str, Any], dual: dict[str, Any]) -> None:
+    """The rows of 3.5 hold for any layers with a second attention, and with norms or without."""
+    transformer = from_values(tmp_path, SD3 | norm | dual).components["transformer"]
+    layers = dual.get("dual_attention_layers", [])
+    assert transformer.like == "sd3"
+    widths = [9 if i in layers else 6 for i in range(2)]
+    assert [transformer.modules[f"transformer_blocks.{i}.norm1.linear"].shape[0] // 16 for i in range(2)] == widths
+    assert {s.original for s in transformer.fused.values() if "attn2" in s.name} == {
+        f"joint_blocks.{i}.x_block.attn2.qkv" for i in layers
+    }
+    originals = {spec.original for spec in transformer.modules.values()}
+    assert ("joint_blocks.1.context_block.attn.ln_q" in originals) == bool(norm)
+    assert ("joint_blocks.0.x_block.attn2.ln_k" in originals) == bool(norm and layers)
+
+
+def test_a_model_with_other_modules_than_the_tables_has_no_originals(tmp_path: Path) -> None:
+    # Norms with a bias, which neither 3.0 nor 3.5 has.
+    transformer = from_values(tmp_path, SD3 | {"qk_norm": "layer_norm"}).components["transformer"]
     assert (transformer.like, transformer.fused) == ("", {})
     assert all(spec.original == name for name, spec in transformer.modules.items())
 

@@ -7,13 +7,15 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from adapterops import architectures
 from adapterops.architectures import Component, load
-from adapterops.architectures.table import ModuleSpec, likes
+from adapterops.architectures.table import ModuleSpec, _component, _read, _templates
 
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
@@ -22,11 +24,11 @@ _SUFFIX = re.compile(r"\.(lora_(?:A|B|down|up)\.weight|lora_B\.bias|alpha|lokr_w
 _PREFIX = re.compile(r"^(transformer|diffusion_model|base_model\.model)\.")
 
 
-def small(name: str, **numbers: int) -> Component:
+def small(name: str, **numbers: int | list[int]) -> Component:
     """The transformer's rows written out for fewer layers, as `--base` writes them."""
-    built_in = load(name).components["transformer"]
-    (component,) = likes(built_in.class_name, {**built_in.config, **numbers})
-    return component
+    document = _read(str(files(architectures) / f"{name}.toml"))
+    table = document["components"]["transformer"]
+    return _component("transformer", table, _templates(document), {**table["config"], **numbers})
 
 
 def numbered(component: Component) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -84,8 +86,17 @@ def test_diffusers_converts_flux_as_the_rows_say() -> None:
     assert {key.rpartition(".")[0] for key in converted} == set(component.modules)
 
 
-def test_diffusers_converts_sd3_as_the_rows_say() -> None:
-    component = small("sd3", num_layers=3)
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("sd3", {}),
+        ("sd35_large", {}),
+        ("sd35_medium", {"dual_attention_layers": [0]}),
+        ("sd35_medium", {"dual_attention_layers": [0, 1, 2]}),
+    ],
+)
+def test_diffusers_converts_sd3_as_the_rows_say(name: str, numbers: dict[str, list[int]]) -> None:
+    component = small(name, num_layers=3, **numbers)
     checkpoint, expected = numbered(component)
     # A buffer, which is no module of its own.
     checkpoint["pos_embed"] = torch.arange(4)
@@ -93,6 +104,26 @@ def test_diffusers_converts_sd3_as_the_rows_say() -> None:
     converted = convert("sd3", checkpoint)
     assert not checkpoint, "diffusers does not know these names"
     assert differences(converted, expected) == []
+
+
+@pytest.mark.parametrize("name", ["wan_14b", "wan_14b_i2v"])
+def test_diffusers_converts_wan_as_the_rows_say(name: str) -> None:
+    component = small(name, num_layers=2)
+    checkpoint, expected = numbered(component)
+    for spec in component.parameters.values():
+        checkpoint[spec.original] = expected[spec.name] = torch.tensor([len(expected)])
+    conversion: Any = importlib.import_module("diffusers.loaders.single_file_utils")
+    assert differences(conversion.convert_wan_transformer_to_diffusers(checkpoint), expected) == []
+    assert not checkpoint
+
+
+def test_diffusers_converts_z_image_as_the_rows_say() -> None:
+    component = small("z_image", n_layers=2)
+    checkpoint, expected = numbered(component)
+    for spec in component.parameters.values():
+        checkpoint[spec.original] = expected[spec.name] = torch.tensor([len(expected)])
+    assert differences(convert("z_image", checkpoint), expected) == []
+    assert not checkpoint
 
 
 @pytest.mark.parametrize("swap", ["norm_out.linear_swapped", "single_transformer_blocks.1.attn.to_qkv_mlp"])
@@ -122,6 +153,16 @@ def test_original_names_seen_in_published_files() -> None:
     last = load("sd3").components["transformer"].spec("transformer_blocks.23.norm1_context.linear_swapped")
     assert last is not None
     assert last.original == "joint_blocks.23.context_block.adaLN_modulation.1"
+    large = load("sd35_large").components["transformer"].spec("transformer_blocks.37.attn.to_added_qkv")
+    assert large is not None
+    assert (large.original, large.shape) == ("joint_blocks.37.context_block.attn.qkv", (7296, 2432))
+    component = load("sd35_medium").components["transformer"]
+    originals = {spec.original: spec for spec in (*component.modules.values(), *component.fused.values())}
+    assert originals["joint_blocks.12.x_block.attn2.qkv"].name == "transformer_blocks.12.attn2.to_qkv"
+    assert originals["joint_blocks.12.x_block.adaLN_modulation.1"].shape == (13824, 1536)
+    assert originals["joint_blocks.13.x_block.adaLN_modulation.1"].shape == (9216, 1536)
+    assert originals["joint_blocks.23.context_block.attn.ln_k"].shape == (64,)
+    assert "joint_blocks.13.x_block.attn2.qkv" not in originals
 
 
 SKELETONS = {

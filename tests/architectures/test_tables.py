@@ -52,20 +52,28 @@ def published_parameters(name: str, component_name: str) -> Iterator[tuple[str, 
 
 
 def owned_parameters(component: Component) -> dict[str, tuple[str, ...]]:
-    return {spec.name: spec.params for spec in component.modules.values()}
+    owned = {spec.name: spec.params for spec in component.modules.values()}
+    for path in component.parameters:
+        module, _, own = path.rpartition(".")
+        owned[module] = (*owned.get(module, ()), own)
+    return owned
 
 
 @pytest.mark.parametrize(("name", "component_name"), COMPONENTS)
 def test_modules_are_exactly_those_of_the_class(name: str, component_name: str) -> None:
     component = load(name).components[component_name]
     shapes: dict[str, tuple[int, ...]] = {}
+    bare: dict[str, tuple[int, ...]] = {}
     params: dict[str, set[str]] = {}
     for module, parameter, shape in published_parameters(name, component_name):
         params.setdefault(module, set()).add(parameter)
         if parameter == "weight":
             shapes[module] = shape
+        elif parameter != "bias":
+            bare[f"{module}.{parameter}".lstrip(".")] = shape
     assert {key: set(value) for key, value in owned_parameters(component).items()} == params
     assert {key: spec.shape for key, spec in component.modules.items()} == shapes
+    assert {key: spec.shape for key, spec in component.parameters.items()} == bare
     assert {key for key, spec in component.modules.items() if spec.bias} == {
         key for key, value in params.items() if "bias" in value
     }
@@ -76,6 +84,7 @@ def test_kinds_are_those_of_the_classes_modules(name: str, component_name: str) 
     kinds = {
         torch.nn.Linear: "linear",
         torch.nn.Conv2d: "conv",
+        torch.nn.Conv3d: "conv",
         torch.nn.Embedding: "embedding",
         torch.nn.LayerNorm: "norm",
         torch.nn.GroupNorm: "norm",
@@ -93,7 +102,7 @@ def test_kinds_are_those_of_the_classes_modules(name: str, component_name: str) 
 @pytest.mark.parametrize(("name", "component_name"), COMPONENTS)
 def test_specs_are_consistent(name: str, component_name: str) -> None:
     component = load(name).components[component_name]
-    every = {**component.modules, **component.fused}
+    every = {**component.modules, **component.fused, **component.parameters}
     originals = [spec.original for spec in every.values() if spec.original]
     assert len(set(originals)) == len(originals)
     assert len({name.replace(".", "_") for name in originals}) == len(originals), "two have one flattened Kohya name"
@@ -160,7 +169,7 @@ def test_original_names_seen_in_published_files() -> None:
 
 def test_load_returns_the_same_object_and_names_are_sorted() -> None:
     assert names() == tuple(sorted(names()))
-    assert {"flux", "qwen_image", "sd1", "sd2", "sd3", "sdxl"} <= set(names())
+    assert {"flux", "qwen_image", "sd1", "sd2", "sd3", "sd35_large", "sd35_medium", "sdxl"} <= set(names())
     assert load("sd1") is load("sd1")
     assert load("sd1").builtin
 
@@ -185,6 +194,7 @@ def test_what_is_told_without_parsing_a_file_is_what_it_says(name: str) -> None:
     known = load(name)
     document = _read(str(files(architectures) / f"{name}.toml"))
     assert (known.title, known.released) == (document["title"], document["released"])
+    assert known.family == document.get("family", name)
     assert list(known.components) == list(document["components"])
 
 
@@ -228,6 +238,39 @@ def test_defaults_and_products_come_from_the_config() -> None:
     assert sizes == [(64, 3072), (64, 3072), (12, 3072)]
 
 
+def test_numbers_that_a_list_leaves_out() -> None:
+    """`others`, and what it says of a list that the config lacks, or of something else."""
+    row = {"for": {"i": "rest"}, "canonical": "{i}", "linear": [1, 1]}
+    table = {"class": "library.Class", "rows": [row], "others": {"rest": ["layers", "some"]}}
+    assert list(_component("part", table, {}, {"layers": 4, "some": (0, 2)}).modules) == ["1", "3"]
+    assert list(_component("part", table, {}, {"layers": 2, "some": []}).modules) == ["0", "1"]
+    for config, reason in (
+        ({"layers": 2}, "unknown name 'some'"),
+        ({"layers": 2, "some": 1}, "'some' needs a list, not 1"),
+    ):
+        with pytest.raises(ValueError, match=f"component part: {reason}"):
+            len(_component("part", table, {}, config).modules)
+
+
+def test_a_component_of_another_architecture_is_the_same() -> None:
+    for name in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        assert load("sd35_large").components[name] is load("sd3").components[name]
+
+
+def test_bare_parameters_are_listed_by_their_own_names() -> None:
+    component = load("wan_14b").components["transformer"]
+    of_block, of_root = component.spec("blocks.39.scale_shift_table"), component.spec("scale_shift_table")
+    assert of_block is not None
+    assert of_root is not None
+    assert (of_block.original, of_block.shape, of_block.params) == (
+        "blocks.39.modulation",
+        (1, 6, 5120),
+        ("scale_shift_table",),
+    )
+    assert (of_root.original, of_root.shape, of_root.bias) == ("head.modulation", (1, 2, 5120), False)
+    assert not {"scale_shift_table", "blocks.39", ""} & set(component.modules)
+
+
 def test_a_config_without_a_needed_number_is_told() -> None:
     (component,) = likes("diffusers.FluxTransformer2DModel", {"num_layers": 1})
     with pytest.raises(ValueError, match=r"component transformer: unknown name 'in_channels'"):
@@ -263,6 +306,7 @@ def test_fill_replaces_each_field() -> None:
         ({"canonical": "x", "linear": [1, 2], "orignal": "y"}, "orignal"),
         ({"linear": [1, 2]}, "canonical"),
         ({"canonical": "", "linear": [1, 2]}, "needs a name"),
+        ({"canonical": "x", "linear": [1, 2], "parameter": [1, 2]}, "exactly one of"),
         ({"canonical": "x", "use": "nothing"}, "unknown template 'nothing'"),
         ({"canonical": "x", "norm": [1.5]}, "neither an integer"),
         ({"canonical": "x", "linear": [1, 1], "joins": [["y", 0]]}, "not enough values"),

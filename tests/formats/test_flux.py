@@ -32,7 +32,7 @@ UNETS = {
     "cloneofsimo-0.15",
 }
 """Spellings that UNets and text encoders alone have."""
-NO_BIAS = ("comfy", "comfy-down", "comfy-diffusers", "diffusers-lycoris", "loralib")
+NO_BIAS = ("comfy", "comfy-down", "comfy-diffusers", "onetrainer-original", "diffusers-lycoris", "loralib")
 NO_ALPHA = {"bfl", "bfl-peft", "xlabs", "diffsynth"}
 Tensors = dict[str, torch.Tensor]
 
@@ -99,7 +99,7 @@ def test_every_spelling_says_the_same(name: str, base: Path, tmp_path: Path) -> 
 
 
 def test_a_control_adapter_goes_where_biases_and_norms_can(base: Path, tmp_path: Path) -> None:
-    held = {"bfl", "diffusers", "diffusers-alpha", "peft"}
+    held = {"bfl", "diffusers", "diffusers-alpha", "diffusers-bundled", "peft"}
     words = dict.fromkeys(DIALECTS, "norm_k") | dict.fromkeys(NO_BIAS, "bias")
     source = ff.control(tmp_path / "control.safetensors")
     all_dialects(source, tmp_path, {d: w for d, w in words.items() if d not in held}, base=base)
@@ -110,7 +110,9 @@ def test_only_targets_that_widen_take_a_wider_input(base: Path, tmp_path: Path) 
     del tensors["img_in.lora_B.bias"]
     source = write(tmp_path / "img_in.safetensors", tensors)
     refused = {
-        d: "more inputs than the base has" for d in DIALECTS if d not in ("bfl", "diffusers", "diffusers-alpha", "peft")
+        d: "more inputs than the base has"
+        for d in DIALECTS
+        if d not in ("bfl", "diffusers", "diffusers-alpha", "diffusers-bundled", "peft")
     }
     all_dialects(source, tmp_path, refused, base=base)
 
@@ -588,13 +590,15 @@ def test_mixed_block_names_of_sdxl_are_never_half_dropped(
     assert lost < (more | fewer).keys()
 
 
-def test_bundled_embeddings_stay_with_kohya(tmp_path: Path) -> None:
+def test_bundled_embeddings_stay_where_they_are_known(tmp_path: Path) -> None:
     words = {"bundle_emb.cat.string_to_param.*": torch.randn(3, 768), "bundle_emb.dog.emb_params": torch.randn(2, 768)}
     source = pairs(tmp_path / "source.safetensors", {"lora_unet_down_blocks_1_attentions_0_proj_in": (640, 640)}, words)
-    for to in ("kohya", "kohya-diffusers"):
+    for to in ("kohya", "kohya-diffusers", "comfy", "diffusers-bundled"):
         result = ao.convert(source, to, tmp_path / f"{to}.safetensors", arch="sd2")
         assert words.keys() < load_tensors(Path(result.path)).keys()
-    for to in ("diffusers", "peft", "comfy"):
+        told = [note for note in result.notes if note.startswith("bundled embeddings (cat, dog): ")]
+        assert len(told) == (0 if to.startswith("kohya") else 1)
+    for to in ("diffusers", "peft"):
         with pytest.raises(CannotRepresent, match="embeddings: cat"):
             ao.convert(source, to, place(tmp_path, to), arch="sd2")
     result = ao.convert(source, "diffusers", tmp_path / "d.safetensors", arch="sd2", allow_drop=True)

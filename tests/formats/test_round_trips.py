@@ -70,12 +70,13 @@ def holders(adapter: Adapter) -> set[str]:
     out = {"peft"}
     parts = set(adapter.components)
     flat = {"kohya", "kohya-diffusers", "comfy-down"}
+    bare = {"onetrainer-original"} if parts == {"unet"} else set()
     if parts == {"unet"}:
         flat.add("lycoris")
     if parts <= {"text_encoder", "text_encoder_2"}:
         flat.add("onetrainer")
     if any(u.options.get("dora_axis") == "in" for u in adapter):
-        return {*flat, "comfy", "comfy-diffusers", "diffusers-lycoris"}
+        return {*flat, *bare, "comfy", "comfy-diffusers", "diffusers-lycoris"}
     kernels = any(prod(t.shape[2:]) != 1 for u in adapter if u.method == "lora" for t in u.tensors.values())
     beside = {"saved": {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}, "lora": {"A", "B"}}
     if parts == {"model"} and not kernels and _one_scale(adapter):
@@ -87,13 +88,13 @@ def holders(adapter: Adapter) -> set[str]:
     plain = all(set(u.tensors) == {"A", "B"} and not u.options.get("kind") for u in adapter)
     known = {"unet", "text_encoder", "text_encoder_2", "transformer"}
     if parts <= known and not any("mid" in u.tensors for u in adapter):
-        out |= {"diffusers", "diffusers-alpha", "diffusers-lycoris"}
+        out |= {"diffusers", "diffusers-alpha", "diffusers-bundled", "diffusers-lycoris"}
         if "transformer" not in parts:
             out.add("diffusers-mixed")
     if adapter.base is not None:
         out |= flat
         if not any("mid" in u.tensors for u in adapter):
-            out |= {"comfy", "comfy-diffusers"}
+            out |= {"comfy", "comfy-diffusers", *bare}
     unit = all(u.alpha is not None and u.alpha.value == u.tensors["B"].shape[1] and not u.rslora for u in adapter)
     if parts <= {"unet", "text_encoder", "text_encoder_2"} and plain and unit:
         out.add("diffusers-lora")

@@ -15,6 +15,7 @@ from trainers import (
     DOWN_UP,
     FLUX,
     QWEN,
+    WAN,
     Tensors,
     ai_toolkit,
     clip,
@@ -104,6 +105,23 @@ def test_ai_toolkits_dora(tmp_path: Path) -> None:
     same(got, {key.replace("transformer.", "base_model.model.", 1): t for key, t in renamed.items()})
 
 
+@pytest.mark.parametrize("prefix", ["lora_te1.", "lora_te."])
+def test_ai_toolkits_text_encoders(prefix: str, tmp_path: Path) -> None:
+    """`toolkit/lora_special.py` (`create_modules`): peft's form of names has Kohya's beginning for text encoders."""
+    tensors = pairs(FLUX, "transformer.") | pairs(clip(prefix))
+    path = ai_toolkit(tmp_path / "a.safetensors", tensors)
+    found = ao.inspect(path)
+    assert (found.dialect, found.architecture.value) == ("ai-toolkit", "flux")
+    assert {c.name: dict(c.scales) for c in found.components} == {
+        "text_encoder": {1.0: len(CLIP)},
+        "transformer": {1.0: len(FLUX)},
+    }
+    sound(path)
+    ao.convert(path, "diffusers", tmp_path / "b.safetensors")
+    wanted = {key.replace(prefix, "text_encoder.", 1): t for key, t in tensors.items()}
+    same(load_file(tmp_path / "b.safetensors"), wanted)
+
+
 def test_the_plain_file_stays_diffusers(tmp_path: Path) -> None:
     """Without a difference or a magnitude nothing tells ai-toolkit's files from diffusers' own, and nothing need."""
     path = ai_toolkit(tmp_path / "a.safetensors", pairs(FLUX, "transformer."))
@@ -160,6 +178,23 @@ def test_diffsynths_qwen_image(ends: tuple[str, str], tmp_path: Path) -> None:
     got, config = as_peft(path, tmp_path / "peft")
     assert config["lora_alpha"] == config["r"]
     same(got, {f"base_model.model.{key.replace('.default', '')}": t for key, t in tensors.items()})
+
+
+def test_diffsynths_wan(tmp_path: Path) -> None:
+    """`diffsynth/utils/lora/wan.py`: the authors' names behind nothing, scale 1."""
+    tensors = pairs(WAN, "", DEFAULT)
+    path = write(tmp_path / "a.safetensors", tensors)
+    found = ao.inspect(path)
+    assert (found.dialect, found.components[0].scales) == ("diffsynth", {1.0: len(WAN)})
+    ao.save(ao.load(path), tmp_path / "b.safetensors")
+    same(load_file(tmp_path / "b.safetensors"), tensors)
+    ao.convert(path, "diffusers", tmp_path / "c.safetensors")
+    wanted = {
+        "transformer."
+        + key.replace("self_attn.q", "attn1.to_q").replace("ffn.2", "ffn.net.2").replace(".default", ""): t
+        for key, t in tensors.items()
+    }
+    same(load_file(tmp_path / "c.safetensors"), wanted)
 
 
 def test_bare_names_of_a_language_model_stay_pefts(tmp_path: Path) -> None:

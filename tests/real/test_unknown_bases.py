@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from trainers import DOWN_UP, FLUX, WAN, Tensors, pairs, write
+from trainers import DOWN_UP, FLUX, Tensors, pairs, write
 
 import adapterops as ao
 from adapterops.cli.main import run
@@ -20,7 +20,8 @@ HUNYUAN = {
     **{f"single_blocks.{i}.linear1": (21504, 3072) for i in range(40)},
 }
 """Modules of HunyuanVideo: many of Flux.1's names, flattened, in Flux.1's sizes."""
-Z_IMAGE = {"layers.0.attention.to_q": (3840, 3840), "noise_refiner.1.feed_forward.w1": (10240, 3840)}
+ANIMA = {"blocks.0.self_attn.q_proj": (2048, 2048), "blocks.27.mlp.layer2": (2048, 8192)}
+LUMINA = {"layers.0.attention.qkv": (3840, 2304), "noise_refiner.1.feed_forward.w1": (9216, 2304)}
 FLUX_2 = {"double_blocks.0.img_attn.proj": (6144, 6144), "single_blocks.47.linear2": (6144, 24576)}
 
 
@@ -35,10 +36,10 @@ def musubi(modules: dict[str, tuple[int, int]]) -> Tensors:
 
 
 CASES = {
-    "Wan, Comfy": (comfy, dict(WAN), "Wan"),
-    "Wan, musubi-tuner": (musubi, dict(WAN), "Wan"),
-    "Z-Image, Comfy": (comfy, Z_IMAGE, "Z-Image"),
-    "Z-Image, musubi-tuner": (musubi, Z_IMAGE, "Z-Image"),
+    "Anima, Comfy": (comfy, ANIMA, "Anima"),
+    "Anima, sd-scripts": (musubi, ANIMA, "Anima"),
+    "Lumina 2, Comfy": (comfy, LUMINA, "Lumina 2"),
+    "Lumina 2, sd-scripts": (musubi, LUMINA, "Lumina 2"),
     "HunyuanVideo, Comfy": (comfy, HUNYUAN, "HunyuanVideo"),
     "HunyuanVideo, musubi-tuner": (musubi, HUNYUAN, "HunyuanVideo"),
     "Flux.2, Comfy": (comfy, FLUX_2, "fits none of the known base models"),
@@ -61,18 +62,18 @@ def test_they_are_looked_at_and_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_the_command_looks_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(tmp_path / "a.safetensors", comfy(dict(WAN)))
+    path = write(tmp_path / "a.safetensors", comfy(ANIMA))
     run(["inspect", str(path), "--json"])
-    assert json.loads(capsys.readouterr().out)["modules"] == len(WAN)
+    assert json.loads(capsys.readouterr().out)["modules"] == len(ANIMA)
     with pytest.raises(SystemExit) as stop:
         run(["inspect", str(path), "--config"])
     assert stop.value.code == 2
-    assert "Wan" in capsys.readouterr().err
+    assert "Anima" in capsys.readouterr().err
 
 
 def test_a_broken_file_of_an_unknown_base_is_still_refused(tmp_path: Path) -> None:
-    tensors = comfy(dict(WAN))
-    del tensors["diffusion_model.blocks.0.self_attn.q.lora_A.weight"]
+    tensors = comfy(ANIMA)
+    del tensors["diffusion_model.blocks.0.self_attn.q_proj.lora_A.weight"]
     path = write(tmp_path / "a.safetensors", tensors)
     with pytest.raises(AdapterOpsError):
         ao.inspect(path)
@@ -91,16 +92,16 @@ def test_a_header_out_of_date_does_not_hide_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("target", "told"), [("comfy", True), ("kohya", True), ("peft", False), ("diffusers", False)])
 def test_names_that_only_diffusers_uses_are_told_of(target: str, told: bool, tmp_path: Path) -> None:
-    """Wan's authors call `attn1.to_q` otherwise: Comfy would pass over it without a word."""
+    """The authors of PixArt call `attn1.to_q` otherwise: Comfy would pass over it without a word."""
     config = {
-        "_class_name": "WanTransformer3DModel",
+        "_class_name": "PixArtTransformer2DModel",
         "num_attention_heads": 2,
         "attention_head_dim": 8,
         "num_layers": 1,
     }
     base = tmp_path / "config.json"
-    base.write_text(json.dumps({**config, "ffn_dim": 32, "text_dim": 16, "freq_dim": 16, "in_channels": 4}))
-    path = write(tmp_path / "a.safetensors", pairs({"blocks.0.attn1.to_q": (16, 16)}, "transformer."))
+    base.write_text(json.dumps({**config, "cross_attention_dim": 16, "caption_channels": 16, "sample_size": 8}))
+    path = write(tmp_path / "a.safetensors", pairs({"transformer_blocks.0.attn1.to_q": (16, 16)}, "transformer."))
     done = ao.convert(path, target, tmp_path / "out", base=base)
     assert any("no table has the authors' names" in note for note in done.notes) is told
 

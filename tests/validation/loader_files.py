@@ -22,6 +22,7 @@ MODULES = {
     ),
     "sdxl": ("unet", "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.attentions.0.proj_in"),
     "sd3": ("transformer", "transformer_blocks.0.attn.to_out.0", "transformer_blocks.1.ff.net.0.proj"),
+    "sd35_medium": ("transformer", "transformer_blocks.0.attn2.to_out.0", "transformer_blocks.12.norm1.linear"),
     "flux": ("transformer", "transformer_blocks.0.attn.to_out.0", "single_transformer_blocks.0.proj_out"),
     "qwen_image": ("transformer", "transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_k"),
 }

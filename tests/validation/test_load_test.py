@@ -106,6 +106,7 @@ SOUND: dict[str, Callable[[Path], Path]] = {
     "kohya sdxl": lambda p: converted(p, "sdxl", "kohya"),
     "kohya flux": lambda p: converted(p, "flux", "kohya"),
     "diffusers sd3": lambda p: diffusers_lora(p / "a.safetensors", "sd3"),
+    "diffusers sd35": lambda p: diffusers_lora(p / "a.safetensors", "sd35_medium"),
     "diffusers header": lambda p: diffusers_lora(p / "a.safetensors", "sd1", alpha=8.0),
 }
 

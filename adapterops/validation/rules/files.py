@@ -12,7 +12,8 @@ from adapterops.storage.folder import LocalFolder
 from adapterops.storage.sharded import number_note
 from adapterops.storage.source import FOLDER_INDEX, FOLDER_WEIGHTS, INDEX_SUFFIX, open_in
 from adapterops.storage.tensor import LazyTensor, same_bytes
-from adapterops.validation.discover import TRAINING_STATE, is_weights
+from adapterops.storage.training_state import is_training_state, without_state
+from adapterops.validation.discover import is_weights
 from adapterops.validation.registry import Checker, by_fault, checker
 from adapterops.validation.rule import Change, Finding, Needs, Rule, Severity, several
 from adapterops.validation.rules.container import NOT_AN_ADAPTER, PICKLES, take
@@ -133,7 +134,7 @@ TRAINING = Rule(
     remedy="Delete it from what is published; keep it where you train.",
     fires="optimizer.pt, scheduler.pt and rng_state.pth beside adapter_model.safetensors",
     passes="adapter_config.json, adapter_model.safetensors and README.md",
-    source="transformers 5 trainer.py",
+    source="transformers 5 trainer.py; accelerate 1.15 checkpointing.py",
 )
 INTERMEDIATE = Rule(
     "F051",
@@ -146,7 +147,6 @@ INTERMEDIATE = Rule(
     source="mlx-lm tuner/trainer.py; sd-scripts library/train_util.py (EPOCH_FILE_NAME, STEP_FILE_NAME)",
 )
 
-_STATE_SUFFIXES = (*PICKLES, ".safetensors", ".pkl")
 _STEPS = (
     (re.compile(r"\d{7}_(adapters\.safetensors)"), "{}"),
     (re.compile(r"(.+)-(?:step)?(?:\d{6}|\d{8})\.safetensors"), "{}.safetensors"),
@@ -159,13 +159,13 @@ _CHECKPOINT = re.compile(r"checkpoint-\d+")
 @lru_cache(maxsize=2)
 def _weights(files: tuple[str, ...]) -> list[str]:
     """A folder's files that may be an adapter's weights."""
-    return [n for n in files if is_weights(n) and not n.startswith((".", *TRAINING_STATE))]
+    return [n for n in files if is_weights(n) and not n.startswith(".") and not is_training_state(n)]
 
 
 @lru_cache(maxsize=2)
 def _left(files: tuple[str, ...]) -> list[str]:
     """A folder's files that hold a trainer's state."""
-    return [n for n in files if n.startswith(TRAINING_STATE) and n.endswith(_STATE_SUFFIXES)]
+    return [n for n in files if is_training_state(n)]
 
 
 @checker(OTHER_NAME)
@@ -256,6 +256,9 @@ def unread(subject: Subject) -> Iterable[Finding]:
     """What is no adapter, beside one, is told of less loudly."""
     name = subject.place.name
     weights = next((other for other in FOLDER_WEIGHTS if other in subject.files), "")
+    if name and not weights:
+        adapters, left = without_state([n for n in subject.files if is_weights(n)])
+        weights = adapters[0] if name in left else ""
     if name and weights and name not in FOLDER_WEIGHTS:
         subject.adapter  # noqa: B018  # whose faults are told now
         for error in take(subject, "not-an-adapter"):

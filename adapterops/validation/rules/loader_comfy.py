@@ -31,7 +31,7 @@ def _unet_attention(subject: Subject) -> list[str]:
 
 
 def _flux_names(subject: Subject) -> list[str]:
-    if subject.dialect == "bfl-peft":
+    if subject.dialect == "bfl-peft" or (subject.dialect == "onetrainer-original" and architecture(subject) == "flux"):
         return list(subject.tensors)
     needed = {"xlabs": _USO, "bfl": _CONTROL}.get(subject.dialect, ())
     return [] if all(key in subject.tensors for key in needed) else list(subject.tensors)
