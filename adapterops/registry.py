@@ -103,8 +103,14 @@ def recognise(
     Raises `NotAnAdapter`, `UnsupportedFormat`, or `AmbiguousFormat` where two dialects share the keys out
     between them.
     """
+    shown = {d.shown_by for form in formats().values() for d in form.dialects}
+    shown = {end for end in shown if any(key.endswith(end) for key in source.tensors)}
     chosen = {
-        form: [d for d in form.dialects if only is d or only in (form.name, d.name) or (only is None and not d.asked)]
+        form: [
+            d
+            for d in form.dialects
+            if only is d or only in (form.name, d.name) or (only is None and not d.asked and d.shown_by in shown)
+        ]
         for form in formats().values()
     }
     candidates = _whole_readings(source, chosen)

@@ -24,7 +24,20 @@ from typing import Any
 from adapterops_formats.lycoris_names import DOWN_UP, EMBEDDINGS, LYCORIS, UNREAD, embeddings_told, of_adapters, unnamed
 from adapterops_formats.modulation import MODULATION, choice, of_blocks, of_parameters, recorded
 
-from adapterops.plugin import Adapter, AlphaIn, Dialect, Format, Output, Place, Reading, Request, Source, Suffix, Target
+from adapterops.plugin import (
+    Adapter,
+    AlphaIn,
+    Dialect,
+    Format,
+    Output,
+    Place,
+    Reading,
+    Request,
+    Source,
+    Suffix,
+    Target,
+    errors,
+)
 
 _A_B = (Suffix(".lora_A.weight", "lora", "A"), Suffix(".lora_B.weight", "lora", "B"))
 _SET = (Suffix(".set_weight", "saved", "weight"),)
@@ -65,6 +78,7 @@ def _dialect(name: str, title: str, pair: tuple[Suffix, ...], example: str, *can
     )
 
 
+_ALPHA = ".alpha"
 ORIGINAL = Dialect(
     name="onetrainer-original",
     format="comfy",
@@ -73,6 +87,7 @@ ORIGINAL = Dialect(
     alpha=AlphaIn.TENSOR,
     convention="rank",
     unread=UNREAD,
+    shown_by=_ALPHA,
     example="double_blocks.0.img_attn.qkv.alpha",
 )
 
@@ -120,10 +135,8 @@ class Comfy(Format):
     }
 
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
-        """As for any format; bare names without a single alpha are not OneTrainer's, and a bundle alone is Kohya's."""
-        scaled = any(key.endswith(".alpha") for key in source.tensors)
-        found = of_adapters(super().recognise(source, [d for d in dialects if d is not ORIGINAL or scaled]))
-        return list(map(of_parameters, found))
+        """As for any format; a bundle alone is Kohya's."""
+        return list(map(of_parameters, of_adapters(super().recognise(source, dialects))))
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
         return recorded(super().read(source, reading, request), reading)
@@ -134,6 +147,11 @@ class Comfy(Format):
 
     def write(self, adapter: Adapter, target: Target) -> Output:
         out = of_blocks(super().write(adapter, target), self.spelling(adapter, target))
+        if target.dialect is ORIGINAL and not target.faithful and all(update.alpha is None for update in adapter):
+            raise errors.CannotRepresent(
+                f"{next(iter(adapter)).name}: in {target.dialect.title} a file whose methods have no alpha is nobody's, and no "
+                "reader would know it; --to comfy holds it"
+            )
         told = embeddings_told(adapter, _EMBEDDINGS_APART) if target.dialect is not ORIGINAL else ()
         return out._replace(notes=(*out.notes, *told, *unnamed(target)))
 

@@ -20,6 +20,10 @@ Pair = tuple["torch.Tensor", "torch.Tensor"]
 
 CANCELLING = 1e-3
 """‖Σ terms‖ / √Σ‖term‖², over the rank-one terms: below this they cancel."""
+_INDEPENDENT = 1e-8
+"""The share of a row's square that the rows before it must leave over, for a Cholesky decomposition to keep its digits."""
+_FAINT = 1e-10
+"""Squares of singular values below this share of the largest one's have too few digits."""
 _DEPENDENT = 1e-15
 """Eigenvalues of a Gram matrix below this share of the largest are rounding."""
 
@@ -50,76 +54,149 @@ class Svd(NamedTuple):
         return Svd(self.u[:, :rank], self.s[:rank], self.vh[:rank], self.energy)
 
 
-class Stacked:
-    """K low-rank matrices of one size, side by side: everything about their weighted sums."""
+class Several(NamedTuple):
+    """The decompositions of N matrices of one size: u (N, m, k), s (N, k), vh (N, k, n), and what belongs to each."""
 
-    def __init__(self, pairs: Sequence[Pair]) -> None:
+    u: torch.Tensor
+    s: torch.Tensor
+    vh: torch.Tensor
+    energies: list[float]
+    cancels: list[bool]
+    """Whether the terms of each cancel."""
+
+    @property
+    def kept(self) -> list[float]:
+        """As `Svd.kept`, of each."""
+        squares = self.s.square().sum(dim=1).tolist()
+        return [min(1.0, own / energy) if energy else 1.0 for own, energy in zip(squares, self.energies, strict=True)]
+
+    def of(self, number: int) -> Svd:
+        """That of one matrix."""
+        return Svd(self.u[number], self.s[number], self.vh[number], self.energies[number])
+
+
+class Stacked:
+    """Weighted sums of K low-rank matrices, of N modules of one size and the same ranks.
+
+    `b` (N, m, Σr) and `a` (N, Σr, n), float64, hold each module's B's and A's side by side, `ranks` of them each; the k-th
+    matrix of a module is its `scales[k]` times its B times its A.  Small steps are taken for all modules at once, and no
+    module's numbers depend on the others.
+    """
+
+    def __init__(
+        self, b: torch.Tensor, a: torch.Tensor, ranks: Sequence[int], scales: Sequence[Sequence[float]]
+    ) -> None:
+        self.b, self.a, self.ranks, self.scales = b, a, ranks, scales
+
+    @classmethod
+    def of(cls, pairs: Sequence[Pair], scales: Sequence[float] | None = None) -> Stacked:
+        """One module's matrices, of any types; without `scales` these are 1."""
         import torch
 
-        self.b = torch.cat([b.double() for b, _ in pairs], dim=1)
-        """(m, Σr), float64."""
-        self.a = torch.cat([a.double() for _, a in pairs], dim=0)
-        """(Σr, n), float64."""
-        self.ranks = [b.shape[1] for b, _ in pairs]
+        b = torch.cat([b.double() for b, _ in pairs], dim=1)[None]
+        a = torch.cat([a.double() for _, a in pairs], dim=0)[None]
+        return cls(b, a, [b.shape[1] for b, _ in pairs], [scales or [1.0] * len(pairs)])
 
     @cached_property
     def _left(self) -> torch.Tensor:
-        return self.b.T @ self.b
+        """The B's Gram matrices, (N, Σr, Σr)."""
+        return _products(self.b.mT, self.b)
 
     @cached_property
     def _right(self) -> torch.Tensor:
-        return self.a @ self.a.T
+        return _products(self.a, self.a.mT)
 
-    @cached_property
+    @property
+    def is_finite(self) -> bool:
+        """Whether no factor holds NaN or infinity, nor numbers whose squares are infinite."""
+        import torch
+
+        return bool(torch.isfinite(self._left.sum() + self._right.sum()))
+
+    @property
     def inner(self) -> torch.Tensor:
-        """⟨BᵢAᵢ, BⱼAⱼ⟩ (K, K), float64, on the CPU."""
+        """⟨BᵢAᵢ, BⱼAⱼ⟩ (N, K, K), float64, scales included, on the CPU."""
         import torch
 
         products = (self._left * self._right).cpu()
-        rows = [part.sum(dim=0) for part in torch.split(products, self.ranks)]
-        return torch.stack([torch.stack([part.sum() for part in torch.split(row, self.ranks)]) for row in rows])
+        mask = torch.zeros(len(self.ranks), products.shape[1], dtype=torch.float64)
+        at = 0
+        for row, rank in zip(mask, self.ranks, strict=True):
+            row[at : at + rank] = 1.0
+            at += rank
+        scales = torch.tensor(self.scales, dtype=torch.float64)
+        return torch.stack([mask @ own @ mask.T for own in products]) * scales[:, :, None] * scales[:, None, :]
 
-    def columns(self, weights: Sequence[float]) -> torch.Tensor:
-        """The weight of each column of B, (Σr,)."""
+    def columns(self, weights: Sequence[Sequence[float]]) -> torch.Tensor:
+        """The weight of each column of B, (N, Σr), its scale included, for each module's K weights."""
         import torch
 
-        spread = [weight for weight, rank in zip(weights, self.ranks, strict=True) for _ in range(rank)]
+        spread = [
+            [weight * scale for weight, scale, rank in zip(*own, self.ranks, strict=True) for _ in range(rank)]
+            for own in zip(weights, self.scales, strict=True)
+        ]
         return torch.tensor(spread, dtype=torch.float64, device=self.b.device)
 
-    def decompose(self, weights: Sequence[float], rank: int | None = None) -> tuple[Svd, bool]:
-        """The decomposition of Σ wₖ·Bₖ·Aₖ, its first `rank` values (all Σr for None), and whether its terms cancel.
+    def decompose(self, weights: Sequence[Sequence[float]], rank: int | None = None) -> Several:
+        """The decompositions of Σ wₖ·Bₖ·Aₖ, their first `rank` values (all Σr for None); Σr is at most m and n.
 
-        Where they do, QR is used.
+        Where terms cancel, QR is used.
         """
         import torch
 
         # Each rank-one term is split evenly between its column and its row: a Gram matrix keeps half the digits of a factor
         # whose columns differ much in size.
         w = self.columns(weights)
-        left, right = (gram.diagonal().clamp_min(0).sqrt() for gram in (self._left, self._right))
+        left, right = (gram.diagonal(dim1=1, dim2=2).clamp_min(0).sqrt() for gram in (self._left, self._right))
         strength = w.abs() * left * right
-        nothing = torch.zeros_like(left)
-        d = torch.where(left > 0, strength.sqrt() / left, nothing)
-        e = torch.where(right > 0, strength.sqrt() / right, nothing)
-        b, a = self.b * d, self.a * e[:, None]
-        found = _by_gram(b, a, self._left * d[:, None] * d, self._right * e[:, None] * e, w.sign(), rank)
-        if found.energy >= CANCELLING**2 * float(strength.square().sum()):
-            return found, False
-        return _by_qr(b * w.sign(), a, rank), True
+        # What is squared below is no larger than 1.
+        top = strength.amax(dim=1)
+        top = torch.where(top > 0, top, 1.0)
+        strength = strength / top[:, None]
+        root = strength.sqrt()
+        # A column of zeros stays one.
+        d, e = (torch.where(size > 0, root / size, 0.0) for size in (left, right))
+        one, two = self._left * (d[:, :, None] * d[:, None, :]), self._right * (e[:, :, None] * e[:, None, :])
+        core = _cores(one, two, w.sign(), rank)
+        u = _products(self.b, d[:, :, None] * core.u)
+        vh = _products(core.vh * e[:, None, :], self.a)
+        cancels = []
+        strengths = strength.square().sum(dim=1).tolist()
+        for n, (energy, most) in enumerate(zip(core.energies, strengths, strict=True)):
+            cancels.append(energy < CANCELLING**2 * most)
+            if cancels[n]:
+                found = _by_qr(self.b[n] * (d[n] * w[n].sign()), self.a[n] * e[n, :, None], rank)
+                u[n], core.s[n], vh[n], core.energies[n] = found
+        energies = [energy * size * size for energy, size in zip(core.energies, top.tolist(), strict=True)]
+        return Several(u, core.s * top[:, None], vh, energies, cancels)
 
-    def distance(self, weights: Sequence[float], b: torch.Tensor, a: torch.Tensor, energy: float) -> float:
-        """‖Σ wₖ·Bₖ·Aₖ − b·a‖ / ‖Σ wₖ·Bₖ·Aₖ‖, `energy` being the square of that norm; digits end at about 1e-8."""
+    def distances(
+        self, weights: Sequence[Sequence[float]], b: torch.Tensor, a: torch.Tensor, energies: Sequence[float]
+    ) -> list[float]:
+        """‖Σ wₖ·Bₖ·Aₖ − b·a‖ / ‖Σ wₖ·Bₖ·Aₖ‖ of each module, b (N, m, k) and a (N, k, n), `energies` being the squares of
+        those norms (where one is 0: the distance itself); digits end at about 1e-8."""
         b, a = b.double(), a.double()
-        mixed = float(((self.b * self.columns(weights)).T @ b * (self.a @ a.T)).sum())
-        own = float((b.T @ b * (a @ a.T)).sum())
-        square = max(0.0, energy - 2 * mixed + own)
-        return sqrt(square / energy) if energy else sqrt(square)
+        mixed = _products(self.b.mT, b) * self.columns(weights)[:, :, None] * _products(self.a, a.mT)
+        own = _products(b.mT, b) * _products(a, a.mT)
+        sums = (own.sum(dim=(1, 2)) - 2 * mixed.sum(dim=(1, 2))).tolist()
+        squares = [max(0.0, energy + rest) for energy, rest in zip(energies, sums, strict=True)]
+        return [sqrt(q / energy) if energy else sqrt(q) for q, energy in zip(squares, energies, strict=True)]
+
+
+def _products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The product of each module's matrices, one after the other: how a batch is computed may depend on its size."""
+    import torch
+
+    out = left.new_empty((left.shape[0], left.shape[1], right.shape[2]))
+    for one, two, room in zip(left, right, out, strict=True):
+        torch.mm(one, two, out=room)
+    return out
 
 
 def stacked(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
     """B (m, Σr) and A (Σr, n) whose product is Σ wₖ·Bₖ·Aₖ, in float64."""
-    whole = Stacked(pairs)
-    return whole.b * whole.columns(weights), whole.a
+    whole = Stacked.of(pairs)
+    return whole.b[0] * whole.columns([weights])[0], whole.a[0]
 
 
 def decompose(b: torch.Tensor, a: torch.Tensor, rank: int | None = None, *, exact: bool = False) -> Svd:
@@ -132,7 +209,8 @@ def decompose(b: torch.Tensor, a: torch.Tensor, rank: int | None = None, *, exac
     b, a = b.double(), a.double()
     if exact:
         return _by_qr(b, a, rank)
-    return _by_gram(b, a, b.T @ b, a @ a.T, torch.ones(b.shape[1], dtype=b.dtype, device=b.device), rank)
+    found = _dependent_core(b.T @ b, a @ a.T, torch.ones(b.shape[1], dtype=b.dtype, device=b.device), rank)
+    return Svd(b @ found.u, found.s, found.vh @ a, found.energy)
 
 
 def _by_qr(b: torch.Tensor, a: torch.Tensor, rank: int | None) -> Svd:
@@ -144,17 +222,44 @@ def _by_qr(b: torch.Tensor, a: torch.Tensor, rank: int | None) -> Svd:
     return Svd(qb @ u[:, :rank], s[:rank], vh[:rank] @ qa.T, float(s.square().sum()))
 
 
-def _by_gram(
-    b: torch.Tensor, a: torch.Tensor, left: torch.Tensor, right: torch.Tensor, weights: torch.Tensor, rank: int | None
-) -> Svd:
+def _cores(left: torch.Tensor, right: torch.Tensor, signs: torch.Tensor, rank: int | None) -> Several:
+    """The decompositions of b · diag(signs) · a in terms of the factors, whose Gram matrices (N, r, r) are `left` and
+    `right`: b·u and vh·a are the singular vectors, u (N, r, k), vh (N, k, r).
+
+    With right = L·Lᵀ the rows of L⁻¹·a are orthonormal, so one eigendecomposition of the squared sum in those does.  The
+    product b·u·s·vh·a keeps its digits whatever the values, of which the square root costs half.  Where rows of a nearly
+    depend on others, or values come near to nothing, `_dependent_core` takes longer.
+    """
+    import torch
+
+    lower, failed = torch.linalg.cholesky_ex(right)
+    pivots = lower.diagonal(dim1=1, dim2=2).square() / right.diagonal(dim1=1, dim2=2)
+    sound = (failed == 0) & (pivots.amin(dim=1) > _INDEPENDENT)  # a NaN is not
+    lower = torch.where(sound[:, None, None], lower, torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device))
+    turned = signs[:, :, None] * lower
+    values, vectors = torch.linalg.eigh(_products(_products(turned.mT, left), turned))
+    values = values.flip(1).clamp_min(0)
+    kept = values[:, :rank]
+    sound &= kept[:, -1] > _FAINT * values[:, 0]
+    s, own = kept.sqrt(), vectors.flip(2)[:, :, :rank]
+    vh = torch.linalg.solve_triangular(lower.mT, own, upper=True).mT.contiguous()
+    u = _products(turned, own / s[:, None, :])
+    energies = values.sum(dim=1).tolist()
+    for n, fine in enumerate(sound.tolist()):
+        if not fine:
+            u[n], s[n], vh[n], energies[n] = _dependent_core(left[n], right[n], signs[n], rank)
+    return Several(u, s, vh, energies, [])
+
+
+def _dependent_core(left: torch.Tensor, right: torch.Tensor, signs: torch.Tensor, rank: int | None) -> Svd:
+    """As `_cores`, of one matrix and for any factors."""
     import torch
 
     one, two = _root(left), _root(right)
-    core = (one.roots[:, None] * (one.vectors.T @ (weights[:, None] * two.vectors))) * two.roots
+    core = (one.roots[:, None] * (one.vectors.T @ (signs[:, None] * two.vectors))) * two.roots
     u, s, vh = torch.linalg.svd(core, full_matrices=False)
-    ub = b @ ((one.vectors * one.inverse) @ u[:, :rank])
-    va = (vh[:rank] @ (two.vectors * two.inverse).T) @ a
-    return Svd(ub, s[:rank], va, float(s.square().sum()))
+    ub = (one.vectors * one.inverse) @ u[:, :rank]
+    return Svd(ub, s[:rank], vh[:rank] @ (two.vectors * two.inverse).T, float(s.square().sum()))
 
 
 class _Root(NamedTuple):

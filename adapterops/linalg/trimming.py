@@ -20,7 +20,11 @@ if TYPE_CHECKING:
 
 _MAGNITUDE = 0x7FFFFFFF
 """The bits of a float32 without its sign; also more than any magnitude has."""
-_SAMPLE = 1 << 18
+_SAMPLE, _SPARSE = 1 << 18, 32
+"""About how many entries a sample has at most, and every how manieth it takes at least: sorting it is to cost less than the
+pass."""
+_SMALL = 1 << 16
+"""Up to so many entries are selected among without a sample."""
 _CHUNK = 1 << 17
 """Entries looked at together: their copies stay in a core's cache."""
 _DEVICE_CHUNK = 1 << 24
@@ -120,9 +124,9 @@ def _bracket(bits: Bits, keep: int) -> tuple[int, int]:
     import numpy as np
 
     size = bits.size
-    if size <= _CHUNK:
+    if size <= _SMALL:
         return 0, _MAGNITUDE
-    sample = np.sort(bits[:: (size // _SAMPLE) | 1] & _MAGNITUDE)
+    sample = np.sort(bits[:: max(size // _SAMPLE, _SPARSE) | 1] & _MAGNITUDE)
     share = 1 - keep / size
     slack = _DEVIATIONS * math.sqrt(share * (1 - share) * sample.size) + 2
     low, high = math.floor(share * sample.size - slack), math.ceil(share * sample.size + slack)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import hypot, isclose, isfinite, sqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from adapterops.architectures import Architecture
 from adapterops.errors import CannotRepresent, UsageError
@@ -17,12 +17,13 @@ from adapterops.merging.registry import Kind, Space
 from adapterops.merging.settings import Choice, ModuleReport, Settings
 from adapterops.merging.stack import TensorStack
 from adapterops.merging.terms import Shape, Term, common_shape
+from adapterops.merging.together import is_simple, together
 from adapterops.storage.tensor import LazyTensor, same_values
 
 if TYPE_CHECKING:
     import torch
 
-    from adapterops.linalg.lowrank import Pair, Svd
+    from adapterops.linalg.lowrank import Pair, Stacked, Svd
 
 _NARROW = 256
 """Up to this sum of ranks the plain sum's singular vectors are worth having as the start of an iteration."""
@@ -223,26 +224,80 @@ def compute(
         return _factors(p, settings, device, dtype)
     if kind is Kind.STACKED and p.rank is not None:
         return _stacked(p, dtype)
+    if is_low(p):
+        return compute_alike([p], settings, device, dtype)[0]
     weights = [term.weight for term in p.terms]
-    ranks = [term.exact_rank for term in p.terms]
-    total = min(p.shape.rows, p.shape.columns) + 1 if None in ranks else sum(rank for rank in ranks if rank is not None)
-    low = total <= min(p.shape.rows, p.shape.columns)
-    # Element-wise methods need them for a start only, and not at any price.
-    pairs = _pairs(p.terms, device) if kind is not Kind.ELEMENTS or (low and total <= _NARROW) else None
     if kind is Kind.FACTORS:
-        assert pairs is not None
-        return _from_factors(p, pairs, weights, settings, dtype)
-    if kind is Kind.SPAN and low and p.rank is not None:
-        assert pairs is not None
-        return _span(p, pairs, weights, settings, dtype)
+        return _from_factors(p, _pairs(p.terms, device), weights, settings, dtype)
+    total = _total_rank(p)
+    # Element-wise methods need them for a start only, and not at any price.
+    narrow = total is not None and total <= min(_NARROW, p.shape.rows, p.shape.columns)
+    whole = together([p.terms], device) if kind is not Kind.ELEMENTS or narrow else None
     stack = DeltaStack(p.terms, draws(p, settings, "delta"), device)
     if kind in (Kind.SPAN, Kind.STACKED):  # whole differences are not stacked: their sum is as exact
-        merged = _dense_span(p, stack, pairs)
+        merged = _dense_span(p, stack, whole)
     if kind is Kind.ELEMENTS:
         merged = p.choice.method.function(stack, **p.choice.arguments)
     if p.rank is None:
         return {"weight": merged.reshape(p.shape.sizes).to("cpu", dtype)}, report(p)
-    return _refactor(p, merged, pairs if low and total <= _NARROW else None, settings, dtype)
+    return _refactor(p, merged, whole if narrow else None, settings, dtype)
+
+
+def _total_rank(p: MatrixPlan) -> int | None:
+    ranks = [term.exact_rank for term in p.terms]
+    return None if None in ranks else sum(rank for rank in ranks if rank is not None)
+
+
+def is_low(p: MatrixPlan) -> bool:
+    """Whether the module is a weighted sum of low rank, which is never a matrix."""
+    total = _total_rank(p)
+    low = total is not None and total <= min(p.shape.rows, p.shape.columns)
+    return low and p.choice.method.kind is Kind.SPAN and p.rank is not None
+
+
+class Likeness(NamedTuple):
+    """The sizes of a module's sum: its weight's, the rank that comes out, and those that go in."""
+
+    rows: int
+    columns: int
+    rank: int | None
+    ranks: tuple[int | None, ...]
+
+    @property
+    def numbers(self) -> int:
+        """Of all factors that go in."""
+        return (self.rows + self.columns) * sum(rank or 0 for rank in self.ranks)
+
+
+def likeness(p: MatrixPlan) -> Likeness | None:
+    """What modules have in common that `compute_alike` takes together; None for others than simple sums of low rank, which
+    take so little that a module is mostly calls."""
+    if not is_low(p) or not is_simple(p.terms):
+        return None
+    return Likeness(p.shape.rows, p.shape.columns, p.rank, tuple(term.exact_rank for term in p.terms))
+
+
+def compute_alike(
+    plans: Sequence[MatrixPlan], settings: Settings, device: torch.device, dtype: torch.dtype
+) -> list[tuple[Tensors, ModuleReport]]:
+    """`compute` for modules of one likeness; what becomes of one does not depend on the others."""
+    whole = together([p.terms for p in plans], device)
+    assert whole is not None
+    inner = whole.inner
+    coefficients = [_coefficients(p, own, [t.weight for t in p.terms]) for p, own in zip(plans, inner, strict=True)]
+    found = whole.decompose(coefficients, plans[0].rank)
+    left, right = _sides(found.s, settings.split)
+    b, a = found.u.mul_(left[:, None, :]), found.vh.mul_(right[:, :, None])
+    out: Tensors = {"A": a.to("cpu", dtype), "B": b.to("cpu", dtype)}
+    errors = whole.distances(coefficients, b.copy_(out["B"]), a.copy_(out["A"]), found.energies)
+    made, kept = [], found.kept
+    for n, p in enumerate(plans):
+        own = {role: tensor[n].reshape(p.outputs[role]) for role, tensor in out.items()}
+        if not found.energies[n] and float(inner[n].diagonal().sum()):
+            made.append((own, report(p, 1.0, 0.0, empty=True)))
+        else:
+            made.append((own, report(p, kept[n], errors[n], cancels=found.cancels[n])))
+    return made
 
 
 def strengths(p: MatrixPlan) -> tuple[list[float], list[float]]:
@@ -257,15 +312,10 @@ def draws(p: MatrixPlan, settings: Settings, role: str) -> list[Draw]:
     return [Draw(settings.seed, p.module.component, p.module.name, role, term.adapter) for term in p.terms]
 
 
-def _pairs(terms: Sequence[Term], device: torch.device) -> list[Pair] | None:
-    """Every term's factors in float64, the scale included; None where one has none."""
-    out = []
-    for term in terms:
-        pair = term.pair()
-        if pair is None:
-            return None
-        out.append((wide(to_device(pair[0], device)) * term.scale, wide(to_device(pair[1], device))))
-    return out
+def _pairs(terms: Sequence[Term], device: torch.device) -> list[Pair]:
+    """Every term's factors in float64, the scale included."""
+    pairs = [(pair, term.scale) for term in terms if (pair := term.pair()) is not None]
+    return [(wide(to_device(b, device)) * scale, wide(to_device(a, device))) for (b, a), scale in pairs]
 
 
 def _factors(
@@ -292,22 +342,6 @@ def _stacked(p: MatrixPlan, dtype: torch.dtype) -> tuple[Tensors, ModuleReport]:
     return {"A": a.reshape(p.outputs["A"]), "B": b.reshape(p.outputs["B"])}, report(p)
 
 
-def _span(
-    p: MatrixPlan, pairs: Sequence[Pair], weights: Sequence[float], settings: Settings, dtype: torch.dtype
-) -> tuple[Tensors, ModuleReport]:
-    from adapterops.linalg.lowrank import Stacked
-
-    whole = Stacked(pairs)
-    coefficients = _coefficients(p, whole.inner, weights)
-    found, cancels = whole.decompose(coefficients, p.rank)
-    out = _split(p, found, settings, dtype)
-    device = whole.b.device
-    if not found.energy and float(whole.inner.diagonal().sum()):
-        return out, report(p, 1.0, 0.0, empty=True)
-    error = whole.distance(coefficients, out["B"].to(device), out["A"].to(device), found.energy)
-    return out, report(p, found.kept, error, cancels=cancels)
-
-
 def _coefficients(p: MatrixPlan, inner: torch.Tensor, weights: Sequence[float]) -> list[float]:
     """What the method multiplies each delta by; adapters that leave the module alone have none."""
     if p.choice.method.kind is Kind.STACKED:
@@ -315,14 +349,12 @@ def _coefficients(p: MatrixPlan, inner: torch.Tensor, weights: Sequence[float]) 
     return [float(c) for c in p.choice.method.function(inner, weights, **p.choice.arguments)]
 
 
-def _dense_span(p: MatrixPlan, stack: DeltaStack, pairs: Sequence[Pair] | None) -> torch.Tensor:
+def _dense_span(p: MatrixPlan, stack: DeltaStack, whole: Stacked | None) -> torch.Tensor:
     import torch
 
     count = len(stack)
-    if pairs is not None:
-        from adapterops.linalg.lowrank import Stacked
-
-        inner = Stacked(pairs).inner
+    if whole is not None:
+        inner = whole.inner[0]
     else:
         inner = torch.zeros(count, count, dtype=torch.float64)
         for _, _, values in stack.blocks():
@@ -354,17 +386,16 @@ def _from_factors(
 
 
 def _refactor(
-    p: MatrixPlan, merged: torch.Tensor, pairs: Sequence[Pair] | None, settings: Settings, dtype: torch.dtype
+    p: MatrixPlan, merged: torch.Tensor, whole: Stacked | None, settings: Settings, dtype: torch.dtype
 ) -> tuple[Tensors, ModuleReport]:
     """A dense merged delta as factors of the rank asked for."""
     from adapterops.linalg.dense import truncated
-    from adapterops.linalg.lowrank import Stacked
 
     assert p.rank is not None
     start = None
-    if pairs is not None and not settings.exact_svd:
+    if whole is not None and not settings.exact_svd:
         # The merged delta leans the way the plain sum does: a start that saves passes over the matrix.
-        plain, _ = Stacked(pairs).decompose([term.weight for term in p.terms], p.rank + _AHEAD)
+        plain = whole.decompose([[term.weight for term in p.terms]], p.rank + _AHEAD).of(0)
         start = plain.vh.T.float()
     draw = Draw(settings.seed, p.module.component, p.module.name, "start")
     found, excess = truncated(
@@ -391,11 +422,17 @@ def _residual(merged: torch.Tensor, out: Tensors, energy: float) -> float:
 
 def _split(p: MatrixPlan, found: Svd, settings: Settings, dtype: torch.dtype) -> Tensors:
     """B (m, k) and A (k, n) of a decomposition, in the shapes of the output where k is its rank."""
-    s = found.s.clamp_min(0)
-    left, right = {"even": (s.sqrt(), s.sqrt()), "b": (s, s.new_ones(s.shape)), "a": (s.new_ones(s.shape), s)}[
-        settings.split
-    ]
+    left, right = _sides(found.s, settings.split)
     return {"A": (right[:, None] * found.vh).to("cpu", dtype), "B": (found.u * left).to("cpu", dtype)}
+
+
+def _sides(s: torch.Tensor, split: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What u's columns and vh's rows are multiplied by, for singular values (…, k)."""
+    s = s.clamp_min(0)
+    if split == "even":
+        return s.sqrt(), s.sqrt()
+    ones = s.new_ones(s.shape)
+    return (s, ones) if split == "b" else (ones, s)
 
 
 def _matrices(p: MatrixPlan) -> dict[str, tuple[int, int]]:

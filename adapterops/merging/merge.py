@@ -46,7 +46,7 @@ from adapterops.methods import METHODS as ADAPTER_METHODS
 from adapterops.plugin import Format, Target
 from adapterops.storage.output import Progress
 from adapterops.storage.output import nothing as no_bytes
-from adapterops.storage.tensor import CHUNK
+from adapterops.storage.tensor import CHUNK, ByteSource, MemorySource
 
 _KEPT = ("ss_base_model_version", "ss_sd_model_name", "ss_sd_model_hash", "ss_new_sd_model_hash", "ss_v2",
          "modelspec.architecture", "modelspec.implementation", "modelspec.sai_model_spec", "modelspec.prediction_type",
@@ -296,14 +296,17 @@ def run(
     seconds = 0.0
     notes: list[str] = []
     for number, step in enumerate(recipe.steps):
-        started = time.perf_counter()
-        adapters = [made[ref.step].adapter if ref.step else _load(ref, recipe) for ref in step.sources]
-        seconds += time.perf_counter() - started
-        sources += [a for a, ref in zip(adapters, step.sources, strict=True) if not ref.step]
-        if look is not None:
-            look(adapters)
         with _hashing() as submit:
-            hashes = [submit(a) if not ref.step else None for a, ref in zip(adapters, step.sources, strict=True)]
+            adapters: list[Adapter] = []
+            hashes: list[Future[str] | None] = []
+            started = time.perf_counter()
+            for ref in step.sources:
+                adapters.append(made[ref.step].adapter if ref.step else _load(ref, recipe))
+                hashes.append(None if ref.step else submit(adapters[-1]))
+            seconds += time.perf_counter() - started
+            sources += [a for a, ref in zip(adapters, step.sources, strict=True) if not ref.step]
+            if look is not None:
+                look(adapters)
             if any(ref.hash for ref in step.sources):
                 _insist_unchanged(step, hashes)
             final = number == len(recipe.steps) - 1
@@ -414,19 +417,37 @@ def content_hash(adapter: Adapter, stop: threading.Event | None = None) -> str:
     Neither the order of the keys in a file nor the header's words change it.  `stop` ends it early, with no sense in it.
     """
     digest = hashlib.sha256()
-    buffer = bytearray(CHUNK)
+    # Many small tensors in one call: each one waits for the work beside it to let Python go.
+    room, filled = memoryview(bytearray(CHUNK)), 0
+    for source, start, length in _content(adapter):
+        end = start + length
+        while start < end:
+            take = min(end - start, CHUNK - filled)
+            source.readinto(start, room[filled : filled + take])
+            start, filled = start + take, filled + take
+            if filled == CHUNK:
+                if stop is not None and stop.is_set():
+                    return ""
+                digest.update(room)
+                filled = 0
+    digest.update(room[:filled])
+    return digest.hexdigest()
+
+
+def _content(adapter: Adapter) -> Iterator[tuple[ByteSource, int, int]]:
+    """What is hashed, in order: the sources of bytes, where to begin, and how many."""
     for key in sorted(adapter.updates):
         update = adapter.updates[key]
         scale = ADAPTER_METHODS[update.method].scale(update)
-        digest.update(repr((key, scale, sorted(update.options.items(), key=lambda item: item[0]))).encode())
+        text = repr((key, scale, sorted(update.options.items(), key=lambda item: item[0])))
         for role in sorted(update.tensors):
             tensor = update.tensors[role]
-            digest.update(repr((role, tensor.dtype, tensor.shape)).encode())
-            for length in tensor.chunks(buffer):
-                if stop is not None and stop.is_set():
-                    return ""
-                digest.update(memoryview(buffer)[:length])
-    return digest.hexdigest()
+            text += repr((role, tensor.dtype, tensor.shape))
+            yield MemorySource(text.encode()), 0, len(text.encode())
+            yield tensor.source, tensor.start, tensor.nbytes
+            text = ""
+        if text:
+            yield MemorySource(text.encode()), 0, len(text.encode())
 
 
 def _run_step(

@@ -19,6 +19,7 @@ from adapterops.adapter import Adapter, Certainty, Fact, Provenance, Update
 from adapterops.architectures import Architecture
 from adapterops.errors import AdapterOpsError, CannotRepresent, UsageError
 from adapterops.merging import bases, carried, dora, light, matrices, vectors
+from adapterops.merging.finite import data_of
 from adapterops.merging.matrices import MatrixPlan
 from adapterops.merging.modules import CARRIED, Module, WeightOf, gather
 from adapterops.merging.settings import Choose, ModuleReport, Settings
@@ -35,6 +36,8 @@ Progress = Callable[[int, int], None]
 """Called with the modules done and all of them."""
 
 _MOST_WORKERS = 8
+TOGETHER = 1 << 20
+"""Numbers of the factors that a worker decomposes together, in float64."""
 _BYTES = 16
 """Bytes that a worker needs for each number of the largest delta: it, the result, and what decomposing takes."""
 
@@ -199,31 +202,37 @@ def _perform(work: Sequence[_Work], spool: Spool, settings: Settings, dtype: str
     """Compute every piece of work: what numpy can do at once, the rest several at a time."""
     if settings.workers < 0:
         raise UsageError(f"--workers {settings.workers}: give a number of modules at a time, or 0 for as many as fit")
-    heavy = list(work)
-    if settings.device in ("auto", "cpu"):
-        heavy = [piece for piece in work if not _is_light(piece, dtype)]
-        few = [piece for piece in work if _is_light(piece, dtype)]
-        with ThreadPoolExecutor(min(settings.workers or _cores(), _MOST_WORKERS)) as pool:
-            for done, _ in enumerate(pool.map(lambda piece: _compute_light(piece, spool, dtype), few), 1):
-                progress(done, len(work))
+    few: list[_Work] = []
+    heavy: list[_Work] = []
+    for piece in work:
+        (few if settings.device in ("auto", "cpu") and _is_light(piece, dtype) else heavy).append(piece)
+    if few:
+        # One after the other: numpy's calls are too short for several threads to do anything but wait for each other.
+        desk = light.Desk()
+        for done, piece in enumerate(few, 1):
+            _compute_light(piece, spool, dtype, desk)
+            progress(done, len(work))
     if heavy:
-        _share_out(
-            heavy, spool, settings, dtype, lambda done, total: progress(done + len(work) - len(heavy), len(work))
-        )
+        _share_out(heavy, spool, settings, dtype, lambda done, total: progress(done + len(few), len(work)))
 
 
 def _is_light(piece: _Work, dtype: str) -> bool:
     return piece.matrix is not None and not piece.vectors and light.serves(piece.matrix, dtype)
 
 
-def _compute_light(piece: _Work, spool: Spool, dtype: str) -> None:
+def _compute_light(piece: _Work, spool: Spool, dtype: str, desk: light.Desk) -> None:
     assert piece.matrix is not None
+
+    def write(role: str, at: int, data: memoryview) -> None:
+        spool.write_part(piece.places["lora", role], at, data)
+
     try:
-        made, piece.report = light.compute(piece.matrix, dtype)
+        piece.report = light.compute(piece.matrix, dtype, desk, write)
     except OverflowError as error:
         raise _too_large(piece.places["lora", str(error)]) from error
     for (_, role), place in piece.places.items():
-        spool.write(place, memoryview(made[role] if role in made else bytes(place.nbytes)))
+        if role not in ("A", "B"):
+            spool.write(place, memoryview(bytes(place.nbytes)))
 
 
 def _share_out(work: Sequence[_Work], spool: Spool, settings: Settings, dtype: str, progress: Progress) -> None:
@@ -234,10 +243,9 @@ def _share_out(work: Sequence[_Work], spool: Spool, settings: Settings, dtype: s
     largest = max((piece.size for piece in work), default=0)
     count = min(len(work), settings.workers or _workers(devices, largest))
     # The large ones first, so that none is left alone at the end.
-    order = sorted(range(len(work)), key=lambda n: -work[n].size)
-    waiting: queue.SimpleQueue[int] = queue.SimpleQueue()
-    for number in order:
-        waiting.put(number)
+    waiting: queue.SimpleQueue[list[_Work]] = queue.SimpleQueue()
+    for bundle in sorted(_bundles(work, count), key=lambda bundle: -bundle[0].size):
+        waiting.put(bundle)
     stop = threading.Event()
     done, lock = 0, threading.Lock()
 
@@ -246,17 +254,18 @@ def _share_out(work: Sequence[_Work], spool: Spool, settings: Settings, dtype: s
         with _on(device):
             while not stop.is_set():
                 try:
-                    piece = work[waiting.get_nowait()]
+                    bundle = waiting.get_nowait()
                 except queue.Empty:
                     return
                 try:
-                    _compute(piece, spool, settings, device, kind)
+                    _compute(bundle, spool, settings, device, kind)
                 except AdapterOpsError as error:
-                    told = piece.module.name in str(error)
-                    raise (error if told else type(error)(f"{piece.module.title}: {error}")) from error
+                    told = any(piece.module.name in str(error) for piece in bundle)
+                    raise (error if told else type(error)(f"{bundle[0].module.title}: {error}")) from error
                 with lock:
-                    done += 1
-                    progress(done, len(work))
+                    for _ in bundle:
+                        done += 1
+                        progress(done, len(work))
 
     with _one_thread(), ThreadPoolExecutor(count, thread_name_prefix="adapterops-merge") as pool:
         futures = [pool.submit(labour, devices[n % len(devices)]) for n in range(count)]
@@ -266,6 +275,22 @@ def _share_out(work: Sequence[_Work], spool: Spool, settings: Settings, dtype: s
             stop.set()
         for future in futures:
             future.result()
+
+
+def _bundles(work: Sequence[_Work], workers: int) -> list[list[_Work]]:
+    """The pieces, those that are computed together in one list: few enough for little memory, and for every worker."""
+    out: list[list[_Work]] = []
+    alike: dict[matrices.Likeness, list[_Work]] = {}
+    for piece in work:
+        likeness = matrices.likeness(piece.matrix) if piece.matrix is not None else None
+        if likeness is None:
+            out.append([piece])
+        else:
+            alike.setdefault(likeness, []).append(piece)
+    for likeness, pieces in alike.items():
+        step = max(1, min(TOGETHER // likeness.numbers, -(-len(pieces) // workers)))
+        out += [pieces[start : start + step] for start in range(0, len(pieces), step)]
+    return out
 
 
 def devices_of(name: str) -> list[torch.device]:
@@ -335,34 +360,39 @@ def _on(device: torch.device) -> Iterator[None]:
         yield
 
 
-def _compute(piece: _Work, spool: Spool, settings: Settings, device: torch.device, dtype: torch.dtype) -> None:
+def _compute(
+    bundle: Sequence[_Work], spool: Spool, settings: Settings, device: torch.device, dtype: torch.dtype
+) -> None:
     import torch
 
-    out: dict[tuple[str, str], torch.Tensor] = {}
-    if piece.matrix is not None:
-        method = "lora" if piece.matrix.rank is not None else "diff"
-        tensors, piece.report = matrices.compute(piece.matrix, settings, device, dtype)
-        out |= {(method, role): tensor for role, tensor in tensors.items()}
-    for plan in piece.vectors:
-        out[plan.method, plan.role] = vectors.compute(plan, settings, dtype)
-    for key in piece.places.keys() - out.keys():
-        out[key] = torch.zeros(piece.places[key].shape, dtype=dtype)
-    for key, tensor in out.items():
-        place = piece.places[key]
-        _insist_held(tensor, place)
-        spool.write(place, data_of(tensor))
-    # What was folded against the base is as large as the base.
-    piece.module.terms.clear()
-    piece.matrix, piece.vectors = None, []
+    plans = [piece.matrix for piece in bundle if piece.matrix is not None]
+    if len(bundle) > 1:
+        computed = iter(matrices.compute_alike(plans, settings, device, dtype))
+    else:
+        computed = (matrices.compute(plan, settings, device, dtype) for plan in plans)
+    for piece in bundle:
+        out: dict[tuple[str, str], torch.Tensor] = {}
+        if piece.matrix is not None:
+            method = "lora" if piece.matrix.rank is not None else "diff"
+            tensors, piece.report = next(computed)
+            out |= {(method, role): tensor for role, tensor in tensors.items()}
+        for plan in piece.vectors:
+            out[plan.method, plan.role] = vectors.compute(plan, settings, dtype)
+        for key in piece.places.keys() - out.keys():
+            out[key] = torch.zeros(piece.places[key].shape, dtype=dtype)
+        for key, tensor in out.items():
+            _keep(tensor, piece.places[key], spool)
+        # What was folded against the base is as large as the base.
+        piece.module.terms.clear()
+        piece.matrix, piece.vectors = None, []
 
 
-def _insist_held(tensor: torch.Tensor, place: LazyTensor) -> None:
-    import torch
-
-    if torch.isfinite(tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))):
-        return
-    if not torch.isfinite(tensor).all():
+def _keep(tensor: torch.Tensor, place: LazyTensor, spool: Spool) -> None:
+    """Write a CPU tensor of the place's type.  Raises `CannotRepresent` for numbers that this cannot hold."""
+    data = data_of(tensor)
+    if dtypes.has_non_finite(place.dtype, data):
         raise _too_large(place)
+    spool.write(place, data)
 
 
 def _too_large(tensor: LazyTensor) -> CannotRepresent:
@@ -372,23 +402,12 @@ def _too_large(tensor: LazyTensor) -> CannotRepresent:
     )
 
 
-def data_of(tensor: torch.Tensor) -> memoryview:
-    """The bytes of a CPU tensor."""
-    import torch
-
-    flat = tensor.contiguous().reshape(-1)
-    data: Any = flat.view(torch.uint8).numpy()
-    return memoryview(data) if flat.numel() else memoryview(b"")
-
-
 def _keeper(spool: Spool) -> carried.Keep:
     import torch
 
     def keep(name: str, values: torch.Tensor, dtype: str) -> LazyTensor:
         place = spool.reserve(name, dtype, tuple(values.shape))
-        rounded = values.to(getattr(torch, TORCH_NAMES[dtype]))
-        _insist_held(rounded, place)
-        spool.write(place, data_of(rounded))
+        _keep(values.to(getattr(torch, TORCH_NAMES[dtype])), place, spool)
         return place
 
     return keep

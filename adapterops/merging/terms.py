@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from adapterops.adapter import Update
 from adapterops.errors import BrokenAdapter, CannotRepresent, UsageError
+from adapterops.merging.finite import is_finite
 from adapterops.methods import METHODS
 from adapterops.methods.products import Rows
 from adapterops.proof import check_finite
@@ -178,12 +179,7 @@ def _some_rows(whole: Rows, pieces: Sequence[tuple[int, int]], count: int) -> Ro
 
 def insist_finite(values: torch.Tensor, term: Term) -> None:
     """Raise `BrokenAdapter` where a tensor of the term's update holds NaN or infinity."""
-    import torch
-
-    # One pass; a sum that overflows is looked at again, element by element.
-    if torch.isfinite(values.sum(dtype=torch.promote_types(values.dtype, torch.float32))):
-        return
-    if not torch.isfinite(values).all():
+    if not is_finite(values):
         raise BrokenAdapter(
             f"{term.where}: holds NaN or infinity ({term.update.name}); the training broke, or the file did: "
             "use an earlier checkpoint"

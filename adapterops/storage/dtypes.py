@@ -6,6 +6,7 @@ Source: `safetensors/src/tensor.rs`, enum `Dtype` (https://github.com/huggingfac
 from __future__ import annotations
 
 import struct
+import sys
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -185,18 +186,25 @@ _NON_FINITE: Final[dict[str, tuple[bytes, bool]]] = {
 }
 
 
-def has_non_finite(dtype: str, data: bytes | bytearray, size: int | None = None) -> bool:
+_INFINITE: Final = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F80_0000, "F64": 0x7FF0 << 48}
+"""The bits of infinity: as whole numbers, NaN is above it and everything else below."""
+
+
+def has_non_finite(dtype: str, data: bytes | bytearray | memoryview, size: int | None = None) -> bool:
     """Whether the first `size` bytes of `data` (whole little-endian elements of a float type) hold NaN or infinity.
 
     Looks each suspicious top byte up among those of all elements, so that a pure rename needs neither numpy nor
     torch; only where one is found and does not decide are the elements decoded.  (Measured: a search per byte value
-    is faster than one `translate`; a memoryview copies a strided slice ten times slower than a bytearray.)
+    is faster than one `translate`; a memoryview copies a strided slice ten times slower than a bytearray.)  Where numpy
+    has been loaded for other reasons it looks for the largest number, which is seven times faster.
     """
     size = len(data) if size is None else size
     if dtype == "C64":  # two F32, real and imaginary
         dtype = "F32"
     if dtype not in _NON_FINITE:
         return False
+    if dtype in _INFINITE and "numpy" in sys.modules:
+        return _reaches_infinity(dtype, data, size)
     suspicious, decided = _NON_FINITE[dtype]
     width = BITS[dtype] // 8
     tops = data[width - 1 : size : width]
@@ -207,3 +215,12 @@ def has_non_finite(dtype: str, data: bytes | bytearray, size: int | None = None)
     import numpy as np
 
     return not bool(np.isfinite(to_numpy(dtype, memoryview(data)[:size], (size // width,))).all())
+
+
+def _reaches_infinity(dtype: str, data: bytes | bytearray | memoryview, size: int) -> bool:
+    import numpy as np
+
+    width, infinite = BITS[dtype] // 8, _INFINITE[dtype]
+    bits = np.frombuffer(data, dtype=f"<u{width}", count=size // width)
+    negative = infinite | 1 << (8 * width - 1)
+    return bool(bits.size) and (int(bits.view(f"<i{width}").max()) >= infinite or int(bits.max()) >= negative)

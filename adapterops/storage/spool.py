@@ -49,10 +49,16 @@ class Spool:
         """Fill a tensor's room.  Safe in several threads at a time.  Raises `OutputFailed`."""
         if len(data) != tensor.nbytes:
             raise ValueError(f"{tensor.where}: {len(data)} bytes, and room for {tensor.nbytes}")
+        self.write_part(tensor, 0, data)
+
+    def write_part(self, tensor: LazyTensor, at: int, data: memoryview) -> None:
+        """Fill a part of a tensor's room, from its byte `at` on; as `write` else."""
+        if at + len(data) > tensor.nbytes:
+            raise ValueError(f"{tensor.where}: {at} and {len(data)} bytes, and room for {tensor.nbytes}")
         done = 0
         try:
             while done < len(data):
-                done += os.pwrite(self._file.fileno(), data[done:], tensor.start + done)
+                done += os.pwrite(self._file.fileno(), data[done:], tensor.start + at + done)
         except OSError as error:
             raise OutputFailed(f"{self.path}: {error.strerror} while computing it; free some space") from error
 

@@ -6,6 +6,7 @@ import random
 import struct
 from fractions import Fraction
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,12 +46,21 @@ def interesting(dtype: str) -> list[bytes]:
     return [(n | sign << (bits - 1)).to_bytes(width, "little") for n in numbers for sign in (0, 1)]
 
 
+@pytest.fixture(params=["with numpy", "without"])
+def search(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What looks for such elements where numpy is loaded already, and where it is not."""
+    if request.param == "without":
+        monkeypatch.setattr(dtypes, "sys", SimpleNamespace(modules={}))
+
+
+@pytest.mark.usefixtures("search")
 @pytest.mark.parametrize("dtype", FLOATING)
 def test_non_finite_elements_of_every_kind(dtype: str) -> None:
     for element in interesting(dtype):
         assert dtypes.has_non_finite(dtype, element) != finite(dtype, element), element.hex()
 
 
+@pytest.mark.usefixtures("search")
 @pytest.mark.parametrize("dtype", ["F16", "BF16"])
 def test_every_16_bit_pattern(dtype: str) -> None:
     wrong = [
@@ -62,6 +72,7 @@ def test_every_16_bit_pattern(dtype: str) -> None:
     assert not wrong
 
 
+@pytest.mark.usefixtures("search")
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "F8_E4M3"])
 def test_a_non_finite_element_anywhere(dtype: str) -> None:
     width = dtypes.BITS[dtype] // 8
