@@ -49,6 +49,7 @@ def test_promises_are_measured_within_a_round(tmp_path: Path) -> None:
     part = validate.large(tmp_path, 1)
     samples = {
         "tensors": [Sample(2.0, 2.0, 90.0, copy=1.5)],
+        "alone": [Sample(2.5, 2.5, 80.0, copy=2.0)],
         "reading": [Sample(1.0, 1.0, 30.0, copy=1.0)],
         "touching": [Sample(1.0, 1.0, 500.0, copy=1.2)],
     }

@@ -74,7 +74,11 @@ def _words(context: click.Context, parameter: click.Parameter, values: tuple[str
 @click.option("-o", "--output", metavar="FILE", type=click.Path(), help="Write the report there instead of stdout.")
 @click.option("--statistics", is_flag=True, help="Counts by rule instead of findings.")
 @click.option(
-    "-j", "--jobs", metavar="N", type=click.IntRange(min=1), help="Processes; as many as cores for many adapters."
+    "-j",
+    "--jobs",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Cores to use, by processes and threads; default: all.",
 )
 @click.option("--baseline", metavar="FILE", type=click.Path(), help="Tell only what this baseline does not accept.")
 @click.option("--write-baseline", metavar="FILE", type=click.Path(), help="Accept all of today's findings.")

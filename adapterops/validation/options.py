@@ -27,6 +27,8 @@ class Options:
     architecture: Architecture | None = None
     targets: tuple[str, ...] = ()
     load_test: bool = False
+    threads: int = 1
+    """Threads that may look at one adapter's bytes; what is found does not depend on it."""
 
 
 def chosen(rules: Iterable[Rule], options: Options) -> list[Rule]:

@@ -44,7 +44,8 @@ def validate(
     - `targets` are the loaders that they are for (peft, diffusers, comfy, vllm, mlx, gguf);
     - `load_test` loads them with peft or diffusers, into a model without weights;
     - `header_only` asks only rules that read no tensor's bytes;
-    - `jobs` is the number of processes; 0 is one a core where there are many adapters;
+    - `jobs` is the number of cores: of processes, and, where there are fewer adapters, of threads that look at the bytes
+      of one; 0 is all cores, and processes only where there are many adapters;
     - `skip` says of an adapter's path whether to leave it out.
 
     Raises `UsageError` for a path that does not exist and for options that cannot be understood; whatever is wrong inside
@@ -108,13 +109,14 @@ def _told(subject: Subject) -> list[Finding]:
     for error in _causes(subject):
         groups.setdefault(error.fault, []).append(error)
     out = []
+    paths = subject.weights, subject.config_path, subject.path
     for fault, errors in groups.items():
         rule = by_fault[fault]
-        told = list(dict.fromkeys(in_words(e, subject.weights, subject.config_path, subject.path) for e in errors))
+        told = dict.fromkeys(in_words(error, *paths) for error in errors)
         more = f" ({len(told) - 1} more like it)" if len(told) > 1 else ""
         keys = tuple(dict.fromkeys(key for error in errors for key in error.keys))
         config = subject.config_path if subject.config_path in str(errors[0]) and not keys else ""
-        out.append(rule.found(config or subject.weights, told[0] + more, keys))
+        out.append(rule.found(config or subject.weights, next(iter(told)) + more, keys))
     return out
 
 

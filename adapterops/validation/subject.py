@@ -155,7 +155,7 @@ class Subject:
         """What one pass over the bytes of every tensor tells, by key (rules that ask for it need TENSORS)."""
         from adapterops.validation.scan import scan
 
-        return scan(self.tensors)
+        return scan(self.tensors, self.options.threads)
 
     def text(self, name: str) -> str | None:
         """A text file of the same folder; None where there is none, or none that can be read."""

@@ -37,7 +37,7 @@ Progress = Callable[[int, int], None]
 MANY = 16
 """Adapters; fewer are done before other processes have started."""
 _CHUNK = 8
-"""Adapters that a worker gets at a time."""
+"""The most adapters that a worker gets at a time."""
 _BOOT = (
     "import sys; from multiprocessing.connection import Connection as C; c = C(int(sys.argv[1])); sys.path[:] = c.recv(); "
     "from adapterops.validation.workers import serve; serve(c)"
@@ -54,6 +54,7 @@ def run_all(
 ) -> Iterator[Checked]:
     """`examine` of every place, in order, in `jobs` processes (0: one a core where there are many adapters).
 
+    Cores for which there is no adapter are left to the threads that look at one adapter's bytes.
     An adapter over which `examine` fails unexpectedly, or dies, has a finding that says so (X001); the others are not lost.
     Raises `UsageError` where `examine` does, and `AdapterOpsError` where no worker can be started.
     """
@@ -61,6 +62,7 @@ def run_all(
     # What stands elsewhere is waited for, not worked on, and connections stay where they are.
     local = [at for at, place in enumerate(places) if isinstance(place.folder, LocalFolder)]
     processes = min(jobs or _usual(len(local)), len(local)) if os.name == "posix" else 1
+    options = replace(options, threads=max(1, (jobs or _cores()) // max(1, processes)))
     ahead: Iterator[tuple[int, Checked]] = iter(())
     if processes > 1:
         ahead = _Pool(examine, places, options, rules, processes).run(local)
@@ -166,8 +168,7 @@ class _Pool:
 
     def run(self, todo: Sequence[int]) -> Iterator[tuple[int, Checked]]:
         """The numbers of the places and their results, as they come."""
-        size = max(1, min(_CHUNK, len(todo) // (self.processes * 4)))
-        chunks = deque([list(todo[i : i + size]) for i in range(0, len(todo), size)])
+        chunks = _handfuls(todo, self.processes)
         left = len(todo)
         with unwinding():
             try:
@@ -237,6 +238,17 @@ class _Pool:
             worker.process.wait()
             worker.connection.close()
         self.workers.clear()
+
+
+def _handfuls(todo: Sequence[int], processes: int) -> deque[list[int]]:
+    """What workers get at a time: ever less, so that a large one at the end is not waited for with others behind it."""
+    out: deque[list[int]] = deque()
+    at = 0
+    while at < len(todo):
+        size = max(1, min(_CHUNK, (len(todo) - at) // (processes * 4)))
+        out.append(list(todo[at : at + size]))
+        at += size
+    return out
 
 
 def serve(connection: Connection) -> None:

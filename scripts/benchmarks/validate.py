@@ -62,7 +62,8 @@ def large(folder: Path, megabytes: int) -> Part:
     return Part(
         f"{len(paths)} adapters of {megabytes} MB ({', '.join(p.stem for p in paths)}), rules about tensors and scale",
         {
-            "tensors": "`validate --select T,S`, one process",
+            "tensors": "`validate --select T,S`, one process, a thread a core (the command's default)",
+            "alone": "`validate --select T,S --jobs 1`, one thread",
             "reading": "reading the bytes",
             "touching": "safetensors.torch.load_file and a copy of each tensor",
         },

@@ -135,15 +135,40 @@ def test_tensors_without_numbers(shape: tuple[int, ...]) -> None:
     assert (found.zero, found.largest, found.finite) == (True, 0.0, True)
 
 
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"])
+@pytest.mark.parametrize("shape", [(), (1,), (2,), (4, 2), (2, 4), (2, 2), (1, 1), (1, 2, 2, 2)])
+def test_few_numbers_are_looked_at_as_many_are(dtype: str, shape: tuple[int, ...]) -> None:
+    few = _random(dtype, shape, 3)
+    factor = 32 if shape[:1] == (4,) else 1
+    many = torch.cat([few] * factor) if factor > 1 else few[..., None].expand(*shape, 64).contiguous()
+    one, other = statistics(_lazy(few, dtype)), statistics(_lazy(many, dtype))
+    magnitudes = few.double().abs()
+    assert one.largest == other.largest == magnitudes.max().item()
+    assert one.rows == (_tops(magnitudes, 0) if len(shape) > 1 and shape[0] <= few.numel() // shape[0] else None)
+    assert one.columns == (_tops(magnitudes, 1) if len(shape) == 2 and shape[1] <= shape[0] else None)
+    assert one.head == _lazy(few, dtype).read()
+    assert one.heads == (one.head if one.rows is not None else b"")
+
+
+def test_the_magnitudes_of_negative_numbers_alone() -> None:
+    for dtype in (*FLOATS, "I8", "I16", "I32", "I64"):
+        value = (-_random(dtype, (40, 40)).double().abs()).to(getattr(torch, TORCH_NAMES[dtype]))
+        found = statistics(_lazy(value, dtype))
+        assert found.rows == _tops(value.double().abs(), 0), dtype
+        assert found.columns == _tops(value.double().abs(), 1), dtype
+
+
 class Counting:
-    """Bytes that remember which of them were read."""
+    """Zeros that remember which of them were read, and in how many parts."""
 
     path = "<counted>"
 
     def __init__(self, size: int) -> None:
         self.read = bytearray(size)
+        self.parts = 0
 
     def readinto(self, start: int, buffer: memoryview) -> None:
+        self.parts += 1
         buffer[:] = bytes(len(buffer))
         for at in range(start, start + len(buffer)):
             self.read[at] += 1
@@ -162,32 +187,50 @@ def test_each_byte_is_read_once_and_shared_bytes_too() -> None:
     assert list(found) == ["a", "b", "c", "d"]
     assert found["d"] is found["a"]
     assert set(source.read) == {1}
+    assert source.parts == 1, "neighbours are read together"
 
 
-def test_reading_ahead_tells_the_same(tmp_path: Path) -> None:
-    path = tmp_path / "large.safetensors"
-    values = {
-        f"{n}": _random("F16", shape, n)
-        for n, shape in enumerate([(8, 1 << 20), (1 << 18, 16), (9 << 20,), (64, 9000)])
+def test_tensors_that_share_bytes_or_stand_apart() -> None:
+    data = torch.arange(-300.0, 300.0).to(torch.float16).numpy().tobytes()
+    source, other = MemorySource(data), MemorySource(data[::-1])
+    tensors = {
+        "last": LazyTensor("last", "F16", (4, 9), source, 1100),
+        "odd": LazyTensor("odd", "F16", (200,), source, 33),
+        "bytes": LazyTensor("bytes", "U8", (33,), source, 0),
+        "wide": LazyTensor("wide", "F32", (10, 5), source, 0),
+        "all": LazyTensor("all", "F16", (20, 30), source, 0),
+        "again": LazyTensor("again", "F16", (20, 30), source, 0),
+        "other": LazyTensor("other", "F16", (20, 30), other, 0),
+        "none": LazyTensor("none", "F16", (0, 4), source, 33),
     }
-    values["2"][5 << 20] = float("nan")
-    save_file(values, path)
-    lazy = open_source(path).tensors
-    assert sum(t.nbytes for t in lazy.values()) > 1 << 24
-    found = scan(lazy)
-    assert found["2"].first == 5 << 20
-    assert {key: str(s) for key, s in found.items()} == {key: str(statistics(t, 1 << 14)) for key, t in lazy.items()}
+    found = scan(tensors)
+    assert list(found) == list(tensors)
+    assert found["again"] is found["all"] is not found["other"]
+    assert {key: str(s) for key, s in found.items()} == {key: str(statistics(t)) for key, t in tensors.items()}
 
 
-def test_a_file_that_ends_while_it_is_read_ahead(tmp_path: Path) -> None:
-    path = tmp_path / "large.safetensors"
-    save_file({"a": torch.ones(10 << 20)}, path)
-    lazy = open_source(path).tensors
-    lazy["a"].source.readinto(0, memoryview(bytearray(8)))
-    with path.open("r+b") as file:
-        file.truncate(30 << 20)
-    with pytest.raises(UnreadableFile):
-        scan(lazy)
+class Passing:
+    """Infinities that are there only once."""
+
+    path = "<passing>"
+
+    def __init__(self) -> None:
+        self.times = 0
+
+    def readinto(self, start: int, buffer: memoryview) -> None:
+        buffer[:] = (b"\x00\x7c" if not self.times else bytes(2)) * (len(buffer) // 2)
+        self.times += 1
+
+
+def test_a_file_that_changes_between_two_looks() -> None:
+    with pytest.raises(UnreadableFile, match="changed while being read"):
+        statistics(LazyTensor("t", "F16", (100,), Passing(), 0))
+
+
+def test_numpy_does_not_speak_of_nan(recwarn: pytest.WarningsRecorder) -> None:
+    signalling = torch.tensor([0x7F80_0001] * 200, dtype=torch.int32)
+    assert statistics(_lazy(signalling.reshape(4, 50), "F32")).nans == 200
+    assert [str(warning.message) for warning in recwarn] == []
 
 
 def test_what_ends_too_early_is_said() -> None:
