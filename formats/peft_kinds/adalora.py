@@ -72,7 +72,8 @@ def _masks(config: Any) -> dict[str, Sequence[bool]]:
         )
     out = {}
     for key, mask in pattern.items():
-        if not isinstance(mask, Sequence) or isinstance(mask, str) or not set(mask) <= {True, False}:
+        listed = isinstance(mask, Sequence) and not isinstance(mask, str)
+        if not listed or not all(type(left) in (bool, int) and left in (0, 1) for left in mask):
             raise errors.UnreadableFile(
                 f"{config.where}: rank_pattern[{key!r}] is {mask!r:.60}; AdaLoRA's says of every triplet whether it is left "
                 "(true or false)",

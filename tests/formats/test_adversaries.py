@@ -341,6 +341,15 @@ def test_pattern_that_is_none(tmp_path: Path) -> None:
         ao.load(folder)
 
 
+@pytest.mark.parametrize("mask", [[{}], [[True]], "TF", [1, 2], [0.0], 3, [None]])
+def test_triplets_that_are_neither_left_nor_gone(mask: Any, tmp_path: Path) -> None:
+    config = peft.AdaLoraConfig(init_r=4, target_modules=_LINE, total_step=10)
+    _, folder = Case(LINE, config).adapter(tmp_path / "original")
+    _changed(folder, rank_pattern={"layer.lora_E": mask})
+    with pytest.raises(errors.UnreadableFile, match="whether it is left"):
+        ao.load(folder)
+
+
 def test_seed_that_no_generator_takes(tmp_path: Path) -> None:
     config = peft.TinyLoraConfig(r=3, u=6, target_modules=_LINE)
     _, folder = Case(LINE, config).adapter(tmp_path / "original")
