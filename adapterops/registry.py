@@ -187,13 +187,20 @@ def explain(source: Source, keys: Iterable[str]) -> None:
     plain = lines.count("\n") == len(keys) - 1
     for form in formats().values():
         for pattern, what in form.foreign.items():
-            # One search of all keys tells that there is none, or none likely (a class of characters may span lines).
-            if plain and not re.search(pattern, lines, re.MULTILINE):
-                continue
             matcher = re.compile(pattern)
-            hit = next((key for key in keys if matcher.search(key)), None)
+            if _is_anchored(pattern):
+                hit = next(filter(matcher.match, keys), None)
+            elif plain and not re.search(pattern, lines, re.MULTILINE):
+                continue  # one search of all keys tells that there is none (a class of characters may span lines)
+            else:
+                hit = next(filter(matcher.search, keys), None)
             if hit is not None:
                 raise UnsupportedFormat(f"{source.path}: tensor {hit!r}: {what}")
+
+
+def _is_anchored(pattern: str) -> bool:
+    """Whether a regular expression fits at the beginning of a text only."""
+    return pattern.startswith("^") and "|" not in re.sub(r"\([^()]*\)", "", pattern)
 
 
 def _no_mixture(source: Source, candidates: list[tuple[Format, Reading]]) -> None:
