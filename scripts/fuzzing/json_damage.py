@@ -102,8 +102,9 @@ def _list_damage(value: Any, holder: list[Any], rng: Random) -> Any:
         case 2:
             holder[at] = _near(holder[at], rng)
         case 3:
-            # Lists of lists, each grown so, would be billions of values.
-            holder *= 3000 if len(holder) < 20 and not any(isinstance(item, list | dict) for item in holder) else 1
+            # Lists of lists, each grown so, would be billions of values, and of long texts gigabytes.
+            short = not any(isinstance(item, list | dict) or len(str(item)) > 100 for item in holder)
+            holder *= 3000 if len(holder) < 20 and short else 1
         case _:
             holder[at] = hostile(rng)
     return value
