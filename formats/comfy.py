@@ -21,7 +21,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from adapterops_formats.lycoris_names import DOWN_UP, EMBEDDINGS, LYCORIS, UNREAD, embeddings_told, of_adapters, unnamed
+from adapterops_formats.lycoris_names import (
+    DOWN_UP,
+    EMBEDDINGS,
+    LYCORIS,
+    UNREAD,
+    embeddings_told,
+    insist_on_modules,
+    of_adapters,
+    unnamed,
+)
 from adapterops_formats.modulation import MODULATION, choice, of_blocks, of_parameters, recorded
 
 from adapterops.plugin import (
@@ -146,6 +155,7 @@ class Comfy(Format):
         return {**super().spelling(adapter, target), **choice(adapter, *names)}
 
     def write(self, adapter: Adapter, target: Target) -> Output:
+        insist_on_modules(adapter, target)
         out = of_blocks(super().write(adapter, target), self.spelling(adapter, target))
         if target.dialect is ORIGINAL and not target.faithful and all(update.alpha is None for update in adapter):
             raise errors.CannotRepresent(

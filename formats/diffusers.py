@@ -33,7 +33,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-from adapterops_formats.lycoris_names import DIFFERENCES, DOWN_UP, EMBEDDINGS, LYCORIS, embeddings_told, of_adapters
+from adapterops_formats.lycoris_names import (
+    DIFFERENCES,
+    DOWN_UP,
+    EMBEDDINGS,
+    LYCORIS,
+    embeddings_told,
+    insist_on_modules,
+    of_adapters,
+)
 from adapterops_formats.peft_config import PeftConfig, check_given, describes, from_updates, refuse_scale
 from adapterops_formats.peft_names import LORA
 
@@ -314,6 +322,7 @@ class Diffusers(Format):
         return replace(adapter, config={**adapter.config, **own_fields}, provenance=provenance, mutated_init=mutated)
 
     def write(self, adapter: Adapter, target: Target) -> Output:
+        insist_on_modules(adapter, target)
         spelled = self.spell(adapter, target)
         kept = spelled.adapter
         metadata = header(kept)

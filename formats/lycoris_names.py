@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from adapterops.plugin import ANY, Adapter, Place, Reading, Suffix, Target
+from adapterops.plugin import ANY, Adapter, Place, Reading, Suffix, Target, errors
 
 SCALE = (Suffix(".alpha", ANY, "alpha"), Suffix(".dora_scale", ANY, "magnitude"))
 """What stands beside the factors of any method with a scale."""
@@ -57,6 +57,15 @@ UNREAD = (
 def of_adapters(readings: Iterable[Reading]) -> list[Reading]:
     """The readings of more than embeddings: a file of those alone is LyCORIS' bundle, which is Kohya's."""
     return [reading for reading in readings if not all(claim.place.free for claim in reading.claims)]
+
+
+def insist_on_modules(adapter: Adapter, target: Target) -> None:
+    """Raise `CannotRepresent` for embeddings alone: a file of them is read as LyCORIS' bundle."""
+    if len(adapter) and all(update.method == "bundled" for update in adapter):
+        raise errors.CannotRepresent(
+            f"{next(iter(adapter)).name}: embeddings alone are LyCORIS' bundle, which --to kohya holds; {target.dialect.title} "
+            "holds them beside the updates of modules"
+        )
 
 
 def embeddings_told(adapter: Adapter, sentence: str) -> tuple[str, ...]:

@@ -130,6 +130,8 @@ def drawn_case(seed: int, methods: Sequence[str]) -> Case:
         case = replace(case, **random.choice(_PLAIN), base=random.choice(_PIPELINES), method="lora", kind=2)
     if "lora" in methods and random.random() < 0.1:
         case = replace(case, base="tiny-bert", pool="any", method="lora", kind=2, extra="trainable_tokens")
+    if "ia3" in methods and random.random() < 0.1:  # vectors of outputs alone, as T-Few has them
+        case = replace(case, base="tiny-bert", pool="any", method="ia3", kind=random.choice((0, 2)), extra="")
     return case
 
 

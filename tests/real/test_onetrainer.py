@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from trainers import FLUX, QWEN, Tensors, clip, lokr, pairs, some, write
 
 import adapterops as ao
+from adapterops.errors import CannotRepresent
 
 AB = (".lora_A.weight", ".lora_B.weight")
 AUTHORS = {
@@ -106,3 +107,11 @@ def test_original_of_a_base_whose_names_are_diffusers_own(tmp_path: Path) -> Non
 def test_bare_names_without_alpha_are_none_of_onetrainers(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", pairs(AUTHORS, "", AB))
     assert ao.inspect(path).dialect == "bfl"
+
+
+@pytest.mark.parametrize("target", ["comfy", "diffusers-bundled"])
+def test_embeddings_alone_are_kohyas(target: str, tmp_path: Path) -> None:
+    alone = write(tmp_path / "a.safetensors", {"bundle_emb.ohwx.string_to_param.*": torch.ones(2, 8)})
+    with pytest.raises(CannotRepresent, match=r"ohwx.*--to kohya"):
+        ao.convert(alone, target, tmp_path / "b.safetensors")
+    assert not (tmp_path / "b.safetensors").exists()
