@@ -100,11 +100,11 @@ class Stacked:
     @cached_property
     def _left(self) -> torch.Tensor:
         """The B's Gram matrices, (N, Σr, Σr)."""
-        return _products(self.b.mT, self.b)
+        return self.b.mT @ self.b
 
     @cached_property
     def _right(self) -> torch.Tensor:
-        return _products(self.a, self.a.mT)
+        return self.a @ self.a.mT
 
     @property
     def is_finite(self) -> bool:
@@ -119,13 +119,15 @@ class Stacked:
         import torch
 
         products = (self._left * self._right).cpu()
-        mask = torch.zeros(len(self.ranks), products.shape[1], dtype=torch.float64)
+        mask = products.new_zeros(len(self.ranks), products.shape[1])
         at = 0
         for row, rank in zip(mask, self.ranks, strict=True):
             row[at : at + rank] = 1.0
             at += rank
         scales = torch.tensor(self.scales, dtype=torch.float64)
-        return torch.stack([mask @ own @ mask.T for own in products]) * scales[:, :, None] * scales[:, None, :]
+        # As many masks as products: a mask for all would be one product, whose digits may depend on how many there are.
+        masks = mask.expand(len(products), -1, -1)
+        return masks @ products @ masks.mT * scales[:, :, None] * scales[:, None, :]
 
     def columns(self, weights: Sequence[Sequence[float]]) -> torch.Tensor:
         """The weight of each column of B, (N, Σr), its scale included, for each module's K weights."""
@@ -158,8 +160,8 @@ class Stacked:
         d, e = (torch.where(size > 0, root / size, 0.0) for size in (left, right))
         one, two = self._left * (d[:, :, None] * d[:, None, :]), self._right * (e[:, :, None] * e[:, None, :])
         core = _cores(one, two, w.sign(), rank)
-        u = _products(self.b, d[:, :, None] * core.u)
-        vh = _products(core.vh * e[:, None, :], self.a)
+        u = self.b @ (d[:, :, None] * core.u)
+        vh = (core.vh * e[:, None, :]) @ self.a
         cancels = []
         strengths = strength.square().sum(dim=1).tolist()
         for n, (energy, most) in enumerate(zip(core.energies, strengths, strict=True)):
@@ -176,21 +178,11 @@ class Stacked:
         """‖Σ wₖ·Bₖ·Aₖ − b·a‖ / ‖Σ wₖ·Bₖ·Aₖ‖ of each module, b (N, m, k) and a (N, k, n), `energies` being the squares of
         those norms (where one is 0: the distance itself); digits end at about 1e-8."""
         b, a = b.double(), a.double()
-        mixed = _products(self.b.mT, b) * self.columns(weights)[:, :, None] * _products(self.a, a.mT)
-        own = _products(b.mT, b) * _products(a, a.mT)
+        mixed = (self.b.mT @ b) * self.columns(weights)[:, :, None] * (self.a @ a.mT)
+        own = (b.mT @ b) * (a @ a.mT)
         sums = (own.sum(dim=(1, 2)) - 2 * mixed.sum(dim=(1, 2))).tolist()
         squares = [max(0.0, energy + rest) for energy, rest in zip(energies, sums, strict=True)]
         return [sqrt(q / energy) if energy else sqrt(q) for q, energy in zip(squares, energies, strict=True)]
-
-
-def _products(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The product of each module's matrices, one after the other: how a batch is computed may depend on its size."""
-    import torch
-
-    out = left.new_empty((left.shape[0], left.shape[1], right.shape[2]))
-    for one, two, room in zip(left, right, out, strict=True):
-        torch.mm(one, two, out=room)
-    return out
 
 
 def stacked(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
@@ -237,13 +229,13 @@ def _cores(left: torch.Tensor, right: torch.Tensor, signs: torch.Tensor, rank: i
     sound = (failed == 0) & (pivots.amin(dim=1) > _INDEPENDENT)  # a NaN is not
     lower = torch.where(sound[:, None, None], lower, torch.eye(lower.shape[1], dtype=lower.dtype, device=lower.device))
     turned = signs[:, :, None] * lower
-    values, vectors = torch.linalg.eigh(_products(_products(turned.mT, left), turned))
+    values, vectors = torch.linalg.eigh(turned.mT @ left @ turned)
     values = values.flip(1).clamp_min(0)
     kept = values[:, :rank]
     sound &= kept[:, -1] > _FAINT * values[:, 0]
     s, own = kept.sqrt(), vectors.flip(2)[:, :, :rank]
     vh = torch.linalg.solve_triangular(lower.mT, own, upper=True).mT.contiguous()
-    u = _products(turned, own / s[:, None, :])
+    u = turned @ (own / s[:, None, :])
     energies = values.sum(dim=1).tolist()
     for n, fine in enumerate(sound.tolist()):
         if not fine:

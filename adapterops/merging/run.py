@@ -36,8 +36,10 @@ Progress = Callable[[int, int], None]
 """Called with the modules done and all of them."""
 
 _MOST_WORKERS = 8
-TOGETHER = 1 << 20
+TOGETHER = 1 << 21
 """Numbers of the factors that a worker decomposes together, in float64."""
+_SHARES = 4
+"""Into how many pieces of work modules of one size are divided at least, whatever the number of workers."""
 _BYTES = 16
 """Bytes that a worker needs for each number of the largest delta: it, the result, and what decomposing takes."""
 
@@ -244,7 +246,7 @@ def _share_out(work: Sequence[_Work], spool: Spool, settings: Settings, dtype: s
     count = min(len(work), settings.workers or _workers(devices, largest))
     # The large ones first, so that none is left alone at the end.
     waiting: queue.SimpleQueue[list[_Work]] = queue.SimpleQueue()
-    for bundle in sorted(_bundles(work, count), key=lambda bundle: -bundle[0].size):
+    for bundle in sorted(_bundles(work), key=lambda bundle: -bundle[0].size):
         waiting.put(bundle)
     stop = threading.Event()
     done, lock = 0, threading.Lock()
@@ -277,8 +279,8 @@ def _share_out(work: Sequence[_Work], spool: Spool, settings: Settings, dtype: s
             future.result()
 
 
-def _bundles(work: Sequence[_Work], workers: int) -> list[list[_Work]]:
-    """The pieces, those that are computed together in one list: few enough for little memory, and for every worker."""
+def _bundles(work: Sequence[_Work]) -> list[list[_Work]]:
+    """The pieces, those that are computed together in one list: few enough for little memory, and for several workers."""
     out: list[list[_Work]] = []
     alike: dict[matrices.Likeness, list[_Work]] = {}
     for piece in work:
@@ -288,7 +290,7 @@ def _bundles(work: Sequence[_Work], workers: int) -> list[list[_Work]]:
         else:
             alike.setdefault(likeness, []).append(piece)
     for likeness, pieces in alike.items():
-        step = max(1, min(TOGETHER // likeness.numbers, -(-len(pieces) // workers)))
+        step = max(1, min(TOGETHER // likeness.numbers, -(-len(pieces) // _SHARES)))
         out += [pieces[start : start + step] for start in range(0, len(pieces), step)]
     return out
 

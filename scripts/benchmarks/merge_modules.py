@@ -39,8 +39,9 @@ class Case:
 
     @property
     def copies(self) -> int:
-        """Modules in the adapters that ours is timed with: a merge keeps every core busy with modules of their own."""
-        return 16 if self.method == "svd" else 2
+        """Modules in the adapters that ours is timed with, which is divided by their number: a merge keeps every core busy with
+        modules of their own.  For `svd` as many as Llama-3-8B has of each size."""
+        return 64 if self.method == "svd" else 2
 
     def sources(self, folder: Path, ours: bool) -> list[Path]:
         """Adapters of that shape."""
