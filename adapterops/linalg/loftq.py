@@ -53,20 +53,22 @@ def split(
     """
     import torch
 
-    rest, new, before = weight.clone(), None, 0.0
+    rest, new, before = torch.empty_like(weight), None, 0.0
     left, right = weight.new_zeros(weight.shape[0], rank), weight.new_zeros(rank, weight.shape[1])
     for step in range(iterations):
-        if step:
-            torch.addmm(weight, left, right, alpha=-1, out=rest)
-        quant.apply_(rest)
+        source = torch.addmm(weight, left, right, alpha=-1, out=rest) if step else weight
+        last = base is not None and step == iterations - 1
+        if last:
+            quant.apply_(rest.copy_(source))
+        else:
+            energy = quant.left_over(source, weight, rest)
         if not step:
-            before = difference_norm(weight, rest)
+            before = difference_norm(weight, rest) if last else sqrt(energy) if energy >= 0 else energy
             if not isfinite(before):
                 break
-        if base is not None and step == iterations - 1:
+        if last:
             new = rest.to(base, copy=True)
-            quant.apply_(rest.copy_(new))
-        torch.sub(weight, rest, out=rest)
+            quant.left_over(rest.copy_(new), weight, rest)
         start = right.T if step else None
         found = truncated(rest, rank, tolerance=_TOLERANCE, start=start, draw=Draw(0, *purpose))[0]
         roots, many = found.s.sqrt(), len(found.s)

@@ -21,6 +21,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from adapterops.errors import UsageError
+from adapterops.linalg import four_bit
 
 if TYPE_CHECKING:
     import torch
@@ -54,25 +55,41 @@ class Quantiser:
 
         int8 gives NaN or infinities where a number is beyond float16.
         """
-        if self.kind == "int8":
-            return _by_rows_(weight)
-        return self._by_blocks_(weight)
+        flat = weight.view(-1)
+        self._parts(weight, lambda at, values: flat[at : at + len(values)].copy_(values))
+        return weight
 
-    def _by_blocks_(self, weight: torch.Tensor) -> torch.Tensor:
+    def left_over(self, source: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> float:
+        """`weight` − Q(`source`) in `out`, which may be one of them, and its squared norm; all as `apply_` takes them."""
+        import torch
+
+        flat, result = weight.view(-1), out.view(-1)
+
+        def put(at: int, values: torch.Tensor) -> torch.Tensor:
+            where = slice(at, at + len(values))
+            part = torch.sub(flat[where], values, out=result[where])
+            return torch.dot(part, part)
+
+        return float(torch.stack(self._parts(source, put)).double().sum())
+
+    def _parts(self, weight: torch.Tensor, put: Callable[[int, torch.Tensor], T]) -> list[T]:
+        """What `put` makes of each part of Q(`weight`), float32, and where it begins in the flattened weight."""
+        return _by_rows(weight, put) if self.kind == "int8" else self._by_blocks(weight, put)
+
+    def _by_blocks(self, weight: torch.Tensor, put: Callable[[int, torch.Tensor], T]) -> list[T]:
         import torch
 
         functional = bitsandbytes().functional
         flat = weight.view(-1)
-        parts = [flat[start : start + _PART] for start in range(0, len(flat), _PART)]
-        quantise = partial(functional.quantize_4bit, blocksize=self.block_size, quant_type=self.kind)
+        starts = range(0, len(flat), _PART)
+        quantise = partial(four_bit.quantise, functional, block_size=self.block_size or _DEFAULT_BLOCK, kind=self.kind)
 
-        def put_back(part: torch.Tensor, values: torch.Tensor, state: Any) -> None:
-            part.copy_(functional.dequantize_4bit(values, state).reshape(-1))
+        def put_back(start: int, values: torch.Tensor, state: Any) -> T:
+            return put(start, functional.dequantize_4bit(values, state).reshape(-1))
 
         if not self.double:
-            _each(lambda part: put_back(part, *quantise(part)), parts)
-            return weight
-        quantised = _each(quantise, parts)
+            return _each(lambda start: put_back(start, *quantise(flat[start : start + _PART])), starts)
+        quantised = _each(lambda start: quantise(flat[start : start + _PART]), starts)
         maxima = torch.cat([state.absmax for _, state in quantised])
         offset = maxima.mean()
         maxima = functional.dequantize_blockwise(*functional.quantize_blockwise(maxima - offset, blocksize=_OF_MAXIMA))
@@ -80,11 +97,10 @@ class Quantiser:
         counts = [len(state.absmax) for _, state in quantised]
         for (_, state), own in zip(quantised, torch.split(maxima, counts), strict=True):
             state.absmax = own.contiguous()
-        _each(lambda at: put_back(parts[at], *quantised[at]), range(len(parts)))
-        return weight
+        return _each(lambda start: put_back(start, *quantised[start // _PART]), starts)
 
 
-def _each(work: Callable[[Any], T], parts: Sequence[Any]) -> list[T]:
+def _each(work: Callable[[int], T], parts: Sequence[int]) -> list[T]:
     """What `work` makes of each part, in order: on all cores, since not every step of it uses them by itself."""
     import torch
 
@@ -92,16 +108,16 @@ def _each(work: Callable[[Any], T], parts: Sequence[Any]) -> list[T]:
         return list(pool.map(work, parts))
 
 
-def _by_rows_(weight: torch.Tensor) -> torch.Tensor:
+def _by_rows(weight: torch.Tensor, put: Callable[[int, torch.Tensor], T]) -> list[T]:
     import torch
 
     functional = bitsandbytes().functional
-    rows = max(1, _PART // weight.shape[1])
+    rows, columns = max(1, _PART // weight.shape[1]), weight.shape[1]
+    made = []
     for start in range(0, weight.shape[0], rows):
-        part = weight[start : start + rows]
-        values, maxima, _ = functional.int8_vectorwise_quant(part.to(torch.float16))
-        part.copy_(functional.int8_vectorwise_dequant(values, maxima))
-    return weight
+        values, maxima, _ = functional.int8_vectorwise_quant(weight[start : start + rows].to(torch.float16))
+        made.append(put(start * columns, functional.int8_vectorwise_dequant(values, maxima).reshape(-1)))
+    return made
 
 
 def quantiser(kind: str = "nf4", block_size: int | None = None, double: bool = False) -> Quantiser:

@@ -263,3 +263,65 @@ def test_as_peft_converts_where_it_can(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "theirs", path_initial_model_for_weight_conversion=str(tmp_path / "initial"))
     ao.to_lora(tmp_path / "trained", tmp_path / "ours", initial=tmp_path / "initial")
     assert near(loaded(llama, tmp_path / "ours"), loaded(llama, tmp_path / "theirs"), 1e-6)
+
+
+class Large(nn.Module):
+    """One weight that is too large to be decomposed in full, with singular values that fall as a trained one's do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.proj = nn.Linear(1100, 1400, bias=False)
+        left, right = torch.randn(1400, 64, generator=generator), torch.randn(64, 1100, generator=generator)
+        falling = 0.06 * (torch.arange(1, 65) / 64) ** -0.25
+        with torch.no_grad():
+            self.proj.weight.copy_(torch.randn(1400, 1100, generator=generator) + (left * falling) @ right)
+
+
+def _dropped(a: torch.Tensor) -> torch.Tensor:
+    """A whose first, most important row training has put to nothing, and whose second is as the third."""
+    out = a.clone()
+    out[0], out[1] = 0.0, a[2]
+    return out
+
+
+BECOME: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "near": lambda a: a + 0.03 * a.norm(dim=1, keepdim=True) * torch.randn(a.shape) / a.shape[1] ** 0.5,
+    "far": lambda a: torch.randn(a.shape),
+    "dropped": _dropped,
+    "nothing": torch.zeros_like,
+}
+"""What training may have made of A₀."""
+
+
+@pytest.mark.parametrize("become", BECOME)
+@pytest.mark.parametrize("rank", [8, 64])
+def test_large_weights_whatever_became_of_the_factors(rank: int, become: str, tmp_path: Path) -> None:
+    base = Large()
+    weight = base.proj.weight.detach().double()
+    save_file({k: v.clone() for k, v in base.state_dict().items()}, tmp_path / "base.safetensors")
+    config = LoraConfig(init_lora_weights="pissa", r=rank, lora_alpha=rank, target_modules=["proj"])
+    model = get_peft_model(base, config)
+    layer: Any = model.base_model.model.proj
+    torch.manual_seed(1)
+    with torch.no_grad():
+        layer.lora_A["default"].weight.copy_(BECOME[become](layer.lora_A["default"].weight))
+        mutated = layer.base_layer.weight.double()
+        changed = layer.lora_B["default"].weight.double() @ layer.lora_A["default"].weight.double()
+    model.save_pretrained(tmp_path / "trained")
+    ao.to_lora(tmp_path / "trained", tmp_path / "lora", base_weights=tmp_path / "base.safetensors")
+    made = load_file(tmp_path / "lora/adapter_model.safetensors")
+    b, a = (made[f"base_model.model.proj.lora_{role}.weight"].double() for role in "BA")
+    # In what the weight itself is rounded to: peft's own start is no nearer.
+    assert float((weight + b @ a - mutated - changed).norm() / weight.norm()) < 3e-6
+
+
+def test_numbers_that_are_none_are_named_before_anything_is_searched(tmp_path: Path) -> None:
+    make(llama, "pissa", "plain", tmp_path)
+    path = tmp_path / "trained/adapter_model.safetensors"
+    tensors = load_file(path)
+    name = next(key for key in tensors if "lora_A" in key)
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(errors.BrokenAdapter, match=r"lora_A.*NaN"):
+        ao.to_lora(tmp_path / "trained", tmp_path / "lora", base_weights=tmp_path / "base.safetensors")
