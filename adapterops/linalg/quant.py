@@ -30,7 +30,7 @@ T = TypeVar("T")
 KINDS = ("nf4", "fp4", "int8")
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _DEFAULT_BLOCK = 64
-_PART = 1 << 18
+_PART = 1 << 19
 """Numbers that are quantised at a time: their copies in several types stay in a processor's cache.  A multiple of every block
 size."""
 _OF_MAXIMA = 256
