@@ -23,7 +23,7 @@ from benchmarks.samples import Sample
 WHOLE, PEER, INSIDE, PEER_INSIDE = "", " peft", " inside", " inside peft"
 """What the names of samples end with."""
 Say = Callable[[str], None]
-_REPEATED = 3
+_REPEATED = 7
 """Merges of one module that are timed one after the other; their median counts."""
 
 
