@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from adapterops.cli.main import print_json
-from adapterops.cli.options import reading, writing
+from adapterops.cli.options import Reading, Writing, reading, writing
 from adapterops.cli.progress import bar
 from adapterops.cli.text import bytes_text, listing, plural
 
@@ -31,23 +31,12 @@ from adapterops.cli.text import bytes_text, listing, plural
 def convert(
     source: str,
     to: str,
-    source_format: str | None,
-    arch: str | None,
-    base: str | None,
-    layout: str | None,
-    alpha: float | str | None,
-    fields: dict[str, Any],
-    rename: tuple[str, ...],
-    allow_drop: bool,
+    read_with: Reading,
     fold_alpha: bool,
     repair: bool,
     reader: str | None,
     verbose: bool,
-    output: str | None,
-    dtype: str | None,
-    overwrite: bool,
-    no_verify: bool,
-    as_json: bool,
+    write_with: Writing,
 ) -> None:
     """Convert the adapter SRC (a file or a folder) to another format.
 
@@ -68,36 +57,25 @@ def convert(
 
     form, dialect = registry.find(to)
     api.insist_on_reader(form, reader)
-    place = output if output is not None else api.default_output(source, form, dialect)
-    adapter = api.load(
-        source,
-        format=source_format,
-        arch=arch,
-        base=base,
-        layout=layout,
-        alpha=alpha,
-        fields=fields,
-        allow_drop=allow_drop,
-        repair=repair,
-        rename=rename,
-    )
+    place = write_with.output if write_with.output is not None else api.default_output(source, form, dialect)
+    adapter = api.load(source, repair=repair, **read_with.arguments)
     # The bytes are moved once and compared once.
-    with bar(f"converting to {dialect.title}", 2 * adapter.provenance.size, quiet=as_json) as progress:
+    with bar(f"converting to {dialect.title}", 2 * adapter.provenance.size, quiet=write_with.as_json) as progress:
         result = api.save(
             adapter,
             place,
             format=to,
-            dtype=dtype,
+            dtype=write_with.dtype,
             fold_alpha=fold_alpha,
-            fields=fields,
-            allow_drop=allow_drop,
+            fields=read_with.fields,
+            allow_drop=read_with.allow_drop,
             repair=repair,
             reader=reader,
-            overwrite=overwrite,
-            verify=not no_verify,
+            overwrite=write_with.overwrite,
+            verify=not write_with.no_verify,
             progress=progress,
         )
-    if as_json:
+    if write_with.as_json:
         print_json(_as_dict(result))
         return
     titles = {d.name: d.title for f in registry.formats().values() for d in f.dialects}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterops.cli.main import print_json
-from adapterops.cli.options import reading
+from adapterops.cli.options import Reading, reading
 from adapterops.cli.text import bytes_text, plural, spread, table
 from adapterops.errors import AdapterOpsError
 
@@ -27,14 +27,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else.")
 def inspect(
     source: str,
-    source_format: str | None,
-    arch: str | None,
-    base: str | None,
-    layout: str | None,
-    alpha: float | str | None,
-    fields: dict[str, Any],
-    rename: tuple[str, ...],
-    allow_drop: bool,
+    read_with: Reading,
     norms: bool,
     hashes: bool,
     show_metadata: bool,
@@ -55,26 +48,16 @@ def inspect(
     from adapterops import loading
     from adapterops.inspection import report
 
-    options: dict[str, Any] = {
-        "format": source_format,
-        "arch": arch,
-        "base": base,
-        "layout": layout,
-        "alpha": alpha,
-        "fields": fields,
-        "allow_drop": allow_drop,
-        "rename": rename,
-    }
     try:
-        adapter = loading.load(source, **options)
+        adapter = loading.load(source, **read_with.arguments)
     except AdapterOpsError as refusal:
         if show_config:
             raise
         from adapterops.looking import look  # a success has no use for it
 
-        adapter = look(refusal, source, **options)
+        adapter = look(refusal, source, **read_with.arguments)
     if show_config:
-        config, notes = _configs(adapter, fields)
+        config, notes = _configs(adapter, read_with.fields)
         for note in notes:
             click.echo(f"note: {note}", err=True)
         print_json(config)

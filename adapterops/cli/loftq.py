@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterops.cli.main import print_json
-from adapterops.cli.options import reading, writing
+from adapterops.cli.options import Reading, Writing, reading, writing
 from adapterops.cli.progress import counting
 from adapterops.cli.text import bytes_text, listing, plural, spread, table
 
@@ -59,20 +59,9 @@ def loftq(
     write_base: str | None,
     device: str,
     to: str | None,
-    source_format: str | None,
-    arch: str | None,
-    base: str | None,
-    layout: str | None,
-    alpha: float | str | None,
-    fields: dict[str, Any],
-    rename: tuple[str, ...],
-    allow_drop: bool,
+    read_with: Reading,
     verbose: bool,
-    output: str | None,
-    dtype: str | None,
-    overwrite: bool,
-    no_verify: bool,
-    as_json: bool,
+    write_with: Writing,
 ) -> None:
     """Replace the factors of the LoRA SRC by what quantising the base takes from each weight (LoftQ).
 
@@ -89,14 +78,10 @@ def loftq(
     """
     from adapterops.operations.loftq import loftq as run
 
-    options = {
-        "format": source_format, "arch": arch, "base": base, "layout": layout, "alpha": alpha, "fields": fields or None,
-        "rename": rename or None,
-    }  # fmt: skip
-    with counting("quantising", "modules", quiet=as_json) as progress:
+    with counting("quantising", "modules", quiet=write_with.as_json) as progress:
         result = run(
             source,
-            output,
+            write_with.output,
             base_weights=base_weights,
             quant=quant,
             block_size=block_size,
@@ -106,14 +91,14 @@ def loftq(
             write_base=write_base,
             device=device,
             to=to,
-            reading={name: value for name, value in options.items() if value is not None},
-            dtype=dtype,
-            allow_drop=allow_drop,
-            overwrite=overwrite,
-            verify=not no_verify,
+            reading=read_with.given,
+            dtype=write_with.dtype,
+            allow_drop=read_with.allow_drop,
+            overwrite=write_with.overwrite,
+            verify=not write_with.no_verify,
             progress=progress,
         )
-    if as_json:
+    if write_with.as_json:
         print_json(_as_dict(result))
         return
     for line in _lines(result, verbose):

@@ -10,7 +10,7 @@ import click
 import adapterops.merging.methods  # noqa: F401  (fills the table that the options are made from)
 from adapterops.cli.main import print_json
 from adapterops.cli.merge_text import as_dict, lines
-from adapterops.cli.options import Command, reading, writing
+from adapterops.cli.options import Command, Reading, Writing, reading, writing
 from adapterops.cli.progress import counting
 from adapterops.merging.registry import ALIASES, METHODS, Parameter
 
@@ -110,21 +110,10 @@ def merge(
     device: str,
     workers: int,
     to: str | None,
-    source_format: str | None,
-    arch: str | None,
-    base: str | None,
-    layout: str | None,
-    alpha: float | str | None,
-    fields: dict[str, Any],
-    rename: tuple[str, ...],
-    allow_drop: bool,
+    read_with: Reading,
     fold_alpha: bool,
     verbose: bool,
-    output: str | None,
-    dtype: str | None,
-    overwrite: bool,
-    no_verify: bool,
-    as_json: bool,
+    write_with: Writing,
     **parameters: Any,
 ) -> None:
     """Merge the adapters SRC… (files, folders, hf:// names; of any formats, methods, ranks and types) into one.
@@ -143,36 +132,40 @@ def merge(
     from adapterops.merging.merge import merge as run_merge
     from adapterops.merging.merge import recipe_of
 
-    options = {
-        "from": source_format, "arch": arch, "base": base, "layout": layout, "alpha": alpha, "set": fields or None,
-        "rename": list(rename) or None, "allow_drop": allow_drop or None,
-    }  # fmt: skip
-    read_with = {name: value for name, value in options.items() if value is not None}
+    options = _as_recipes_say(read_with)
     if print_recipe:
-        click.echo(recipe_of(sources, method, recipe, weights, space, read_with, parameters).to_yaml(), nl=False)
+        click.echo(recipe_of(sources, method, recipe, weights, space, options, parameters).to_yaml(), nl=False)
         return
-    with counting("merging", "modules", quiet=as_json) as progress:
+    with counting("merging", "modules", quiet=write_with.as_json) as progress:
         result = run_merge(
             sources,
-            output,
+            write_with.output,
             method,
             recipe=recipe,
             weights=weights,
             to=to,
             space=space,
-            reading=read_with,
-            dtype=dtype,
+            reading=options,
+            dtype=write_with.dtype,
             device=device,
             workers=workers,
-            overwrite=overwrite,
-            verify=not no_verify,
-            fields=fields,
+            overwrite=write_with.overwrite,
+            verify=not write_with.no_verify,
+            fields=read_with.fields,
             fold_alpha=fold_alpha,
             progress=progress,
             **parameters,
         )
-    if as_json:
+    if write_with.as_json:
         print_json(as_dict(result))
         return
     for line in lines(result, verbose):
         click.echo(line)
+
+
+def _as_recipes_say(read_with: Reading) -> dict[str, Any]:
+    names = {"format": "from", "fields": "set"}
+    options = {names.get(name, name): value for name, value in read_with.given.items()}
+    if "rename" in options:
+        options["rename"] = list(options["rename"])
+    return {**options, "allow_drop": True} if read_with.allow_drop else options

@@ -3,12 +3,46 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
 
 import click
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Reading(NamedTuple):
+    """The options of `reading`, named as `ao.load` names them."""
+
+    format: str | None
+    arch: str | None
+    base: str | None
+    layout: str | None
+    alpha: float | str | None
+    fields: dict[str, Any]
+    rename: tuple[str, ...]
+    allow_drop: bool
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """For `ao.load`."""
+        return self._asdict()
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """Those that say something, but for `allow_drop`."""
+        return {k: v for k, v in self._asdict().items() if k != "allow_drop" and v is not None and v != {} and v != ()}
+
+
+class Writing(NamedTuple):
+    """The options of `writing`."""
+
+    output: str | None
+    dtype: str | None
+    overwrite: bool
+    no_verify: bool
+    as_json: bool
 
 
 def parse_alpha(context: click.Context, parameter: click.Parameter, value: str | None) -> float | str | None:
@@ -38,12 +72,10 @@ def parse_fields(context: click.Context, parameter: click.Parameter, values: tup
     return fields
 
 
-def reading(command: Command) -> Command:
-    """The options of every command that reads an adapter."""
+def reading(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that reads an adapter, which takes them as `read_with`, a `Reading`."""
     options = (
-        click.option(
-            "--from", "source_format", metavar="FORMAT", help="Read as this format or dialect; else recognised."
-        ),
+        click.option("--from", "format", metavar="FORMAT", help="Read as this format or dialect; else recognised."),
         click.option("--arch", metavar="NAME", help="The base model: sd1, sdxl, flux … (adapterops architectures)."),
         click.option(
             "--base",
@@ -81,13 +113,11 @@ def reading(command: Command) -> Command:
         ),
         click.option("--allow-drop", is_flag=True, help="Leave out what cannot be understood or held, and list it."),
     )
-    for option in reversed(options):
-        command = option(command)
-    return command
+    return _gathered(command, options, "read_with", Reading)
 
 
-def writing(command: Command) -> Command:
-    """The options of every command that writes an adapter."""
+def writing(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options of every command that writes an adapter, which takes them as `write_with`, a `Writing`."""
     options = (
         click.option("-o", "--output", metavar="OUT", type=click.Path(), help="File or folder to write."),
         click.option("--dtype", metavar="TYPE", help="Round the tensors to float32, float16, bfloat16 or float64."),
@@ -95,6 +125,19 @@ def writing(command: Command) -> Command:
         click.option("--no-verify", is_flag=True, help="Skip the proof (reading the output back and comparing)."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document on stdout, nothing else."),
     )
+    return _gathered(command, options, "write_with", Writing)
+
+
+def _gathered(
+    command: Callable[..., Any], options: Sequence[Callable[..., Any]], name: str, kind: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The command with these options, whose values it takes together, as one argument of that kind."""
+
+    @wraps(command)
+    def gathered(*arguments: Any, **values: Any) -> Any:
+        own = {field: values.pop(field) for field in kind.__annotations__}
+        return command(*arguments, **values, **{name: kind(**own)})
+
     for option in reversed(options):
-        command = option(command)
-    return command
+        gathered = option(gathered)
+    return gathered

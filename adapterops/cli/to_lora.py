@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterops.cli.main import print_json
-from adapterops.cli.options import reading, writing
+from adapterops.cli.options import Reading, Writing, reading, writing
 from adapterops.cli.progress import counting
 from adapterops.cli.text import bytes_text, plural, spread, table
 
@@ -65,20 +65,9 @@ def to_lora(
     residual_base: str | None,
     accept_approximate: bool,
     to: str | None,
-    source_format: str | None,
-    arch: str | None,
-    base: str | None,
-    layout: str | None,
-    alpha: float | str | None,
-    fields: dict[str, Any],
-    rename: tuple[str, ...],
-    allow_drop: bool,
+    read_with: Reading,
     verbose: bool,
-    output: str | None,
-    dtype: str | None,
-    overwrite: bool,
-    no_verify: bool,
-    as_json: bool,
+    write_with: Writing,
 ) -> None:
     """Make a plain LoRA of the adapter SRC (a file, a folder, an hf:// name).
 
@@ -97,14 +86,10 @@ def to_lora(
     """
     from adapterops.operations.to_lora import to_lora as run
 
-    options = {
-        "format": source_format, "arch": arch, "base": base, "layout": layout, "alpha": alpha, "fields": fields or None,
-        "rename": rename or None,
-    }  # fmt: skip
-    with counting("making a LoRA", "modules", quiet=as_json) as progress:
+    with counting("making a LoRA", "modules", quiet=write_with.as_json) as progress:
         result = run(
             source,
-            output,
+            write_with.output,
             to=to,
             rank=rank,
             energy=energy,
@@ -114,14 +99,14 @@ def to_lora(
             initial=initial,
             residual_base=residual_base,
             accept_approximate=accept_approximate,
-            reading={name: value for name, value in options.items() if value is not None},
-            dtype=dtype,
-            allow_drop=allow_drop,
-            overwrite=overwrite,
-            verify=not no_verify,
+            reading=read_with.given,
+            dtype=write_with.dtype,
+            allow_drop=read_with.allow_drop,
+            overwrite=write_with.overwrite,
+            verify=not write_with.no_verify,
             progress=progress,
         )
-    if as_json:
+    if write_with.as_json:
         print_json(_as_dict(result))
         return
     for line in _lines(result, verbose):
