@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import resource
@@ -10,7 +11,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -22,7 +23,7 @@ from fuzzing.check import Finding, Outcome
 SECONDS = 15.0
 """How long one call may take; the slowest sound one takes less than one, on a machine that is not loaded."""
 _HEADROOM = 1536 << 20
-"""Bytes of address space that a worker may take beyond what it starts with."""
+"""Bytes of address space that a worker may take for one input beyond what it has."""
 _CLI_EVERY = 200
 
 
@@ -92,18 +93,29 @@ def _start(numbers: list[int], plan: Plan, folder: str) -> _Worker:
 def _work(numbers: list[int], plan: Plan, folder: str, pipe: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    size = _address_space()
-    if size:
-        resource.setrlimit(resource.RLIMIT_AS, (size + _HEADROOM, size + _HEADROOM))
     for number in numbers:
         with check.deadline(plan.seconds):
             given = inputs.make(plan.seed, number)
         place = Path(folder, str(number))
         with_cli = plan.cli_every > 0 and number % plan.cli_every == 0
-        pipe.send(check.run(given, place, plan.seconds, with_cli, plan.only_validate))
+        with _bounded():
+            found = check.run(given, place, plan.seconds, with_cli, plan.only_validate)
+        pipe.send(found)
     pipe.close()
     # Nothing of the parent's (its temporary folder, its streams) is to be taken down here.
     os._exit(0)
+
+
+@contextlib.contextmanager
+def _bounded() -> Iterator[None]:
+    """Little memory above what is there now: the allocator keeps the address space of threads that have ended."""
+    size, before = _address_space(), resource.getrlimit(resource.RLIMIT_AS)
+    if size:
+        resource.setrlimit(resource.RLIMIT_AS, (size + _HEADROOM, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def _address_space() -> int:
