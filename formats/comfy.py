@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from adapterops_formats.hunyuan_names import among, behind_transformer, comfys_own
 from adapterops_formats.lycoris_names import (
     DOWN_UP,
     EMBEDDINGS,
@@ -101,6 +102,17 @@ ORIGINAL = Dialect(
 )
 
 
+COMFY = _dialect("comfy", "Comfy", _A_B, "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight")
+COMFY_DOWN = _dialect(
+    "comfy-down",
+    "Comfy with lora_down",
+    DOWN_UP,
+    "diffusion_model.double_blocks.0.img_attn.qkv.lora_down.weight",
+)
+BEHIND_TRANSFORMER = behind_transformer((*_A_B, *LYCORIS))
+HUNYUAN = (comfys_own(COMFY), comfys_own(COMFY_DOWN))
+
+
 class Comfy(Format):
     """Comfy's generic file."""
 
@@ -108,13 +120,8 @@ class Comfy(Format):
     title = "Comfy (the model's own names; ai-toolkit, OneTrainer)"
     limits = ("Modules of a base that is not built in: the names are its authors'.",)
     dialects = (
-        _dialect("comfy", "Comfy", _A_B, "diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight"),
-        _dialect(
-            "comfy-down",
-            "Comfy with lora_down",
-            DOWN_UP,
-            "diffusion_model.double_blocks.0.img_attn.qkv.lora_down.weight",
-        ),
+        COMFY,
+        COMFY_DOWN,
         _dialect(
             "comfy-diffusers",
             "Comfy's prefix before diffusers' names (SimpleTuner)",
@@ -123,8 +130,11 @@ class Comfy(Format):
             "flux",
             "sd3",
             "z_image",
+            "flux2_dev",
         ),
         ORIGINAL,
+        BEHIND_TRANSFORMER,
+        *HUNYUAN,
     )
     file_name = "lora.safetensors"
     foreign = {
@@ -134,17 +144,16 @@ class Comfy(Format):
             rf"^diffusion_model\.{names}": f"belongs to an adapter of {base} by its authors' names; {_NO_TABLE}"
             for base, names in {
                 "Anima": r"blocks\.\d+\.(cross|self)_attn\.\w+_proj\.",
-                "HunyuanVideo": r"double_blocks\.\d+\.(img|txt)_attn_(qkv|proj)\.",
                 "Lumina 2": r"(layers|noise_refiner|context_refiner)\.\d+\.(attention|feed_forward|adaLN)",
-                "LTX-Video": r"transformer_blocks\.\d+\.attn[12]\.",
                 "HiDream": r"(double|single)_stream_blocks\.",
-                "Chroma": r"distilled_guidance_layer\.",
             }.items()
         },
     }
 
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
         """As for any format; a bundle alone is Kohya's."""
+        if not set(HUNYUAN).issuperset(dialects):
+            dialects = among(source.tensors, dialects, BEHIND_TRANSFORMER, HUNYUAN)
         return list(map(of_parameters, of_adapters(super().recognise(source, dialects))))
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:

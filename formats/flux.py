@@ -1,15 +1,15 @@
-"""Flux.1 by its authors' module names, without Comfy's prefix: three dialects that only this model has.
+"""Flux by its authors' module names, without Comfy's prefix: two dialects that only Flux.1 has, and one of Flux.2, too.
 
 - `bfl`: bare names, peft's factors, as Black Forest Labs' control adapters (Canny, Depth) have them: the factors have a
   bias, `img_in` takes more inputs than the base's, and the norms' scales are replaced (`….query_norm.scale`);
-- `bfl-peft`: the same names behind peft's `base_model.model.`, as fal's trainer of Kontext adapters writes them;
+- `bfl-peft`: the same names behind peft's `base_model.model.`, as fal's trainers of Kontext and Flux.2 adapters write them;
 - `xlabs`: the factors of attention processors, `double_blocks.0.processor.qkv_lora1.down.weight`; 1 is the image's
   stream, 2 the text's.
 
 No alpha anywhere: scale 1.  Sources: black-forest-labs/flux `src/flux/modules/lora.py`; XLabs-AI/x-flux
 `src/flux/modules/layers.py`; huggingface/diffusers `loaders/lora_conversion_utils.py`
 (`_convert_bfl_flux_control_lora_to_diffusers`, `_convert_fal_kontext_lora_to_diffusers`,
-`_convert_xlabs_flux_lora_to_diffusers`).
+`_convert_xlabs_flux_lora_to_diffusers`), `loaders/lora_pipeline.py` (Flux2LoraLoaderMixin).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from adapterops.plugin import AlphaIn, Dialect, Format, Place, Reading, Source, Suffix
 
 _FLUX = frozenset({"flux"})
+_FLUXES = frozenset({"flux", "flux2_dev"})
 _FACTORS = (
     Suffix(".lora_A.weight", "lora", "A"),
     Suffix(".lora_B.weight", "lora", "B"),
@@ -46,8 +47,8 @@ BFL = Dialect(
 BFL_PEFT = Dialect(
     name="bfl-peft",
     format="flux",
-    title="peft on Flux.1's own names (fal)",
-    places=(Place("transformer", "base_model.model.", _FACTORS, names="original", only=_FLUX),),
+    title="peft on Flux's own names (fal)",
+    places=(Place("transformer", "base_model.model.", _FACTORS, names="original", only=_FLUXES),),
     alpha=AlphaIn.NOWHERE,
     convention="rank",
     example="base_model.model.double_blocks.0.img_attn.qkv.lora_A.weight",
@@ -73,11 +74,14 @@ XLABS = Dialect(
 
 
 class Flux(Format):
-    """Flux.1 by its authors' names."""
+    """Flux.1 and Flux.2 by their authors' names."""
 
     name = "flux"
-    title = "Flux.1 by its authors' names (BFL, fal, XLabs)"
-    limits = ("Any base but Flux.1, any component but the transformer, and a scale that is not 1 (`--fold-alpha`).",)
+    title = "Flux by its authors' names (BFL, fal, XLabs)"
+    limits = (
+        "Any base but Flux.1 (and Flux.2, in `bfl-peft`), any component but the transformer, and a scale that is not 1 "
+        "(`--fold-alpha`).",
+    )
     dialects = (BFL, BFL_PEFT, XLABS)
     file_name = "lora.safetensors"
 

@@ -94,6 +94,25 @@ ONETRAINER = Dialect(
     unread=UNREAD,
     example="lora_transformer_transformer_blocks_0_attn_to_q.lora_down.weight",
 )
+# Tencent-Hunyuan/HunyuanVideo-I2V `train_image2video_lora.py` (`get_module_kohya_state_dict`).
+TENCENT = Dialect(
+    name="tencent",
+    format="kohya",
+    title="Tencent's trainer of HunyuanVideo-I2V",
+    places=(
+        Place(
+            "transformer",
+            "Hunyuan_video_I2V_lora_",
+            SUFFIXES,
+            names="original",
+            flat=True,
+            only=frozenset({"hunyuan_video"}),
+        ),
+    ),
+    alpha=AlphaIn.TENSOR,
+    convention="rank",
+    example="Hunyuan_video_I2V_lora_double_blocks_0_img_attn_qkv.lora_down.weight",
+)
 LYCORIS_FILE = Dialect(
     name="lycoris",
     format="kohya",
@@ -118,7 +137,7 @@ class Kohya(Format):
         "be told apart without its list.",
         "Modules saved whole, and soft prompts.",
     )
-    dialects = (KOHYA, KOHYA_DIFFUSERS, ONETRAINER, LYCORIS_FILE)
+    dialects = (KOHYA, KOHYA_DIFFUSERS, ONETRAINER, LYCORIS_FILE, TENCENT)
     file_name = "lora.safetensors"
     foreign = {
         r"\.oft_blocks(\.\d+)?$|\.oft_diag$": f"is OFT or BOFT (LyCORIS or sd-scripts); {_LATER}",
@@ -134,7 +153,6 @@ class Kohya(Format):
             rf"^lora_unet_{names}": f"belongs to an adapter of {base} in Kohya's spelling; {_LATER}"
             for base, names in {
                 "Anima": r"blocks_\d+_(cross|self)_attn_\w+_proj\.",
-                "HunyuanVideo or FramePack": r"double_blocks_\d+_(img|txt)_(mlp_fc[12]|mod_linear)\.",
                 "Lumina 2": r"(layers|noise_refiner|context_refiner)_\d+_(attention|feed_forward|adaLN)",
             }.items()
         },

@@ -94,7 +94,9 @@ def read(
         groups, said = _align(groups, given)
         notes += said
     carried = Carried.parse(source.metadata)
-    found = resolve.identify(groups, source.path, given, carried.architecture, request.allow_drop, request.tell)
+    found = resolve.identify(
+        groups, source.path, given, carried.architecture, request.allow_drop, request.tell, source.metadata
+    )
     architecture = found.architecture
     notes += found.notes
     if found.unknown:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import repeat
 from typing import Any, NamedTuple
 
 from adapterops import architectures
@@ -16,7 +18,7 @@ from adapterops.methods import METHODS
 
 _ENOUGH, _MOST = 0.5, 2 / 3
 """The share of a file's modules that must have an architecture's names and shapes for the rest to count as errors; and where
-the rest are dozens, which no slip explains, but a base model that has part of the names (HunyuanVideo has Flux.1's)."""
+the rest are dozens, which no slip explains, but a base model that has part of the names (Flux.1 and HunyuanVideo share many)."""
 
 
 _SAMPLE = 24
@@ -256,6 +258,25 @@ def _usual(found: Fit, groups: Sequence[Group]) -> int:
     return sum(1 for g in groups if not g.place.usual or g.place.usual & own)
 
 
+_NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
+
+
+def _reaches_the_end(architecture: Architecture, groups: Sequence[Group]) -> bool:
+    """Whether a file has a module of the last block of each list of blocks that it has any of."""
+    last: dict[tuple[str, str], int] = {}
+    for entry in groups:
+        component = entry.place.among(architecture.components) or ""
+        numbered = _NUMBERED.match(book(architecture, entry.place).table.get(entry.name, ""))
+        if numbered:
+            blocks = component, numbered[1]
+            last[blocks] = max(last.get(blocks, 0), int(numbered[2]))
+    further = (
+        any(map(str.startswith, architecture.components[component].modules, repeat(f"{blocks}.{number + 1}.")))
+        for (component, blocks), number in last.items()
+    )
+    return bool(last) and not any(further)
+
+
 def identify(
     groups: Sequence[Group],
     path: str,
@@ -263,10 +284,12 @@ def identify(
     hint: str | None = None,
     allow_drop: bool = False,
     tell: Callable[[AdapterOpsError], None] | None = None,
+    header: Mapping[str, str] | None = None,
 ) -> Identified:
     """The architecture of a file.
 
-    `hint` is the one that a conversion recorded; it decides where modules alone fit several.  With `allow_drop`
+    `hint` is the one that a conversion recorded; it decides where modules alone fit several, and without it what the
+    trainer's `header` calls the base.  With `allow_drop`
     modules that the architecture has not are returned in `unknown` instead of raised; with `tell`, all that is wrong is
     told to it, and such modules, and those of other shapes, are in `unknown`.
 
@@ -291,6 +314,14 @@ def identify(
         # Beside one that has everything, only another such counts.
         if not any(f.whole for f in fits) or _plausible(architecture, lookup, all):
             fits.append(fit(architecture, lookup))
+    whole = {f.architecture.name: f.architecture for f in fits if f.whole}
+    if len(whole) > 1 and hint not in whole and header:
+        from adapterops.architectures.declared import in_header  # only ever needed here
+
+        said = sorted(in_header(header) & whole.keys())
+        if len(said) == 1:
+            stated: Fact[str | None] = Fact(said[0], Certainty.READ, "modules fit several, and the header names it")
+            return Identified(whole[said[0]], stated)
     best = max(fits, key=lambda f: (f.shaped, f.named, f.architecture.name == hint, _usual(f, lookup)))
     dependent = any(needs_table(g.place) for g in groups)
     enough = best.total and best.shaped / best.total >= (_ENOUGH if len(best.unknown) < _SAMPLE else _MOST)
@@ -309,6 +340,15 @@ def identify(
         recorded: Fact[str | None] = Fact(name, Certainty.READ, "recorded by the conversion that wrote the file")
         return Identified(best.architecture, recorded, unknown=unknown)
     others = [f.architecture.name for f in rivals if _usual(f, lookup) == _usual(best, lookup)]
+    if others and _reaches_the_end(best.architecture, lookup):
+        # It ends where this base does: nobody trains just as many blocks of one that has more.
+        longer = {f.architecture.name for f in rivals if not _reaches_the_end(f.architecture, lookup)}
+        others = [other for other in others if other not in longer]
+        if not others:
+            counted: Fact[str | None] = Fact(
+                name, Certainty.DERIVED, "module names and shapes, and the number of blocks"
+            )
+            return Identified(best.architecture, counted, unknown=unknown)
     if others:
         note = f"its modules fit {name} and {', '.join(others)} alike; {name} is taken (--arch decides)"
         return Identified(best.architecture, Fact(name, Certainty.ASSUMED, note), (f"architecture: {note}",), unknown)

@@ -126,6 +126,41 @@ def test_diffusers_converts_z_image_as_the_rows_say() -> None:
     assert not checkpoint
 
 
+@pytest.mark.parametrize("name", ["flux2_dev", "flux2_klein_4b"])
+def test_diffusers_converts_flux_2_as_the_rows_say(name: str) -> None:
+    component = small(name, num_layers=2, num_single_layers=2)
+    checkpoint, expected = numbered(component)
+    assert differences(convert("flux2", checkpoint), expected) == []
+    assert not checkpoint
+    assert {key.rpartition(".")[0] for key in expected} == set(component.modules)
+
+
+@pytest.mark.parametrize("name", ["hunyuan_video", "ltx_2b", "ltx_13b", "ltx_2"])
+def test_diffusers_converts_hunyuan_video_and_ltx_as_the_rows_say(name: str) -> None:
+    # HunyuanVideo's width stays: diffusers' conversion splits `linear1` at 3072.
+    more = {"num_single_layers": 2} if name == "hunyuan_video" else {}
+    component = small(name, num_layers=2, **more)
+    checkpoint, expected = numbered(component)
+    for spec in component.parameters.values():
+        checkpoint[spec.original] = expected[spec.name] = torch.tensor([len(expected)])
+    conversion: Any = importlib.import_module("diffusers.loaders.single_file_utils")
+    convert_checkpoint = {
+        "hunyuan_video": conversion.convert_hunyuan_video_transformer_to_diffusers,
+        "ltx_2": conversion.convert_ltx2_transformer_to_diffusers,
+    }.get(name, conversion.convert_ltx_transformer_checkpoint_to_diffusers)
+    assert differences(convert_checkpoint(checkpoint), expected) == []
+
+
+def test_diffusers_converts_chroma_as_the_rows_say() -> None:
+    component = small("chroma", num_layers=2, num_single_layers=2, approximator_layers=2)
+    checkpoint, expected = numbered(component)
+    norms = [key for key in checkpoint if ".norm" in key]
+    checkpoint |= {key.removesuffix("weight") + "scale": checkpoint.pop(key) for key in norms}
+    assert differences(convert("chroma", checkpoint), expected) == []
+    assert not checkpoint
+    assert {key.rpartition(".")[0] for key in expected} == set(component.modules)
+
+
 @pytest.mark.parametrize("swap", ["norm_out.linear_swapped", "single_transformer_blocks.1.attn.to_qkv_mlp"])
 def test_another_order_of_the_pieces_is_told(swap: str) -> None:
     """The comparison above sees a table that joins the right pieces in the wrong order."""

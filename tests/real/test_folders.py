@@ -84,7 +84,8 @@ def test_a_checkpoint_of_diffusers_scripts(name: str, whole: tuple[str, ...], tm
     left_by_a_trainer(tmp_path, *whole)
     found = ao.inspect(tmp_path)
     assert (found.dialect, found.modules) == ("diffusers", len(FLUX))
-    (note,) = found.notes
+    note, alike = found.notes
+    assert "chroma alike" in alike
     left = [other for other in (*STATE, *whole) if not other.endswith(".pkl")]  # no weights are called so
     assert sorted(note.partition(": ")[0].split(", ")) == sorted(left)
     expected = {"F050"} | ({"F049"} if whole else set()) | ({"F011"} if name.endswith(".bin") else set())

@@ -12,17 +12,21 @@ import adapterops as ao
 from adapterops.cli.main import run
 from adapterops.errors import AdapterOpsError, Conflict
 
-HUNYUAN = {
-    **{f"double_blocks.{i}.img_attn_qkv": (9216, 3072) for i in range(20)},
-    **{f"double_blocks.{i}.img_attn_proj": (3072, 3072) for i in range(20)},
-    **{f"double_blocks.{i}.img_mlp.fc1": (12288, 3072) for i in range(20)},
-    **{f"double_blocks.{i}.img_mlp.fc2": (3072, 12288) for i in range(20)},
-    **{f"single_blocks.{i}.linear1": (21504, 3072) for i in range(40)},
+LARGER = {
+    **{f"double_blocks.{i}.img_attn_qkv": (9216, 3072) for i in range(24)},
+    **{f"double_blocks.{i}.img_attn_proj": (3072, 3072) for i in range(24)},
+    **{f"double_blocks.{i}.img_mlp.up": (12288, 3072) for i in range(24)},
+    **{f"double_blocks.{i}.img_mlp.down": (3072, 12288) for i in range(24)},
+    **{f"single_blocks.{i}.linear1": (21504, 3072) for i in range(48)},
 }
-"""Modules of HunyuanVideo: many of Flux.1's names, flattened, in Flux.1's sizes."""
+"""Modules of an invented base: many of Flux.1's and HunyuanVideo's names, flattened, in their sizes."""
+HIDREAM = {
+    "double_stream_blocks.0.block.attn1.to_q": (2560, 2560),
+    "single_stream_blocks.0.block.attn1.to_k": (2560, 2560),
+}
 ANIMA = {"blocks.0.self_attn.q_proj": (2048, 2048), "blocks.27.mlp.layer2": (2048, 8192)}
 LUMINA = {"layers.0.attention.qkv": (3840, 2304), "noise_refiner.1.feed_forward.w1": (9216, 2304)}
-FLUX_2 = {"double_blocks.0.img_attn.proj": (6144, 6144), "single_blocks.47.linear2": (6144, 24576)}
+FLUX_OF_ANOTHER_SIZE = {"double_blocks.0.img_attn.proj": (5120, 5120), "single_blocks.47.linear2": (5120, 20480)}
 
 
 def comfy(modules: dict[str, tuple[int, int]]) -> Tensors:
@@ -40,9 +44,9 @@ CASES = {
     "Anima, sd-scripts": (musubi, ANIMA, "Anima"),
     "Lumina 2, Comfy": (comfy, LUMINA, "Lumina 2"),
     "Lumina 2, sd-scripts": (musubi, LUMINA, "Lumina 2"),
-    "HunyuanVideo, Comfy": (comfy, HUNYUAN, "HunyuanVideo"),
-    "HunyuanVideo, musubi-tuner": (musubi, HUNYUAN, "HunyuanVideo"),
-    "Flux.2, Comfy": (comfy, FLUX_2, "fits none of the known base models"),
+    "HiDream, Comfy": (comfy, HIDREAM, "HiDream"),
+    "a larger one, musubi-tuner": (musubi, LARGER, "in none of the known base models"),
+    "a Flux of no known size, Comfy": (comfy, FLUX_OF_ANOTHER_SIZE, "fits none of the known base models"),
 }
 
 

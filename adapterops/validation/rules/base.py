@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from adapterops.adapter import Certainty
+from adapterops.architectures.declared import FIELDS, named
 from adapterops.validation.registry import Checker, checker
 from adapterops.validation.rule import Finding, Needs, Rule, Severity
 from adapterops.validation.subject import Subject
@@ -53,33 +54,6 @@ OTHER_BASE = Rule(
     needs=Needs.FILES,
 )
 
-_DECLARED = (
-    # `ss_base_model_version` and `modelspec.architecture` of sd-scripts (library/sai_model_spec.py, train_util.py), and the
-    # names on the Hub of the models themselves: what was made from them has names that tell nothing.
-    (r"sd_v1\w*|stable-diffusion-v1(/.*)?", "sd1"),
-    (r"sd_v2\w*|stable-diffusion-v2-(512|768-v)(/.*)?", "sd2"),
-    (r"sdxl_base_\S*|stable-diffusion-xl-v1-base(/.*)?", "sdxl"),
-    *((r"sd3\w*|stable-diffusion-3(/.*)?", either) for either in ("sd3", "sd35_medium", "sd35_large")),
-    (r"stable-diffusion-3-m(edium)?(/.*)?", "sd3"),
-    (r"(stable-diffusion-3[-.])?5-medium(/.*)?", "sd35_medium"),
-    (r"(stable-diffusion-3[-.])?5-large(/.*)?", "sd35_large"),
-    (r"flux1|flux-1-(dev|schnell)(/.*)?", "flux"),
-    (r"(runwayml|CompVis|sd-legacy|stable-diffusion-v1-5|benjamin-paine)/stable-diffusion-v1-\d", "sd1"),
-    (r"(stabilityai|sd2-community)/stable-diffusion-2(-1)?(-base)?", "sd2"),
-    (r"stabilityai/stable-diffusion-xl-base-\S+", "sdxl"),
-    (r"stabilityai/stable-diffusion-3-\S+", "sd3"),
-    (r"stabilityai/stable-diffusion-3\.5-medium\S*", "sd35_medium"),
-    (r"stabilityai/stable-diffusion-3\.5-large\S*", "sd35_large"),
-    (r"black-forest-labs/FLUX\.1-\S+", "flux"),
-    (r"Qwen/Qwen-Image\S*", "qwen_image"),
-    (r"Wan-AI/Wan2\.1-T2V-1\.3B\S*", "wan_1_3b"),
-    (r"Wan-AI/Wan2\.\d-T2V-A?14B\S*", "wan_14b"),
-    (r"Wan-AI/Wan2\.1-I2V-14B\S*", "wan_14b_i2v"),
-    (r"Wan-AI/Wan2\.2-TI2V-5B\S*", "wan_5b"),
-    (r"Tongyi-MAI/Z-Image\S*", "z_image"),
-)
-"""What files call base models, as whole words, and the built-in architecture that it is; one of several where it has more
-than one row."""
 _CARD_BASE = re.compile(r"^base_model:[ \t]*(?:\n[ \t]*-[ \t]*)?[\"']?([^\s\"'#]+)", re.MULTILINE)
 
 
@@ -91,7 +65,7 @@ def declared(subject: Subject) -> Iterator[Finding]:
         return  # the user's word, or one of several that fit
     found = adapter.architecture.value
     for place, file, value in _declarations(subject):
-        said = [arch for pattern, arch in _DECLARED if re.fullmatch(pattern, value, re.IGNORECASE)]
+        said = named(value)
         if said and found not in said:
             yield OTHER_BASE.found(
                 file,
@@ -106,7 +80,7 @@ def _declarations(subject: Subject) -> Iterator[tuple[str, str, str]]:
     base = (subject.config or {}).get("base_model_name_or_path")
     if isinstance(base, str):
         yield "base_model_name_or_path", subject.config_path, base
-    for field in ("modelspec.architecture", "ss_base_model_version"):
+    for field in FIELDS:
         if field in subject.metadata:
             yield field, subject.weights, subject.metadata[field]
     card = subject.text("README.md") if subject.is_folder else None

@@ -291,7 +291,7 @@ FACTS: tuple[Fact, ...] = (
         "diffusers",
         "lokr",
         Effect.REFUSES,
-        lambda s: [] if architecture(s) == "z_image" else in_files(s, "lokr"),
+        lambda s: [] if architecture(s) in ("z_image", "flux2_dev") else in_files(s, "lokr"),
         "diffusers reads no LoKr of this base ({keys}): a ValueError, or it leaves them out (Flux.1)",
         why="Among diffusers' loaders only those of Flux.2 and Z-Image read LoKr.",
         remedy="Run adapterops to-lora FILE --to diffusers --energy 0.99, which makes a plain LoRA of it.",
