@@ -108,7 +108,7 @@ class Loralib(Format):
                 if entry.method == "saved" and entry.name in factors:
                     entry.options["kind"] = "wrapped"  # the layer's own parameter, beside its factors
             groups = [_meant(g, request.architecture, enabled, said) for g in groups]
-            component = component_by_names(groups, request.architecture) or said.component or "model"
+            component = said.component or component_by_names(groups, request.architecture) or "model"
             places: dict[Place, Place] = {}
             for entry in groups:
                 places.setdefault(entry.place, replace(entry.place, component=component))

@@ -41,7 +41,8 @@ from adapterops.operations.fused import cut, pieces
 from adapterops.storage import LazyTensor, dtypes
 from adapterops.storage.tensor import MemorySource
 
-EXAMPLES = 240
+EXAMPLES, OF_EACH = 240, 3
+"""Adapters in all, and for each base besides."""
 DIALECTS = {
     d.name: (form, d)
     for form in registry.formats().values()
@@ -143,9 +144,14 @@ _PIPELINES = ("tiny-sd", "tiny-flux", "sd1", "sdxl", "flux")
 """Older spellings have a place for plain LoRAs on these alone."""
 
 
-def cases(methods: Sequence[str]) -> st.SearchStrategy[Case]:
-    """Adapters of one of the methods."""
-    return st.integers(0, 2**64 - 1).map(lambda seed: drawn_case(seed, methods))
+def cases(methods: Sequence[str], base: str | None = None) -> st.SearchStrategy[Case]:
+    """Adapters of one of the methods, for that base, or for any."""
+
+    def case(seed: int) -> Case:
+        drawn = drawn_case(seed, methods)
+        return drawn if base is None else replace(drawn, base=base)
+
+    return st.integers(0, 2**64 - 1).map(case)
 
 
 class Numbers:
@@ -519,12 +525,17 @@ def test_every_dialect_method_and_architecture(tmp_path: Path, monkeypatch: pyte
 
     assert {*MAKERS, *BESIDE} == EXCHANGED, "a new method needs a maker here"
     assert METHODS.keys() - EXCHANGED <= set(KIND_OF), "what only peft has is made by peft, in test_every_type"
-    for methods, examples in ((["lora"], EXAMPLES // 2), ([m for m in MAKERS if m != "lora"], EXAMPLES // 2)):
-        run = settings(
+
+    def run(found: st.SearchStrategy[Case], examples: int) -> None:
+        settings(
             max_examples=examples, deadline=None, derandomize=True, database=None,
             suppress_health_check=list(HealthCheck), phases=(Phase.explicit, Phase.generate, Phase.shrink),
-        )(given(cases(methods))(check))  # fmt: skip
-        run()
+        )(given(found)(check))()  # fmt: skip
+
+    run(cases(["lora"]), EXAMPLES // 2)
+    run(cases([m for m in MAKERS if m != "lora"]), EXAMPLES // 2)
+    for base in BASES:
+        run(cases(["lora"], base), OF_EACH)
     assert drawn.keys() >= EXCHANGED
     assert set(BASES) <= drawn.keys()
     # llama.cpp runs none of these bases: it refuses them all here, and test_gguf.py has its own.
