@@ -44,6 +44,8 @@ class Fact(Generic[T]):
     value: T
     certainty: Certainty
     source: str = ""
+    others: tuple[T, ...] = ()
+    """Of an assumed one: what it may be as well."""
 
     def __str__(self) -> str:
         return f"{self.value} ({self.certainty}{': ' + self.source if self.source else ''})"

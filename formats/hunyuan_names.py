@@ -58,15 +58,32 @@ _ALIKE = (
 TAILS = (*_STREAMS, *_SINGLE, *_REFINER, *_EMBEDDERS, *((name, name) for name in _ALIKE))
 """How the authors' names of modules end, and Comfy's."""
 
-_BEHIND = ("transformer.double_blocks.", "transformer.single_blocks.", "transformer.txt_in.individual_token_refiner.")
+_OWN = (
+    "double_blocks.",
+    "single_blocks.",
+    "txt_in.",
+    "time_in.",
+    "guidance_in.",
+    "vector_in.",
+    "final_layer.",
+    "img_in.",
+)
+"""How the authors' names begin, none of which diffusers has."""
+_BEHIND = tuple(f"transformer.{name}" for name in _OWN)
 _PREFIXES = ("diffusion_model.", "transformer.")
-_BLOCKS = ("diffusion_model.double_blocks.", "diffusion_model.single_blocks.")
+_BLOCKS = tuple(f"diffusion_model.{name}" for name in _OWN)
 _LAST = tuple(
     f"diffusion_model.{name}."
-    for name in ("double_blocks.19", "single_blocks.38", "single_blocks.39", "txt_in.individual_token_refiner")
+    for name in (
+        *("double_blocks.19", "single_blocks.38", "single_blocks.39"),
+        *("txt_in.individual_token_refiner", "txt_in.c_embedder", "txt_in.t_embedder"),
+    )
 )
 """How keys of modules begin that Flux.1 has not."""
-_COMFYS = r"\.(img|txt|self)_(attn\.(qkv|proj)|mlp\.[02]|mod\.lin)\.|\.mlp\.[02]\.|\.modulation\.lin\."
+_COMFYS = (
+    r"\.(img|txt|self)_(attn\.(qkv|proj)|mlp\.[02]|mod\.lin)\.|blocks\.\d+\.mlp\.[02]\.|\.modulation\.lin\."
+    r"|\.[ct]_embedder\.(in|out)_layer\."
+)
 
 
 def behind_transformer(suffixes: tuple[Suffix, ...]) -> Dialect:

@@ -17,7 +17,7 @@ _NAMES = (
     (r"stable-diffusion-3-m(edium)?(/.*)?", "sd3"),
     (r"(stable-diffusion-3[-.])?5-medium(/.*)?", "sd35_medium"),
     (r"(stable-diffusion-3[-.])?5-large(/.*)?", "sd35_large"),
-    (r"flux\.?1|flux[-.]1-(dev|schnell)(/.*)?", "flux"),
+    (r"flux\.?1(_kontext)?|flux[-.]1-(dev|schnell)(/.*)?", "flux"),  # …_kontext: ai-toolkit
     (r"(runwayml|CompVis|sd-legacy|stable-diffusion-v1-5|benjamin-paine)/stable-diffusion-v1-\d", "sd1"),
     (r"(stabilityai|sd2-community)/stable-diffusion-2(-1)?(-base)?", "sd2"),
     (r"stabilityai/stable-diffusion-xl-base-\S+", "sdxl"),

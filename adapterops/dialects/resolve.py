@@ -262,19 +262,22 @@ _NUMBERED = re.compile(r"(.*?)\.(\d+)\.")
 
 
 def _reaches_the_end(architecture: Architecture, groups: Sequence[Group]) -> bool:
-    """Whether a file has a module of the last block of each list of blocks that it has any of."""
+    """Whether a file has a module of the first and of the last block of each list of blocks that it has any of."""
     last: dict[tuple[str, str], int] = {}
+    begun = set()
     for entry in groups:
         component = entry.place.among(architecture.components) or ""
         numbered = _NUMBERED.match(book(architecture, entry.place).table.get(entry.name, ""))
         if numbered:
             blocks = component, numbered[1]
             last[blocks] = max(last.get(blocks, 0), int(numbered[2]))
+            if numbered[2] == "0":
+                begun.add(blocks)
     further = (
         any(map(str.startswith, architecture.components[component].modules, repeat(f"{blocks}.{number + 1}.")))
         for (component, blocks), number in last.items()
     )
-    return bool(last) and not any(further)
+    return bool(last) and begun == last.keys() and not any(further)
 
 
 def identify(
@@ -351,7 +354,9 @@ def identify(
             return Identified(best.architecture, counted, unknown=unknown)
     if others:
         note = f"its modules fit {name} and {', '.join(others)} alike; {name} is taken (--arch decides)"
-        return Identified(best.architecture, Fact(name, Certainty.ASSUMED, note), (f"architecture: {note}",), unknown)
+        return Identified(
+            best.architecture, Fact(name, Certainty.ASSUMED, note, tuple(others)), (f"architecture: {note}",), unknown
+        )
     return Identified(best.architecture, Fact(name, Certainty.DERIVED, "module names and shapes"), unknown=unknown)
 
 

@@ -21,12 +21,14 @@ def common_base(adapters: Sequence[Adapter]) -> tuple[Fact[str | None], Architec
     known = [a for a in adapters if a.architecture.value is not None]
     if not known:
         return Fact(None, Certainty.UNKNOWN, "no source names a known base model"), None
-    # One that was trained on few modules may fit two tables alike; the base that another one shows serves all.
+    # One that was trained on few modules may fit two tables alike; the base that another one shows serves all.  Canonical
+    # names alone do not tell: how a file spells them and where its blocks end may have ruled a base out.
     first = next((a for a in known if a.architecture.certainty is not Certainty.ASSUMED), known[0])
     for other in known:
         if other.architecture.value == first.architecture.value:
             continue
-        if other.architecture.certainty is not Certainty.ASSUMED or not _is_of(other, first.base):
+        alike = first.architecture.value in other.architecture.others
+        if not alike or not _is_of(other, first.base):
             raise UsageError(
                 f"{other.provenance.path} is for {other.architecture.value} ({other.architecture.source}), and "
                 f"{first.provenance.path} for {first.architecture.value} ({first.architecture.source}): adapters of "

@@ -16,6 +16,7 @@ from test_wan_z_image import Modules, comes_back, comfy, deltas, musubi
 from trainers import DOWN_UP, FLUX, Tensors, loha, lokr, pairs, write
 
 import adapterops as ao
+from adapterops import errors
 from adapterops.adapter import Certainty
 
 
@@ -232,13 +233,25 @@ FLAT: Modules = {f"double_blocks.{i}.img_attn_qkv": (9216, 3072) for i in range(
         (pairs(every(20, 40), "transformer.", rank=1), "hunyuan_video", False),
         (pairs(every(2, 2), "transformer.", rank=1), "flux", True),
         (pairs(every(19, 37), "transformer.", rank=1), "flux", True),
-        (pairs(FLUX, "transformer."), "flux", False),
+        (pairs(FLUX, "transformer."), "flux", True),
         (pairs(FLAT, "lora_unet_", DOWN_UP, 1.0, flat=True, rank=1), "flux", False),
         (musubi({"double_blocks.3.img_attn_qkv": (9216, 3072)}), "flux", True),
+        (musubi({"double_blocks.18.img_attn_qkv": (9216, 3072)}), "flux", True),
         (musubi({"double_blocks.3.img_mlp.fc1": (12288, 3072)}), "hunyuan_video", False),
         (musubi({"double_blocks.3.img_mlp.0": (12288, 3072)}), "flux", False),
     ],
-    ids=["flux", "hunyuan", "two blocks", "all blocks but one", "first and last", "flat", "a flat one", "fc1", "mlp.0"],
+    ids=[
+        "flux",
+        "hunyuan",
+        "two blocks",
+        "all blocks but one",
+        "first and last",
+        "flat",
+        "a flat one",
+        "last",
+        "fc1",
+        "mlp.0",
+    ],
 )
 def test_flux_and_hunyuan_video_are_told_apart(tensors: Tensors, base: str, alike: bool, tmp_path: Path) -> None:
     """By names, sizes and the number of blocks; where both fit alike, that is told."""
@@ -439,3 +452,35 @@ def test_a_table_is_asked_for_by_its_name(tmp_path: Path) -> None:
     ao.convert(path, "comfy", tmp_path / "b.safetensors", arch="hunyuan_video")
     assert any("single_blocks.0.linear1" in key for key in load_file(tmp_path / "b.safetensors"))
     assert any("double_blocks.0.img_attn_proj" in key for key in load_file(tmp_path / "b.safetensors"))
+
+
+def test_a_file_of_flux_is_not_merged_with_one_of_hunyuan_video(tmp_path: Path) -> None:
+    """Names in diffusers' spelling are the same, and sizes: the authors' own, and the number of blocks, tell them apart."""
+    blocks = {f"double_blocks.{i}.img_attn.qkv": (9216, 3072) for i in range(19)}
+    blocks |= {f"single_blocks.{i}.linear1": (21504, 3072) for i in range(38)}
+    flux = write(tmp_path / "flux.safetensors", pairs(blocks, "diffusion_model.", rank=1))
+    other = {name.replace(".img_attn.qkv", ".img_attn_qkv"): shape for name, shape in blocks.items()}
+    other |= {"double_blocks.19.img_attn_qkv": (9216, 3072), "single_blocks.39.linear1": (21504, 3072)}
+    hunyuan = write(tmp_path / "hunyuan.safetensors", pairs(other, "diffusion_model.", rank=1))
+    assert ao.inspect(flux).architecture.certainty is Certainty.ASSUMED  # Chroma has the same
+    for sources in ([flux, hunyuan], [hunyuan, flux]):
+        with pytest.raises(errors.UsageError, match="different base models"):
+            ao.merge(sources, tmp_path / "out.safetensors", "cat")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+EMBEDDERS: Modules = {
+    "txt_in.c_embedder.linear_2": (3072, 3072),
+    "txt_in.t_embedder.mlp.2": (3072, 3072),
+    "time_in.mlp.2": (3072, 3072),
+}
+
+
+@pytest.mark.parametrize("dialect", ["diffusion-pipe", "comfy-hunyuan", "comfy-down-hunyuan"])
+def test_embedders_alone_are_found_again(dialect: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "a.safetensors", pairs(EMBEDDERS, "diffusion_model."))
+    made = ao.convert(source, dialect, tmp_path / "b.safetensors")
+    found = ao.inspect(made.path)
+    assert (found.dialect, found.architecture.value) == (dialect, "hunyuan_video")
+    back = ao.convert(made.path, "comfy", tmp_path / "c.safetensors")
+    assert load_file(back.path).keys() == load_file(source).keys()
