@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import struct
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, nan
-from threading import Thread
 
 from adapterops.errors import UnreadableFile
 from adapterops.storage import LazyTensor
 from adapterops.storage.tensor import FileSource
+from adapterops.threads import each
 from adapterops.validation.scan_pass import Maxima, Pass
 
 _CHUNK = 1 << 20
 """Bytes read at a time; they stay in the processor's cache while they are searched."""
 _MUCH = 1 << 24
 """Bytes from which on more threads are worth their start."""
-_MOST_THREADS = 8
-"""More of them would wait for the interpreter, and each holds `_CHUNK`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,44 +130,17 @@ def _scanned(passes: Sequence[Pass], size: int, threads: int) -> list[Statistics
 def _run(passes: Sequence[Pass], size: int, threads: int) -> None:
     """Read the tensors: those that lie beside each other together, a large one in pieces."""
     groups = _groups(passes, size)
-    todo = deque(enumerate(groups))
-    failed: list[tuple[int, Exception]] = []
     room = min(size, max((sum(one.nbytes for one in group) for group in groups), default=0))
 
-    def work() -> None:
+    def reader() -> Callable[[list[Pass]], None]:
         view = memoryview(bytearray(room))
-        while True:
-            try:
-                at, group = todo.popleft()
-            except IndexError:
-                return
-            try:
-                _read(group, view)
-            except Exception as error:  # noqa: BLE001 (raised below, in the thread that asked)
-                failed.append((at, error))
-                todo.clear()
+        return lambda group: _read(group, view)
 
-    total, threads = sum(one.nbytes for one in passes), min(threads, len(groups), _MOST_THREADS)
-    if threads > 1 and total >= _MUCH and all(isinstance(one.tensor.source, FileSource) for one in passes):
-        _together(work, todo, threads)
-    else:
-        work()
-    if failed:  # all groups before the first that failed were read: whoever takes part, it is the same
-        raise min(failed, key=lambda item: item[0])[1]
-
-
-def _together(work: Callable[[], None], todo: deque[tuple[int, list[Pass]]], threads: int) -> None:
-    """`work` in several threads, of which this is one: neither reading nor numpy's searches hold the interpreter."""
-    others = [Thread(target=work) for _ in range(threads - 1)]
-    try:
-        for other in others:
-            other.start()
-        work()
-    finally:
-        todo.clear()  # interrupted: the others have nothing more to do
-        for other in others:
-            if other.ident is not None:
-                other.join()
+    # Neither reading nor numpy's searches hold the interpreter.
+    much = sum(one.nbytes for one in passes) >= _MUCH and all(
+        isinstance(one.tensor.source, FileSource) for one in passes
+    )
+    each(groups, reader, threads if much else 1)
 
 
 def _groups(passes: Sequence[Pass], size: int) -> list[list[Pass]]:

@@ -25,6 +25,7 @@ from multiprocessing.connection import Connection, wait
 from adapterops.errors import AdapterOpsError, UsageError
 from adapterops.storage.folder import LocalFolder
 from adapterops.storage.signals import unwinding
+from adapterops.threads import cores
 from adapterops.validation.options import Options
 from adapterops.validation.report import Checked
 from adapterops.validation.rule import Rule
@@ -62,7 +63,7 @@ def run_all(
     # What stands elsewhere is waited for, not worked on, and connections stay where they are.
     local = [at for at, place in enumerate(places) if isinstance(place.folder, LocalFolder)]
     processes = min(jobs or _usual(len(local)), len(local)) if os.name == "posix" else 1
-    options = replace(options, threads=max(1, (jobs or _cores()) // max(1, processes)))
+    options = replace(options, threads=max(1, (jobs or cores()) // max(1, processes)))
     ahead: Iterator[tuple[int, Checked]] = iter(())
     if processes > 1:
         ahead = _Pool(examine, places, options, rules, processes).run(local)
@@ -114,14 +115,7 @@ def _failed(place: Place, message: str) -> Checked:
 
 
 def _usual(count: int) -> int:
-    return _cores() if count > MANY else 1
-
-
-def _cores() -> int:
-    try:
-        return len(os.sched_getaffinity(0))
-    except AttributeError:  # not on macOS
-        return os.cpu_count() or 1
+    return cores() if count > MANY else 1
 
 
 def _silent(done: int, total: int) -> None:

@@ -13,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from adapterops import threads as module
 from adapterops.errors import UnreadableFile
 from adapterops.storage import LazyTensor
 from adapterops.storage.folder import LocalFolder
 from adapterops.storage.source import open_source
 from adapterops.storage.tensor import FileSource
-from adapterops.validation import scan as module
 from adapterops.validation.options import Options
 from adapterops.validation.report import Checked
 from adapterops.validation.rule import Rule
