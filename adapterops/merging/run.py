@@ -28,6 +28,7 @@ from adapterops.storage import dtypes
 from adapterops.storage.base_weights import open_base
 from adapterops.storage.spool import Spool
 from adapterops.storage.tensor import CHUNK, TORCH_NAMES, LazyTensor
+from adapterops.threads import cores
 
 if TYPE_CHECKING:
     import torch
@@ -326,13 +327,9 @@ def _workers(devices: Sequence[torch.device], largest: int) -> int:
     if devices[0].type != "cpu":
         return 2 * len(devices)  # one computes while the other's tensors are on their way
     if "SC_AVPHYS_PAGES" not in getattr(os, "sysconf_names", ()):  # macOS does not say
-        return min(_cores(), _MOST_WORKERS)
+        return min(cores(), _MOST_WORKERS)
     room = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    return max(1, min(_cores(), _MOST_WORKERS, room // max(1, largest * _BYTES)))
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores(), _MOST_WORKERS, room // max(1, largest * _BYTES)))
 
 
 @contextlib.contextmanager
