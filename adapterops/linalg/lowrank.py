@@ -7,7 +7,7 @@ digits where terms cancel (a Gram matrix squares the condition).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from math import sqrt
 from typing import TYPE_CHECKING, NamedTuple
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 Pair = tuple["torch.Tensor", "torch.Tensor"]
 """B (m, r) and A (r, n)."""
+
+Lengths = Callable[["torch.Tensor"], tuple["torch.Tensor", "torch.Tensor"]]
+"""Of singular values (…, k), what to multiply u's columns and vh's rows by."""
 
 CANCELLING = 1e-3
 """‖Σ terms‖ / √Σ‖term‖², over the rank-one terms: below this they cancel."""
@@ -55,7 +58,10 @@ class Svd(NamedTuple):
 
 
 class Several(NamedTuple):
-    """The decompositions of N matrices of one size: u (N, m, k), s (N, k), vh (N, k, n), and what belongs to each."""
+    """The decompositions of N matrices of one size: u (N, m, k), s (N, k), vh (N, k, n), and what belongs to each.
+
+    u's columns and vh's rows are unit vectors, or have the lengths that `decompose` was asked for.
+    """
 
     u: torch.Tensor
     s: torch.Tensor
@@ -69,6 +75,23 @@ class Several(NamedTuple):
         """As `Svd.kept`, of each."""
         squares = self.s.square().sum(dim=1).tolist()
         return [min(1.0, own / energy) if energy else 1.0 for own, energy in zip(squares, self.energies, strict=True)]
+
+    def errors(self, b: torch.Tensor, a: torch.Tensor) -> list[float]:
+        """‖M − b·a‖ / ‖M‖ of each (where M is 0: ‖b·a‖), b (N, m, k) and a (N, k, n) being u and vh in another type, where
+        those have lengths that make u·vh the first k singular values' part of M.
+
+        What was left out and what rounding changed are at right angles, but for the product of two roundings; so the factors
+        of M, with all their ranks, need not be gone through again.  Digits end between 1e-8 and 1e-7.
+        """
+        b, a = b.to(self.u), a.to(self.vh)
+        squares = self.s.square().sum(dim=1)
+        mixed, own = (self.u.mT @ b) * (self.vh @ a.mT), (b.mT @ b) * (a @ a.mT)
+        changes = (squares - 2 * mixed.sum(dim=(1, 2)) + own.sum(dim=(1, 2))).clamp_min(0).tolist()
+        out = []
+        for energy, kept, change in zip(self.energies, squares.tolist(), changes, strict=True):
+            square = max(0.0, energy - kept) + change
+            out.append(sqrt(square / energy) if energy else sqrt(square))
+        return out
 
     def of(self, number: int) -> Svd:
         """That of one matrix."""
@@ -139,10 +162,12 @@ class Stacked:
         ]
         return torch.tensor(spread, dtype=torch.float64, device=self.b.device)
 
-    def decompose(self, weights: Sequence[Sequence[float]], rank: int | None = None) -> Several:
+    def decompose(
+        self, weights: Sequence[Sequence[float]], rank: int | None = None, lengths: Lengths | None = None
+    ) -> Several:
         """The decompositions of Σ wₖ·Bₖ·Aₖ, their first `rank` values (all Σr for None); Σr is at most m and n.
 
-        Where terms cancel, QR is used.
+        `lengths` gives u's columns and vh's rows theirs.  Where terms cancel, QR is used.
         """
         import torch
 
@@ -160,29 +185,25 @@ class Stacked:
         d, e = (torch.where(size > 0, root / size, 0.0) for size in (left, right))
         one, two = self._left * (d[:, :, None] * d[:, None, :]), self._right * (e[:, :, None] * e[:, None, :])
         core = _cores(one, two, w.sign(), rank)
-        u = self.b @ (d[:, :, None] * core.u)
-        vh = (core.vh * e[:, None, :]) @ self.a
+        # While they are small.
+        left, right = _of_length(core.s * top[:, None], lengths)
+        u = self.b @ (d[:, :, None] * core.u * left[:, None, :])
+        vh = (right[:, :, None] * core.vh * e[:, None, :]) @ self.a
         cancels = []
         strengths = strength.square().sum(dim=1).tolist()
         for n, (energy, most) in enumerate(zip(core.energies, strengths, strict=True)):
             cancels.append(energy < CANCELLING**2 * most)
             if cancels[n]:
                 found = _by_qr(self.b[n] * (d[n] * w[n].sign()), self.a[n] * e[n, :, None], rank)
-                u[n], core.s[n], vh[n], core.energies[n] = found
+                core.s[n], core.energies[n] = found.s, found.energy
+                left, right = _of_length(found.s * top[n], lengths)
+                u[n], vh[n] = found.u * left, right[:, None] * found.vh
         energies = [energy * size * size for energy, size in zip(core.energies, top.tolist(), strict=True)]
         return Several(u, core.s * top[:, None], vh, energies, cancels)
 
-    def distances(
-        self, weights: Sequence[Sequence[float]], b: torch.Tensor, a: torch.Tensor, energies: Sequence[float]
-    ) -> list[float]:
-        """‖Σ wₖ·Bₖ·Aₖ − b·a‖ / ‖Σ wₖ·Bₖ·Aₖ‖ of each module, b (N, m, k) and a (N, k, n), `energies` being the squares of
-        those norms (where one is 0: the distance itself); digits end at about 1e-8."""
-        b, a = b.double(), a.double()
-        mixed = (self.b.mT @ b) * self.columns(weights)[:, :, None] * (self.a @ a.mT)
-        own = (b.mT @ b) * (a @ a.mT)
-        sums = (own.sum(dim=(1, 2)) - 2 * mixed.sum(dim=(1, 2))).tolist()
-        squares = [max(0.0, energy + rest) for energy, rest in zip(energies, sums, strict=True)]
-        return [sqrt(q / energy) if energy else sqrt(q) for q, energy in zip(squares, energies, strict=True)]
+
+def _of_length(s: torch.Tensor, lengths: Lengths | None) -> tuple[torch.Tensor, torch.Tensor]:
+    return (s.new_ones(s.shape), s.new_ones(s.shape)) if lengths is None else lengths(s)
 
 
 def stacked(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:

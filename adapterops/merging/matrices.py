@@ -285,11 +285,9 @@ def compute_alike(
     assert whole is not None
     inner = whole.inner
     coefficients = [_coefficients(p, own, [t.weight for t in p.terms]) for p, own in zip(plans, inner, strict=True)]
-    found = whole.decompose(coefficients, plans[0].rank)
-    left, right = _sides(found.s, settings.split)
-    b, a = found.u.mul_(left[:, None, :]), found.vh.mul_(right[:, :, None])
-    out: Tensors = {"A": a.to("cpu", dtype), "B": b.to("cpu", dtype)}
-    errors = whole.distances(coefficients, b.copy_(out["B"]), a.copy_(out["A"]), found.energies)
+    found = whole.decompose(coefficients, plans[0].rank, lambda s: _sides(s, settings.split))
+    out: Tensors = {"A": found.vh.to("cpu", dtype), "B": found.u.to("cpu", dtype)}
+    errors = found.errors(out["B"], out["A"])
     made, kept = [], found.kept
     for n, p in enumerate(plans):
         own = {role: tensor[n].reshape(p.outputs[role]) for role, tensor in out.items()}

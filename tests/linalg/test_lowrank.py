@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from adapterops.linalg.lowrank import Pair, Stacked
+from adapterops.linalg.lowrank import Lengths, Pair, Stacked
 
 ROWS, COLUMNS, RANK = 120, 90, 6
 
@@ -51,6 +51,13 @@ HALF = ("the same twice", "with one A", "with an A and its rounding", "with a B 
 """Gram matrices of factors that depend on each other leave half the digits of the values that should be nothing."""
 WEIGHTS = (1.0, -0.5, 2.0)
 SCALES = (2.0, 1.0, 0.25)
+
+
+def roots(s: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return s.sqrt(), s.sqrt()
+
+
+LENGTHS: dict[str, Lengths] = {"roots": roots, "left": lambda s: (s, s * 0 + 1), "right": lambda s: (s * 0 + 1, s)}
 
 
 def total(pairs: Sequence[Pair], weights: Sequence[float] = WEIGHTS, scales: Sequence[float] = SCALES) -> torch.Tensor:
@@ -105,8 +112,11 @@ def test_what_is_nothing_at_all() -> None:
     assert not found.s.any()
     assert torch.isfinite(found.u).all()
     assert torch.isfinite(found.vh).all()
-    zero = torch.zeros(1, ROWS, RANK), torch.zeros(1, RANK, COLUMNS)
-    assert whole.distances([[1.0, 1.0]], *zero, [0.0]) == [0.0]
+    even = whole.decompose([[1.0, 1.0]], RANK, roots)
+    assert not even.u.any()
+    assert not even.vh.any()
+    assert even.errors(even.u, even.vh) == [0.0]
+    assert even.errors(even.u + 1, even.vh + 1) == [pytest.approx(RANK * (ROWS * COLUMNS) ** 0.5)]
 
 
 def test_a_weight_of_zero() -> None:
@@ -130,26 +140,40 @@ def test_no_module_depends_on_the_others() -> None:
     weights = [[1.0, 1.0]] * 5
     together = several(modules)
     found = together.decompose(weights, RANK)
-    rounded = found.u.bfloat16(), found.vh.bfloat16()
-    distances = together.distances(weights, *rounded, found.energies)
+    split = together.decompose(weights, RANK, roots)
+    rounded = split.u.bfloat16(), split.vh.bfloat16()
+    errors = split.errors(*rounded)
     assert found.cancels == [False, False, False, False, True]
     for n, own in enumerate(modules):
         lone = several([own])
         alone = lone.decompose([weights[n]], RANK)
         for one, other in ((alone.u, found.u), (alone.s, found.s), (alone.vh, found.vh), (lone.inner, together.inner)):
             assert torch.equal(one[0], other[n])
+        even = lone.decompose([weights[n]], RANK, roots)
+        assert torch.equal(even.u[0], split.u[n])
+        assert torch.equal(even.vh[0], split.vh[n])
         parts = (part[n : n + 1] for part in rounded)
-        assert lone.distances([weights[n]], *parts, alone.energies) == [pytest.approx(distances[n], rel=1e-9)]
+        assert even.errors(*parts) == [pytest.approx(errors[n], rel=1e-9)]
 
 
-def test_inner_products_and_distances() -> None:
+def test_inner_products() -> None:
     pairs = CASES["of different ranks"]()
     whole = Stacked.of(pairs, SCALES)
     deltas = [s * b @ a for (b, a), s in zip(pairs, SCALES, strict=True)]
     expected = torch.tensor([[float((one * two).sum()) for two in deltas] for one in deltas], dtype=torch.float64)
     assert torch.allclose(whole.inner[0], expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, RANK, None])
+@pytest.mark.parametrize("lengths", ["roots", "left", "right"])
+@pytest.mark.parametrize("name", [name for name in CASES if not name.endswith("numbers")])
+def test_errors_are_those_of_the_dense_matrices(name: str, lengths: str, rank: int | None, dtype: torch.dtype) -> None:
+    """Of truncation and rounding together; what is as good as exact is told so to some 1e-7."""
+    pairs = CASES[name]()
     merged = total(pairs)
-    b, a = random(ROWS, 3, seed=7), random(3, COLUMNS, seed=8)
-    energy = float(merged.square().sum())
-    (distance,) = whole.distances([WEIGHTS], b[None], a[None], [energy])
-    assert distance == pytest.approx(float((merged - b @ a).norm() / merged.norm()))
+    size = float(merged.norm())
+    found = Stacked.of(pairs, SCALES[: len(pairs)]).decompose([WEIGHTS[: len(pairs)]], rank, LENGTHS[lengths])
+    b, a = found.u.to(dtype), found.vh.to(dtype)
+    expected = float((merged - b[0].double() @ a[0].double()).norm()) / size
+    assert found.errors(b, a) == [pytest.approx(expected, rel=1e-3, abs=1e-7)]
