@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from adapterops.adapter import Adapter, Certainty, Fact, Provenance, Update
 from adapterops.architectures import Architecture
 from adapterops.errors import AdapterOpsError, CannotRepresent, UsageError
+from adapterops.loading import KEPT_FIELDS
 from adapterops.merging import bases, carried, dora, light, matrices, vectors
 from adapterops.merging.finite import data_of
 from adapterops.merging.matrices import MatrixPlan
@@ -459,9 +460,15 @@ def _provenance(adapters: Sequence[Adapter]) -> Provenance:
 
 
 def _config(adapters: Sequence[Adapter]) -> dict[str, dict[str, Any]]:
-    """What the first adapter's config says that no tensor decides, with what only others say."""
+    """What the first adapter's config says that no tensor decides, with what only others of its methods say; of configs of
+    other methods, what configs of all methods say."""
     out: dict[str, dict[str, Any]] = {}
+    methods: dict[str, set[str]] = {}
     for adapter in adapters:
         for component, config in adapter.config.items():
-            out[component] = {**config, **out.get(component, {})}
+            own = {u.method for u in adapter if u.component == component} - CARRIED
+            if not own & methods.setdefault(component, own) and own != methods[component]:
+                config = {name: value for name, value in config.items() if name in KEPT_FIELDS}
+            said = out.get(component, {})
+            out[component] = {**config, **{n: v for n, v in said.items() if v is not None or n not in KEPT_FIELDS}}
     return out
