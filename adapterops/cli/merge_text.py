@@ -72,7 +72,7 @@ def _losses(modules: Sequence[ModuleReport]) -> list[str]:
     if empty:
         out.append(
             f"{click.style('nothing left', fg='yellow')}: {empty[0].method} makes nothing of {plural(len(empty), 'module')} "
-            f"(first: {empty[0].module}): the adapters do not agree there"
+            f"(first: {empty[0].module}): the adapters do not agree there, or so small a --density keeps none of its entries"
         )
     cancelling = [m for m in modules if m.cancels]
     if cancelling:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import hypot, isclose, isfinite, sqrt
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,7 +15,7 @@ from adapterops.merging.methods import svd
 from adapterops.merging.modules import Module
 from adapterops.merging.registry import Kind, Space
 from adapterops.merging.settings import Choice, ModuleReport, Settings
-from adapterops.merging.stack import TensorStack
+from adapterops.merging.stack import TensorStack, insist_on_float32
 from adapterops.merging.terms import Shape, Term, common_shape
 from adapterops.merging.together import is_simple, together
 from adapterops.storage.tensor import LazyTensor, same_values
@@ -240,7 +240,10 @@ def compute(
         merged = p.choice.method.function(stack, **p.choice.arguments)
     if p.rank is None:
         return {"weight": merged.reshape(p.shape.sizes).to("cpu", dtype)}, report(p)
-    return _refactor(p, merged, whole if narrow else None, settings, dtype)
+    tensors, told = _refactor(p, merged, whole if narrow else None, settings, dtype)
+    if not merged.any() and any(bool(stack.whole(k).any()) for k in range(len(stack))):
+        told = replace(told, empty=True)
+    return tensors, told
 
 
 def _total_rank(p: MatrixPlan) -> int | None:
@@ -326,7 +329,8 @@ def _factors(
         stack = TensorStack([to_device(pair[index], device) for pair in pairs], weights, draws(p, settings, role))
         merged = p.choice.method.function(stack, **p.choice.arguments)
         out[role] = merged.reshape(p.outputs[role]).to("cpu", dtype)
-    return out, report(p)
+    empty = not all(bool(tensor.any()) for tensor in out.values())
+    return out, report(p, empty=empty and any(bool(b.any()) and bool(a.any()) for b, a in pairs))
 
 
 def _stacked(p: MatrixPlan, dtype: torch.dtype) -> tuple[Tensors, ModuleReport]:
@@ -359,6 +363,7 @@ def _dense_span(p: MatrixPlan, stack: DeltaStack, whole: Stacked | None) -> torc
             flat = wide(torch.stack([v.reshape(-1) for v in values]))
             inner += (flat @ flat.T).cpu()
     coefficients = _coefficients(p, inner, stack.weights)
+    insist_on_float32(coefficients)
     out = stack.empty()
     for start, stop, values in stack.blocks():
         part = out[start:stop].zero_()

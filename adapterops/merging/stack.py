@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
+from adapterops.errors import UsageError
 from adapterops.linalg.random import Draw
 
 if TYPE_CHECKING:
@@ -81,6 +82,20 @@ class TensorStack:
         import torch
 
         return self._tensors[0].new_empty(self.shape, dtype=torch.float32)
+
+
+LARGEST = 2.0**128 - 2.0**104
+"""Of float32."""
+
+
+def insist_on_float32(factors: Sequence[float]) -> None:
+    """Raise `UsageError` for a factor that float32 tensors cannot be multiplied by."""
+    for factor in factors:
+        if not abs(factor) <= LARGEST:
+            raise UsageError(
+                f"a tensor would be multiplied by {factor:.3g} (weight and scale, and what makes up for dropped entries), "
+                "more than float32 holds: give smaller weights, or a larger density"
+            )
 
 
 def _copy(tensor: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from adapterops.merging.registry import Kind, Space, merge_method
-from adapterops.merging.stack import Stack
+from adapterops.merging.stack import Stack, insist_on_float32
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +34,7 @@ def weighted_sum(values: list[torch.Tensor], weights: tuple[float, ...], out: to
     """Σ wₖ·xₖ into `out`."""
     import torch
 
+    insist_on_float32(weights)
     torch.mul(values[0], weights[0], out=out)
     for value, weight in zip(values[1:], weights[1:], strict=True):
         out.add_(value, alpha=weight)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from adapterops.merging.methods.pruning import drop_randomly_, trimmed_blocks
 from adapterops.merging.parameters import DENSITY, MAJORITY_SIGN, SIGN_ELECTION
 from adapterops.merging.registry import Kind, Space, merge_method
-from adapterops.merging.stack import Stack
+from adapterops.merging.stack import Stack, insist_on_float32
 
 if TYPE_CHECKING:
     import torch
@@ -69,6 +69,7 @@ def elect_and_merge(
     """
     import torch
 
+    insist_on_float32(weights)
     if sign_election == "weighted":
         for value, weight in zip(values, weights, strict=True):
             value.mul_(weight)
