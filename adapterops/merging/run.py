@@ -177,6 +177,12 @@ def _planned(module: Module, choose: Choose, spool: Spool, dtype: str, base: Arc
     choice = choose(module.component, module.name)
     work = _Work(module)
     key = f"{module.component}.{module.name}"
+    if module.terms and "trainable_tokens" in module.carried:
+        rows = next(iter(module.carried["trainable_tokens"][0][2].tensors.values()))
+        raise CannotRepresent(
+            f"{rows.where}: are rows that replace those of {module.title}, which {module.terms[0].where} changes as a whole; no "
+            "reader does both to one layer: a weights file with 0 there leaves one of them out"
+        )
     if module.terms:
         work.matrix = matrices.plan(module, choice, base)
         method = "lora" if work.matrix.rank is not None else "diff"

@@ -189,3 +189,17 @@ def test_bundled_embeddings_of_one_name(tmp_path: Path) -> None:
     key = "bundle_emb.cat.string_to_param.*"
     first, second = (tensor(s, key).double().numpy() for s in (one, two))
     assert close(tensor(tmp_path / "out.safetensors", key).double().numpy(), (0.75 * first + 0.5 * second) / 1.25, 1e-6)
+
+
+def test_rows_of_a_layer_that_another_adapter_changes_whole(tmp_path: Path) -> None:
+    n = Numbers(3)
+    tokens = peft(tmp_path / "tokens", {**pair(1), TOKENS: n(2, 8)}, trainable_token_indices={"l.emb": [1, 3]})
+    whole = peft(tmp_path / "whole", {**pair(2), "l.emb.lora_embedding_A": n(4, 20), "l.emb.lora_embedding_B": n(8, 4)})
+    with pytest.raises(CannotRepresent, match=r"tokens.*rows that replace those of model: l\.emb, which .*whole"):
+        ao.merge([tokens, whole], tmp_path / "out", "svd")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "weights.yaml").write_text("[1, {default: 1, patterns: [['*.emb', 0]]}]")
+    ao.merge([tokens, whole], tmp_path / "out", "svd", weights=tmp_path / "weights.yaml")
+    assert torch.equal(
+        tensor(tmp_path / "out", f"base_model.model.{TOKENS}"), tensor(tokens, f"base_model.model.{TOKENS}")
+    )
