@@ -19,7 +19,7 @@ from adapterops.adapter import Adapter, Certainty, Fact, Provenance, Update
 from adapterops.architectures import Architecture
 from adapterops.errors import AdapterOpsError, CannotRepresent, UsageError
 from adapterops.loading import KEPT_FIELDS
-from adapterops.merging import bases, carried, dora, light, matrices, vectors
+from adapterops.merging import bases, carried, dora, experts, light, matrices, vectors
 from adapterops.merging.finite import data_of
 from adapterops.merging.matrices import MatrixPlan
 from adapterops.merging.modules import CARRIED, Module, WeightOf, gather
@@ -101,13 +101,15 @@ def combine(
     Raises `UsageError` for adapters that cannot be merged so, `CannotRepresent` for what could only be lost,
     `BrokenAdapter` for numbers that are none.
     """
+    adapters, stacks = experts.apart(adapters)
     bases.insist(adapters)
     fact, base = bases.common_base(adapters)
+    weights, choose = [stacks.asked(weight) for weight in weights], stacks.asked(choose)
     modules = gather(adapters, weights, base)
     if not modules:
         raise UsageError("nothing is left to merge: every weight is 0")
     if check is not None:
-        check([(m.component, m.name) for m in modules])
+        check(list(dict.fromkeys((m.component, stacks.whole(m.component, m.name)) for m in modules)))
     # What they have in common is asked of the adapters, not of what their weights leave.
     every = gather(adapters, [lambda component, module: 1.0] * len(adapters), base)
     bases.insist_on_overlap(adapters, [m.adapters for m in every], settings.allow_disjoint)
@@ -132,6 +134,7 @@ def combine(
             updates.append(_rounded(update, settings.dtype))
             notes += told
     notes += _lone_notes(work, adapters)
+    updates = stacks.together(updates, base)
     empty = Adapter({}, fact, _provenance(adapters), dict(metadata or {}), _config(adapters), base)
     merged = empty.with_updates(updates)
     if ready is not None and not all(_is_light(piece, dtype) for piece in work):

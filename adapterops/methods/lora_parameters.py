@@ -30,8 +30,8 @@ from math import prod, sqrt
 from typing import TYPE_CHECKING, Any
 
 from adapterops.adapter import Update
-from adapterops.errors import AmbiguousFormat, BrokenAdapter
-from adapterops.methods.base import Change, Method, Own, need, setting
+from adapterops.errors import AmbiguousFormat, BrokenAdapter, CannotRepresent
+from adapterops.methods.base import Change, Method, Own, need
 from adapterops.methods.lora import as_shaped, factor_norm, product_error
 from adapterops.methods.products import Rows, alpha_over_rank, known
 from adapterops.storage.tensor import LazyTensor
@@ -84,7 +84,9 @@ class LoraParameters(Method):
     def experts(self, update: Update) -> int:
         """E.  Raises `CannotRepresent` where nothing says it."""
         count = self._stated_experts(update)
-        return count if count is not None else int(setting(update, "num_experts"))
+        if count is None:
+            raise self._unknown(update, "how many experts there are")
+        return count
 
     def _stated_experts(self, update: Update) -> int | None:
         shape, options = update.options.get("shape"), update.options
@@ -122,7 +124,15 @@ class LoraParameters(Method):
             return False
         if shape is not None and a.shape[1] != b.shape[0]:
             return (b.shape[0], a.shape[1]) != tuple(shape[1:])
-        return bool(setting(update, "is_transposed"))
+        if update.options.get("is_transposed") is None:
+            raise self._unknown(update, "whether the experts' weights are kept transposed")
+        return bool(update.options["is_transposed"])
+
+    def _unknown(self, update: Update, what: str) -> CannotRepresent:
+        return CannotRepresent(
+            f"{update.tensors['A'].where}: nothing in the file tells {what} ({update.name}); --base CONFIG, the base model's "
+            "config or folder, does"
+        )
 
     def weight_shape(self, update: Update) -> tuple[int, ...]:
         out, inputs = update.tensors["B"].shape[0], update.tensors["A"].shape[1]
