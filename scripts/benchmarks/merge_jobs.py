@@ -23,6 +23,8 @@ from benchmarks.samples import Sample
 WHOLE, PEER, INSIDE, PEER_INSIDE = "", " peft", " inside", " inside peft"
 """What the names of samples end with."""
 Say = Callable[[str], None]
+LAYERS = 32
+"""Of Llama-3-8B."""
 _REPEATED = 7
 """Merges of one module that are timed one after the other; their median counts."""
 
@@ -53,12 +55,16 @@ class Merge:
     """Whether PEFT does it too, as a whole."""
     peer_process: bool = False
     """Whether PEFT's process is timed from its start to its exit as well."""
+    whole: bool = True
+    """Whether processes are timed, and not only what is done inside one."""
+    label: str = ""
+    """What tells it from the same merge of other adapters."""
 
     @property
     def name(self) -> str:
         """What it is called in tables and samples."""
         rank = f" to rank {self.rank}" if self.rank else ""
-        return f"{self.method}{rank}, {len(self.sources)} adapter{'s'[: len(self.sources) - 1]}"
+        return f"{self.label}{self.method}{rank}, {len(self.sources)} adapter{'s'[: len(self.sources) - 1]}"
 
     @property
     def dense(self) -> bool:
@@ -91,7 +97,10 @@ class Merge:
 
 
 def llama(folder: Path, layers: int, counts: Iterable[int], quick: bool) -> list[Merge]:
-    """Adapters of Llama-3-8B: every type that works on factors as PEFT does it too; those on deltas of most adapters."""
+    """Adapters of Llama-3-8B: every type that works on factors as PEFT does it too; those on deltas of most adapters.
+
+    The two that only move factors are done on all of its layers as well, inside the process.
+    """
     out = []
     largest = max(counts)
     for count in counts:
@@ -106,6 +115,11 @@ def llama(folder: Path, layers: int, counts: Iterable[int], quick: bool) -> list
         if count == largest:
             small = tuple(name for name in names if name.endswith("k_proj"))
             out += [Merge(method, sources, small) for method in merge_check.DENSE[: 1 if quick else None]]
+    for count in counts if layers < LAYERS and not quick else ():
+        sources = tuple(merge_workloads.llama(folder, LAYERS, count))
+        names = tuple(n for n in merge_check.modules(sources[0]) if f".layers.{LAYERS - 1}." in n)
+        label = f"all {LAYERS} layers: "
+        out += [Merge(m, sources, names, peer=True, whole=False, label=label) for m in ("linear", "cat")]
     return out
 
 
@@ -125,7 +139,8 @@ def run(merges: Sequence[Merge], folder: Path, runs: int, say: Say) -> Taken:
     if merges[0].peer:
         _peer(merges[0], folder)
     for number in range(runs):
-        for merge in random.Random(number).sample(list(merges), len(merges)):
+        processes = [merge for merge in merges if merge.whole]
+        for merge in random.Random(number).sample(processes, len(processes)):
             _keep(taken, merge.name + WHOLE, _whole(merge, folder))
             if merge.peer_process:
                 _keep(taken, merge.name + PEER, _peer(merge, folder))

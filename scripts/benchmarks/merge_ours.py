@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,6 +20,7 @@ Task = dict[str, Any]
 def run(task: Task) -> dict[str, Any]:
     """Read, merge, write; or `repeat` merges of adapters that are read."""
     options = task.get("options", {})
+    os.sync()  # what others wrote is not to be waited for
     if "repeat" not in task:
         return dict(ao.merge(task["sources"], task["output"], task["method"], **options, overwrite=True).seconds)
     adapters = [ao.load(source) for source in task["sources"]]

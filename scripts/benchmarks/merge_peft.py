@@ -7,6 +7,7 @@ that merging does not need; PEFT reads of a base's weights only where they are a
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -62,6 +63,7 @@ def merge(model: Any, task: Task, name: str = "merged") -> None:
 def run(task: Task) -> dict[str, Any]:
     """Load, merge, save; or `repeat` merges of what is loaded."""
     model = base(task["sources"][0])
+    os.sync()  # what others wrote is not to be waited for
     started = time.perf_counter()
     found = load(model, task["sources"])
     loaded = time.perf_counter()

@@ -197,7 +197,7 @@ def _text(found: measure.Spread, count: int, digits: int) -> str:
 
 def _processes(outcome: Outcome, merges: Sequence[Merge]) -> Rows:
     rows = [["", "wall s", "CPU s", "peak MiB", "computing s", "PEFT wall s", "PEFT peak MiB", "× faster"]]
-    for merge in merges:
+    for merge in (merge for merge in merges if merge.whole):
         own, peer = merge.name, merge.name + PEER
         rows.append(
             [
