@@ -86,8 +86,11 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
             config |= _used_targets(own, config, updates, method, {*(base.names or ()), *dropped})
             config = _own_words(own, config, updates, method, base)
             config = {**{name: value for name, value in before.items() if value in _LEAST}, **config}
-        elif any(config.get(name) != value and value not in _LEAST for name, value in own.items()):
-            notes.append("config fields that do not fit the tensors or the names of their modules are derived anew")
+        elif made := [n for n, value in own.items() if config.get(n) != value and value not in _LEAST]:
+            notes.append(
+                "config fields that do not fit the tensors or the names of their modules are derived anew: "
+                + ", ".join(made)
+            )
     transposed = any(base.kinds.get(u.module) == "transposed" for u in adapted(updates, method))
     if "fan_in_fan_out" in method.flags and transposed:
         config["fan_in_fan_out"] = True

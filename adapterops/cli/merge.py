@@ -134,7 +134,11 @@ def merge(
 
     options = _as_recipes_say(read_with)
     if print_recipe:
-        click.echo(recipe_of(sources, method, recipe, weights, space, options, parameters).to_yaml(), nl=False)
+        stated = {
+            "to": to, "dtype": write_with.dtype, "fold_alpha": fold_alpha or None, "path": write_with.output
+        }  # fmt: skip
+        asked = recipe_of(sources, method, recipe, weights, space, options, parameters, stated)
+        click.echo(asked.to_yaml(), nl=False)
         return
     with counting("merging", "modules", quiet=write_with.as_json) as progress:
         result = run_merge(

@@ -89,6 +89,12 @@ def _loss(measured: Sequence[ModuleReport]) -> list[str]:
     most = worst.error or 0.0
     if most <= _ROUNDING:
         return [f"exact up to rounding: the outputs differ from the merged deltas by at most {most:.2%}"]
+    if 1 - (worst.kept or 0.0) < (most / 2) ** 2:  # the square of what the rank alone loses
+        label = click.style("lossy", fg="yellow") if most > _LOSSY else "kept"
+        return [
+            f"{label}: numbers so small lose digits in the output's type: ‖ΔW − output‖ / ‖ΔW‖ = {most:.2f} in the worst module",
+            f"       ({worst.component}: {worst.module}); a wider --dtype keeps them",
+        ]
     share = f"{middle.kept:.1%} of the merged deltas' energy in the middle module, {worst.kept:.1%} in the worst"
     where = f"({worst.component}: {worst.module}, rank {worst.rank}, ‖ΔW − output‖ / ‖ΔW‖ = {most:.2f})"
     label = click.style("lossy", fg="yellow") if most > _LOSSY else "kept"

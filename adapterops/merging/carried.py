@@ -18,7 +18,7 @@ from adapterops.merging.settings import Settings
 from adapterops.methods import METHODS
 from adapterops.proof import check_finite
 from adapterops.storage import dtypes
-from adapterops.storage.tensor import LazyTensor, same_values
+from adapterops.storage.tensor import TORCH_NAMES, LazyTensor, same_values
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,6 +28,8 @@ Entry = tuple[int, float, Update]
 """Adapter, weight, update."""
 Keep = Callable[[str, "torch.Tensor", str], LazyTensor]
 """Stores computed values under a name and a dtype."""
+PIECE = 1 << 20
+"""Numbers of a saved parameter that are averaged at a time."""
 
 
 def merge(module: Module, method: str, settings: Settings, keep: Keep) -> tuple[Update, list[str]]:
@@ -41,8 +43,8 @@ def merge(module: Module, method: str, settings: Settings, keep: Keep) -> tuple[
     if minus is not None and settings.saved == "refuse":
         raise CannotRepresent(
             f"{next(iter(minus[2].tensors.values())).where}: {module.title} ({METHODS[method].title}) replaces the base's, and "
-            f"cannot be taken away (weight {minus[1]:g}); --saved first keeps the first adapter's, a weights file with 0 there "
-            "leaves it out"
+            f"cannot be taken away (weight {minus[1]:g}); --saved first keeps that of {_file(first)}, a weights file with 0 "
+            "there leaves it out"
         )
     check_finite(update for _, _, update in entries)
     if len(entries) == 1 or all(_same(first, update) for _, _, update in entries[1:]):
@@ -57,7 +59,7 @@ def merge(module: Module, method: str, settings: Settings, keep: Keep) -> tuple[
     if method == "trainable_tokens":
         joined = _rows_joined(module, entries, settings, keep)
         if joined is not None:
-            return joined, []
+            return joined
     if settings.saved == "first":
         return replace(first, module=module.name), [f"{module.title}: kept as in the first adapter (--saved first)"]
     if settings.saved == "mean":
@@ -71,6 +73,10 @@ def merge(module: Module, method: str, settings: Settings, keep: Keep) -> tuple[
     )
 
 
+def _file(update: Update) -> str:
+    return next(iter(update.tensors.values())).source.path
+
+
 def _same(one: Update, two: Update) -> bool:
     if one.tensors.keys() != two.tensors.keys() or one.options != two.options:
         return False
@@ -80,8 +86,11 @@ def _same(one: Update, two: Update) -> bool:
     )
 
 
-def _rows_joined(module: Module, entries: Sequence[Entry], settings: Settings, keep: Keep) -> Update | None:
-    """The rows of all tokens, each once; None where adapters disagree on one and nothing says what to do."""
+def _rows_joined(
+    module: Module, entries: Sequence[Entry], settings: Settings, keep: Keep
+) -> tuple[Update, list[str]] | None:
+    """The rows of all tokens, each once, and what the user should know; None where adapters disagree on one and nothing says
+    what to do."""
     import numpy as np
 
     found: dict[int, list[tuple[float, np.typing.NDArray[np.float64]]]] = {}
@@ -99,10 +108,12 @@ def _rows_joined(module: Module, entries: Sequence[Entry], settings: Settings, k
             "numbers each: the adapters are for different base models"
         )
     made = []
+    chosen: list[int] = []
     for index, own in found.items():
         alike = all(np.array_equal(own[0][1], row) for _, row in own[1:])
         if len(own) > 1 and not alike and settings.saved == "refuse":
             return None
+        chosen += [] if alike else [index]
         total = sum(weight for weight, _ in own)
         if alike or settings.saved == "first":
             made.append(own[0][1])
@@ -115,9 +126,24 @@ def _rows_joined(module: Module, entries: Sequence[Entry], settings: Settings, k
     first = entries[0][2]
     dtype = wide([update.tensors["delta"].dtype for _, _, update in entries])
     delta = keep(f"{module.name}.delta", torch.from_numpy(np.stack(made)), dtype)
-    return replace(
+    joined = replace(
         first, module=module.name, tensors={"delta": delta}, options={**first.options, "indices": list(found)}
     )
+    return joined, _row_notes(module, entries, chosen, settings)
+
+
+def _row_notes(module: Module, entries: Sequence[Entry], chosen: Sequence[int], settings: Settings) -> list[str]:
+    notes = []
+    if chosen:
+        how = "as in the first adapter" if settings.saved == "first" else "the weighted mean"
+        tokens = ", ".join(map(str, chosen[:5])) + (" …" if len(chosen) > 5 else "")
+        notes.append(
+            f"{module.title}: tokens that adapters trained differently ({tokens}): {how} (--saved {settings.saved})"
+        )
+    scaled = next((weight for _, weight, _ in entries if weight != 1), None)
+    if scaled is not None and settings.saved != "mean":
+        notes.append(f"{module.title}: trained tokens replace the base's and are kept whole, weight {scaled:g} or not")
+    return notes
 
 
 def wide(names: Sequence[str]) -> str:
@@ -131,8 +157,6 @@ def wide(names: Sequence[str]) -> str:
 
 def _mean(module: Module, entries: Sequence[Entry], keep: Keep) -> Update:
     """Σ wₖ·θₖ / Σ wₖ, which is the base plus the weighted mean of the differences from it."""
-    import torch
-
     first = entries[0][2]
     total = sum(weight for _, weight, _ in entries)
     if not total:
@@ -155,8 +179,21 @@ def _mean(module: Module, entries: Sequence[Entry], keep: Keep) -> Update:
                 )
             out[role] = own[0]
             continue
-        mean = torch.zeros(own[0].shape, dtype=torch.float64)
-        for (_, weight, _), tensor in zip(entries, own, strict=True):
-            mean += tensor.torch().double() * (weight / total)
-        out[role] = keep(f"{module.name}.{role}", mean, wide([tensor.dtype for tensor in own]))
+        dtype = wide([tensor.dtype for tensor in own])
+        mean = _weighted([tensor.torch() for tensor in own], [weight / total for _, weight, _ in entries], dtype)
+        out[role] = keep(f"{module.name}.{role}", mean, dtype)
     return replace(first, module=module.name, tensors=out)
+
+
+def _weighted(tensors: Sequence[torch.Tensor], shares: Sequence[float], dtype: str) -> torch.Tensor:
+    """Σ shareₖ·θₖ in float64, rounded to `dtype`; a piece at a time: a language model's head is large as it is."""
+    import torch
+
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    out = torch.empty(flat[0].shape, dtype=getattr(torch, TORCH_NAMES[dtype]))
+    for start in range(0, len(out), PIECE):
+        mean = torch.zeros(len(out[start : start + PIECE]), dtype=torch.float64)
+        for values, share in zip(flat, shares, strict=True):
+            mean += values[start : start + PIECE].double() * share
+        out[start : start + PIECE] = mean
+    return out.reshape(tensors[0].shape)

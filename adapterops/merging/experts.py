@@ -72,7 +72,7 @@ class Experts:
         for component, module in places:
             if all("parameter_name" in u.options for u in self.stacks[component, module]):
                 owners.setdefault((component, module.rpartition(".")[0]), []).append(module)
-        out = {}
+        out: dict[Place, dict[str, Any]] = {}
         for (component, owner), modules in owners.items():
             order = self._order(component, owner, modules, base)
             out |= {(component, m): {"nesting": len(modules) - 1 - order.index(m)} for m in modules}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from adapterops.architectures import Architecture
 from adapterops.errors import CannotRepresent, UsageError
 from adapterops.linalg.random import Draw
+from adapterops.merging.bases import REPLICATION
 from adapterops.merging.deltas import DeltaStack, block_rows, to_device, wide
 from adapterops.merging.methods import svd
 from adapterops.merging.modules import Module
@@ -130,7 +131,7 @@ def _factor_rank(module: Module, choice: Choice) -> int:
     other = next((t for t in module.terms if not t.plain), None)
     if other is not None:
         raise UsageError(
-            f"{other.where}: --method {name} acts on the factors of LoRA, and {module.title} is {other.kind} here"
+            f"{other.where}: --method {name} acts on the two factors of LoRA, and {module.title} is {_named(other)} here"
             f"{_instead(choice)}"
         )
     ranks = {term.rank for term in module.terms}
@@ -147,6 +148,10 @@ def _factor_rank(module: Module, choice: Choice) -> int:
             f"{_instead(choice)}"
         )
     return rank
+
+
+def _named(term: Term) -> str:
+    return f"{term.kind} with a Tucker core" if term.kind == "lora" else term.kind
 
 
 def _instead(choice: Choice) -> str:
@@ -171,7 +176,8 @@ def _rank(module: Module, choice: Choice, shape: Shape) -> int:
         other = terms[exact.index(None)]
         raise UsageError(
             f"{other.where}: --method {choice.method.name} needs low-rank factors, and {module.title} has none here "
-            f"({other.kind}); --method svd --rank R gives the best of rank R"
+            f"({other.kind}); --method svd --rank R gives the best of rank R, and adapterops to-lora makes a plain LoRA of it "
+            "first"
         )
     if kind is Kind.STACKED:
         assert total is not None
@@ -238,9 +244,10 @@ def compute(
         merged = _dense_span(p, stack, whole)
     if kind is Kind.ELEMENTS:
         merged = p.choice.method.function(stack, **p.choice.arguments)
-    if p.rank is None:
-        return {"weight": merged.reshape(p.shape.sizes).to("cpu", dtype)}, report(p)
-    tensors, told = _refactor(p, merged, whole if narrow else None, settings, dtype)
+    tensors: Tensors = {"weight": merged.reshape(p.shape.sizes).to("cpu", dtype)} if p.rank is None else {}
+    told = report(p)
+    if p.rank is not None:
+        tensors, told = _refactor(p, merged, whole if narrow else None, settings, dtype)
     if not merged.any() and any(bool(stack.whole(k).any()) for k in range(len(stack))):
         told = replace(told, empty=True)
     return tensors, told
@@ -385,7 +392,8 @@ def _from_factors(
     b, a = function(pairs, weights, p.rank, **extra, **p.choice.arguments)
     found = decompose(b, a, p.rank, exact=True)
     out = _padded(p, _split(p, found, settings, dtype), dtype)
-    return out, report(p, found.kept, _total_error(p, found, out))
+    empty = not found.energy and any(bool(left.any()) and bool(right.any()) for left, right in pairs)
+    return out, report(p, found.kept, _total_error(p, found, out), empty=empty)
 
 
 def _refactor(
@@ -487,4 +495,5 @@ def update_options(p: MatrixPlan) -> dict[str, Any]:
     out: dict[str, Any] = {"kind": "embedding"} if p.embedding else {}
     if p.magnitude is not None:
         out["dora_axis"] = p.axis
-    return out
+    replicated = p.terms[0].update.options.get(REPLICATION)
+    return out | ({REPLICATION: replicated} if replicated else {})

@@ -14,6 +14,7 @@ from small_adapters import Numbers, Q, Tensors, close, deltas, file, lora, pair,
 
 import adapterops as ao
 from adapterops.errors import CannotRepresent, UsageError
+from adapterops.merging import carried
 
 WEIGHTS = (0.75, 0.5)
 HEAD = "base_model.model.head.weight"
@@ -203,3 +204,39 @@ def test_rows_of_a_layer_that_another_adapter_changes_whole(tmp_path: Path) -> N
     assert torch.equal(
         tensor(tmp_path / "out", f"base_model.model.{TOKENS}"), tensor(tokens, f"base_model.model.{TOKENS}")
     )
+
+
+@pytest.mark.parametrize(("owners", "kept"), [("ab", "a"), ("b", "b")])
+def test_whose_head_would_be_kept_is_told(owners: str, kept: str, tmp_path: Path) -> None:
+    sources = [headed(tmp_path / name, n, 7 + n if name in owners else None) for n, name in enumerate("ab")]
+    with pytest.raises(
+        CannotRepresent, match=rf"b.adapter_model.*cannot be .*--saved first keeps that of \S*{kept}.adapter"
+    ):
+        ao.merge(sources, tmp_path / "out", "subtract")
+    ao.merge(sources, tmp_path / "out", "subtract", saved="first")
+    assert torch.equal(tensor(tmp_path / "out", HEAD), tensor(tmp_path / kept, HEAD))
+
+
+def test_what_becomes_of_tokens_is_told(tmp_path: Path) -> None:
+    def trained(name: str, seed: int, indices: list[int]) -> Path:
+        tensors = {TOKENS: Numbers(seed)(len(indices), 6), **pair(seed)}
+        return peft(tmp_path / name, tensors, trainable_token_indices={"emb": indices}, target_modules=["q"])
+
+    sources = [trained("a", 1, [1, 3]), trained("b", 2, [3, 7])]
+    mean = ao.merge(sources, tmp_path / "mean", "svd", saved="mean").notes
+    assert any("emb: tokens that adapters trained differently (3): the weighted mean" in note for note in mean)
+    first = ao.merge(sources, tmp_path / "first", "svd", saved="first", weights=[0.5, 1]).notes
+    assert any("(3): as in the first adapter (--saved first)" in note for note in first)
+    assert any("emb: trained tokens" in note and "weight 0.5 or not" in note for note in first)
+    apart = ao.merge([sources[0], trained("c", 4, [5])], tmp_path / "apart", "svd").notes
+    assert not any("tokens" in note for note in apart)
+
+
+@pytest.mark.parametrize("piece", [7, 36])
+def test_a_mean_taken_a_piece_at_a_time(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = [headed(tmp_path / "a", 1, 7, torch.bfloat16), headed(tmp_path / "b", 2, 8, torch.bfloat16)]
+    monkeypatch.setattr(carried, "PIECE", piece)
+    ao.merge(sources, tmp_path / "out", "svd", weights=WEIGHTS, saved="mean")
+    one, two = (tensor(s, HEAD).double() for s in sources)
+    wanted = one * (WEIGHTS[0] / sum(WEIGHTS)) + two * (WEIGHTS[1] / sum(WEIGHTS))
+    assert torch.equal(tensor(tmp_path / "out", HEAD), wanted.bfloat16())

@@ -118,7 +118,7 @@ def test_square_experts_need_a_word_on_their_layout() -> None:
     model, [one], shapes = tuned(experts, ["down_proj"])
     told = replace(one, options={"shape": shapes["down_proj"]})
     assert LORA_PARAMETERS.fits(one, (3, 10, 10))
-    with pytest.raises(CannotRepresent, match="kept transposed.*--base CONFIG"):
+    with pytest.raises(CannotRepresent, match=r"kept transposed.*--base CONFIG"):
         LORA_PARAMETERS.delta(told)
     wanted = model.base_model.model.experts.get_delta_weight("default").detach()
     plain = replace(told, options={**told.options, "is_transposed": False})
@@ -176,7 +176,7 @@ def test_norms_rows_and_errors_agree(shape: tuple[int, ...], dtype: torch.dtype)
 def test_nothing_says_how_many_experts() -> None:
     one = update("lora_parameters", {"A": torch.randn(6, 12), "B": torch.randn(8, 6)}, 5.0)
     LORA_PARAMETERS.check(one)
-    with pytest.raises(CannotRepresent, match="how many experts.*--base CONFIG"):
+    with pytest.raises(CannotRepresent, match=r"how many experts.*--base CONFIG"):
         LORA_PARAMETERS.scale(one)
 
 
