@@ -18,7 +18,10 @@ from adapterops.storage.tensor import LazyTensor
 
 T = TypeVar("T")
 
-COMPONENTS = ("model", "unet", "transformer", "prior", "text_encoder", "text_encoder_2", "text_encoder_3")
+COMPONENTS = (
+    *("model", "unet", "transformer", "prior"),
+    *("text_encoder", "text_encoder_2", "text_encoder_3", "text_conditioner"),
+)
 """The names of components: a lone model, and the parts of a pipeline as diffusers calls them."""
 
 
@@ -102,6 +105,8 @@ class Provenance:
     """Bytes of tensors in the source."""
     carried: Carried = Carried()
     """What earlier formats said and this one has no place for."""
+    given: tuple[str, ...] = ()
+    """The fields of `--set` that reading took."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -178,13 +178,12 @@ def _in_base(update: Update, base: Architecture) -> bool:
 
 
 def _insist_on_use(adapter: Adapter, dialect: Dialect, fields: Mapping[str, Any]) -> None:
-    """Raise `UsageError` for fields of a config where neither the source nor the target has one."""
-    known = adapter.provenance.dialect
-    sides = [(registry.formats()[dialect.format], dialect), *([registry.find(known)] if known else [])]
-    if any(form.takes_fields and side.alpha is AlphaIn.CONFIG for form, side in sides):
+    """Raise `UsageError` for a field that reading the source did not take, where the target writes no config."""
+    if registry.formats()[dialect.format].takes_fields:
         return
-    own = sides[-1][0].own_fields if known else frozenset[str]()
-    unused = next((name for name in fields if name not in own), None)
+    known, taken = adapter.provenance.dialect, adapter.provenance.given
+    own = registry.find(known)[0].own_fields if known else frozenset[str]()
+    unused = next((name for name in fields if name not in taken and name not in own), None)
     if unused is not None:
         said = f"; of {known} only {', '.join(sorted(own))} can be said" if own else ""
         raise UsageError(f"--set {unused}: neither {known} nor {dialect.name} has a PEFT config to set it in{said}")

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from adapterops import registry
 from adapterops.adapter import Adapter, Certainty, Fact, Update
 from adapterops.errors import AdapterOpsError
-from adapterops.loading import PathLike, load
+from adapterops.loading import PathLike, insist_on_use, load
 from adapterops.methods import METHODS
 from adapterops.storage import dtypes, safetensors
 
@@ -114,6 +114,7 @@ def inspect(path: PathLike, *, norms: bool = False, hashes: bool = False, **opti
         from adapterops.looking import look  # a success has no use for it
 
         adapter = look(refusal, path, **options)
+    insist_on_use(adapter, options.get("fields") or ())
     return report(adapter, norms=norms, hashes=hashes)
 
 

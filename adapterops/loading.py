@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from math import isfinite
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from adapterops import architectures, registry
 from adapterops.adapter import COMPONENTS, Adapter
 from adapterops.architectures import LAYOUTS, Architecture, published
+from adapterops.dialects.given import Given
 from adapterops.dialects.read import Request
 from adapterops.dialects.table import Dialect
 from adapterops.errors import AmbiguousFormat, NotAnAdapter, UnknownArchitectureOfFile, UsageError
@@ -20,6 +21,10 @@ PathLike = str | os.PathLike[str]
 
 ALPHA_WORDS = ("tensors", "header", "config", "trained")
 """What `--alpha` may say instead of a number."""
+
+
+KEPT_FIELDS = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode")
+"""What a PEFT config says of an adapter whatever its method and its scale."""
 
 
 def load(
@@ -42,7 +47,7 @@ def load(
       the installed library's class has them (`layout` "installed") or as the published checkpoints do ("published");
     - `alpha` is the alpha where the file holds none, or "tensors", "header" or "config" to say which of two to believe,
       or "trained" for the scale that a block-diagonal fused projection was trained with;
-    - `fields` are PEFT config fields that no source holds;
+    - `fields` are PEFT config fields that no source holds; those that reading took are in `provenance.given`;
     - `allow_drop` leaves unknown keys out (they are listed in `provenance.dropped`);
     - `repair` believes the tensors where a config contradicts them (else that is an error);
     - `rename` repairs keys before they are read, each entry a PATTERN=REPLACEMENT.
@@ -70,13 +75,27 @@ def load(
         alpha = float(alpha)
     source = renamed_source(path, tuple(rename))
     trained = alpha == "trained"
-    request = Request(given, None if trained else alpha, dict(fields or {}), allow_drop, repair)
+    said = Given(fields)
+    request = Request(given, None if trained else alpha, said, allow_drop, repair)
     adapter = read_source(source, format, request)
+    if said.taken:
+        adapter = replace(adapter, provenance=replace(adapter.provenance, given=said.taken))
     if not trained:
         return adapter
     from adapterops.operations.fused import with_trained_scale
 
     return with_trained_scale(adapter)
+
+
+def insist_on_use(adapter: Adapter, fields: Iterable[str], others: Collection[str] = ()) -> None:
+    """Raise `UsageError` for a field of `--set` that reading had no use for, and that is none of the `others`."""
+    idle = next((name for name in fields if name not in adapter.provenance.given and name not in others), None)
+    if idle is None:
+        return
+    form, dialect = registry.find(adapter.provenance.dialect)
+    known = sorted({*form.own_fields, *others})
+    said = f"; it takes {', '.join(known)}" if known else ""
+    raise UsageError(f"--set {idle}: reading {dialect.title} has no use for it{said}")
 
 
 def renamed_source(path: PathLike, texts: tuple[str, ...]) -> Source:

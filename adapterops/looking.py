@@ -1,7 +1,7 @@
 """What can be told of an adapter that no conversion takes: `inspect` of files that `load` refuses for what it knows not.
 
-A base model without a table makes names unknown that mean nothing by themselves; a header that contradicts the tensors
-makes the scale a choice.  Neither keeps modules, ranks, alphas and dtypes from being reported.
+A base model without a table, or a text encoder of one, makes names unknown that mean nothing by themselves; a header that
+contradicts the tensors makes the scale a choice.  Neither keeps modules, ranks, alphas and dtypes from being reported.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from dataclasses import replace
 from typing import Any
 
 from adapterops.adapter import Adapter, Update
+from adapterops.dialects.given import Given
 from adapterops.dialects.read import Request
-from adapterops.errors import AdapterOpsError, UnknownArchitectureOfFile
+from adapterops.errors import AdapterOpsError
 from adapterops.loading import PathLike, read_source, renamed_source
 from adapterops.registry import find
 
@@ -22,9 +23,7 @@ DENOISER = "denoiser"
 
 def _harmless(error: BaseException | None) -> bool:
     """Whether the reason of a refusal leaves the tensors' own story whole."""
-    return isinstance(error, UnknownArchitectureOfFile) or (
-        isinstance(error, AdapterOpsError) and error.fault == "header-alpha"
-    )
+    return isinstance(error, AdapterOpsError) and error.fault in ("unknown-architecture", "header-alpha")
 
 
 def look(
@@ -49,7 +48,8 @@ def look(
     if not _harmless(refusal) and not _harmless(refusal.__context__):
         raise refusal
     told: list[AdapterOpsError] = []
-    request = Request(None, alpha, dict(fields or {}), allow_drop, tell=told.append)
+    said = Given(fields)
+    request = Request(None, alpha, said, allow_drop, tell=told.append)
     adapter = read_source(renamed_source(path, tuple(rename)), format, request)
     if not told or not all(map(_harmless, told)):
         raise refusal
@@ -58,7 +58,7 @@ def look(
         either = {place.component for place in places if place.instead}
         adapter = adapter.with_updates(_called(update, either) for update in adapter)
     notes = (*adapter.provenance.notes, f"not to be converted as it stands: {refusal}")
-    return replace(adapter, provenance=replace(adapter.provenance, notes=notes))
+    return replace(adapter, provenance=replace(adapter.provenance, notes=notes, given=said.taken))
 
 
 def _called(update: Update, either: set[str]) -> Update:

@@ -15,10 +15,10 @@ from adapterops.adapter import Adapter, Certainty, Fact, Provenance, Update
 from adapterops.architectures import Architecture, Component, ModuleSpec
 from adapterops.carried import KEY as CARRIED_KEY
 from adapterops.carried import Carried
+from adapterops.dialects.fitting import component_by_names, fit
 from adapterops.dialects.match import PARAMETERS, Claim, Group, Reading, read_keys
 from adapterops.dialects.read import Request, ScaleOf, ScaleRule, no_config
 from adapterops.dialects.read import read as read_by_table
-from adapterops.dialects.resolve import component_by_names, fit
 from adapterops.dialects.table import (
     ANY,
     CUSTOM,
@@ -172,8 +172,8 @@ class Format:
     """Programs that read less of the format than it can say, by name, and what people call them (`convert --for NAME`)."""
     own_fields: ClassVar[frozenset[str]] = frozenset()
     """Fields of `--set` that only its reading takes: facts of its own that no other format's config has."""
-    takes_fields: ClassVar[bool] = True
-    """Whether its config, where a dialect keeps alpha in one, takes other fields of `--set` too."""
+    takes_fields: ClassVar[bool] = False
+    """Whether it writes a config that takes the fields of `--set`."""
     variants: ClassVar[Mapping[str, tuple[str, ...]]] = {}
     """Prefixes that may stand for a place's own (wrappers left in keys)."""
     foreign: ClassVar[Mapping[str, str]] = {}

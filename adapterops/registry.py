@@ -12,8 +12,9 @@ from functools import cache
 
 from adapterops.architectures import Architecture, load, names
 from adapterops.carried import Carried
+from adapterops.dialects.fitting import best_fits, names_known
 from adapterops.dialects.match import Reading, bare, group, sample
-from adapterops.dialects.resolve import best_fit, names_known, needs_table
+from adapterops.dialects.names import needs_table
 from adapterops.dialects.table import Dialect
 from adapterops.errors import AmbiguousFormat, NotAnAdapter, UnknownFormat, UnsupportedFormat
 from adapterops.plugin import Format
@@ -134,10 +135,7 @@ def recognise(
         raise NotAnAdapter(_what_is_it(source) + _if_asked(source))
     _no_mixture(source, candidates)
     ties = [c for c in candidates if _rank(c[1]) == _rank(candidates[0][1])]
-    if len(ties) > 1:
-        # They differ in module names only, which a few dozen modules tell as well as all.
-        return max(ties, key=lambda c: _fit(c[1], source, architecture))
-    return candidates[0]
+    return _of_ties(ties, source, architecture) if len(ties) > 1 else candidates[0]
 
 
 _ENOUGH = 256
@@ -165,13 +163,30 @@ def _readings(source: Source, chosen: Mapping[Format, list[Dialect]]) -> list[tu
     ]
 
 
-def _fit(reading: Reading, source: Source, given: Architecture | None) -> tuple[int, int, bool]:
-    """The number of modules that a base model has, and that the recorded one has; and whether names that none has can be
-    taken as they stand."""
-    groups = group(sample(reading, 24), source.tensors)
-    recorded = Carried.parse(source.metadata).architecture
-    hinted = best_fit(groups, load(recorded)) if given is None and recorded in names() else 0
-    return best_fit(groups, given), hinted, not any(needs_table(place) for place in reading.dialect.places)
+def _of_ties(ties: list[tuple[Format, Reading]], source: Source, given: Architecture | None) -> tuple[Format, Reading]:
+    """Of readings that differ in module names only the one whose names the most modules of a base model have; then of the base
+    that a conversion recorded, or else the header or the config names; then the one whose names can be taken as they stand."""
+    # A few dozen modules tell as well as all.
+    some = [group(sample(reading, 24), source.tensors) for _, reading in ties]
+    counts = best_fits(some, given)
+    left = [n for n, count in enumerate(counts) if count == max(counts)]
+    if len(left) == 1:
+        return ties[left[0]]
+    recorded = Carried.parse(source.metadata).architecture if given is None else None
+    named = [recorded] if recorded in names() else _said(source, given)
+    hinted = [max((best_fits([some[n]], load(name))[0] for name in named), default=0) for n in left]
+    best = max(range(len(left)), key=lambda n: (hinted[n], not any(map(needs_table, ties[left[n]][1].dialect.places))))
+    form, reading = ties[left[best]]
+    return form, reading._replace(declared=recorded not in names() and min(hinted) < hinted[best] == max(counts))
+
+
+def _said(source: Source, given: Architecture | None) -> list[str]:
+    """The base models that the header or the config names, unless the user gave one."""
+    if given is not None or not (source.metadata or source.config):
+        return []
+    from adapterops.architectures.declared import in_file  # most files are told by their keys
+
+    return sorted(in_file(source.metadata, source.config))
 
 
 def _rank(reading: Reading) -> tuple[float, int, int]:
@@ -205,6 +220,8 @@ def _is_anchored(pattern: str) -> bool:
 
 def _no_mixture(source: Source, candidates: list[tuple[Format, Reading]]) -> None:
     best = candidates[0][1]
+    if best.prefix == "":
+        _no_two_prefixes(source, [reading for _, reading in candidates[1:] if reading.prefix is None])
     if not best.unclaimed:
         return
     rest = set(best.unclaimed)
@@ -216,6 +233,20 @@ def _no_mixture(source: Source, candidates: list[tuple[Format, Reading]]) -> Non
                 f"({best.claims[0].key!r}) and {len(shared)} of {other.dialect.title} ({shared[0]!r}); "
                 "split them into two files, each in one dialect"
             )
+
+
+def _no_two_prefixes(source: Source, readings: list[Reading]) -> None:
+    """Raise `AmbiguousFormat` for keys that read as names only because two dialects share them out between them, each under
+    its own prefix and with a base model's names."""
+    parts = [r for r in readings if r.unclaimed and not bare(r)]
+    for one in parts:
+        for other in parts:
+            if {c.key for c in other.claims}.issuperset(one.unclaimed) and names_known(one) and names_known(other):
+                raise AmbiguousFormat(
+                    f"{source.path}: holds two dialects: {len(one.claims)} keys of {one.dialect.title} "
+                    f"({one.claims[0].key!r}) and {len(one.unclaimed)} of {other.dialect.title} ({one.unclaimed[0]!r}); "
+                    "split them into two files, each in one dialect"
+                )
 
 
 def _if_asked(source: Source) -> str:

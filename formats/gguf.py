@@ -87,7 +87,6 @@ class Gguf(Format):
     dialects = (GGUF,)
     file_name = "adapter.gguf"
     suffixes = (".gguf",)
-    takes_fields = False
     foreign = {
         r"^direction\.\d+$": "is a control vector of llama.cpp, which is added to hidden states: no change of weights",
         r"^(blk\.\d+\.\w+|output|token_embd)_norm\.weight$": (

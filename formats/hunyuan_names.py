@@ -84,6 +84,8 @@ _COMFYS = (
     r"\.(img|txt|self)_(attn\.(qkv|proj)|mlp\.[02]|mod\.lin)\.|blocks\.\d+\.mlp\.[02]\.|\.modulation\.lin\."
     r"|\.[ct]_embedder\.(in|out)_layer\."
 )
+_AUTHORS = r"_attn_(qkv|proj)\.|mlp\.fc[12]\.|(_mod|\.modulation)\.linear\."
+"""Parts of names that are Comfy's own, and the authors' own."""
 
 
 def behind_transformer(suffixes: tuple[Suffix, ...]) -> Dialect:
@@ -118,10 +120,12 @@ def among(keys: Iterable[str], dialects: Sequence[Dialect], behind: Dialect, own
     """The dialects that a file's keys may be in.
 
     Comfy's own names are Flux.1's but for the last blocks.  Where it has these, `own` stand in for whatever else reads
-    Comfy's prefix; else they come after it, for a user who says that the base is HunyuanVideo.
+    Comfy's prefix, unless the file mixes them with the authors'; else they come after it, for a user who says that the base is
+    HunyuanVideo, or a header that does.
     """
     begun = [key for key in keys if key.startswith(_PREFIXES)]
-    if any(key.startswith(_LAST) and re.search(_COMFYS, key) for key in begun):
+    mixed = any(re.search(_AUTHORS, key) for key in begun)
+    if not mixed and any(key.startswith(_LAST) and re.search(_COMFYS, key) for key in begun):
         return [*own]
     idle = [] if any(key.startswith(_BEHIND) for key in begun) else [behind]
     idle += [] if any(key.startswith(_BLOCKS) for key in begun) else own

@@ -36,8 +36,8 @@ EMBEDDINGS = Place(
     tuple(
         Suffix(f".{name}", "bundled", name)
         for name in (
-            *("emb_params", "string_to_param.*", "clip_l", "clip_g", "t5", "t5xxl", "qwen", "<PAD>"),
-            *("clip_l_out", "clip_g_out", "t5_out"),
+            *("emb_params", "string_to_param.*", "clip_l", "clip_g", "t5", "t5xxl", "llama", "qwen", "<PAD>"),
+            *("clip_l_out", "clip_g_out", "t5_out", "llama_out"),
         )
     ),
     free=True,

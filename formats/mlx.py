@@ -121,7 +121,6 @@ class Mlx(Format):
     dialects = (MLX,)
     is_folder = True
     own_fields: ClassVar[frozenset[str]] = frozenset({"scale"})
-    takes_fields = False
 
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
         config = source.config or {}

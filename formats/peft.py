@@ -118,6 +118,7 @@ class Peft(Format):
     dialects = (PEFT,)
     is_folder = True
     tells_init = True
+    takes_fields = True
     readers = READERS
     rules = "adapterops_formats.peft_rules"
     variants: ClassVar = {

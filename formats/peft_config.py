@@ -61,7 +61,9 @@ def check_given(fields: Config, method: PeftMethod = LORA, removed: Collection[s
 
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise errors.UsageError(f"--set {name}: PEFT's {method.title} config has no such field{hint}")
+            raise errors.UsageError(
+                f"--set {name}: PEFT's {method.title} config has no such field{hint}; it has {', '.join(sorted(known))}"
+            )
         setting = next((s for s in method.settings if s.name == name), None)
         if setting is not None:
             setting.check(value, "--set")

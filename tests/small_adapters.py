@@ -24,12 +24,15 @@ Tensors = dict[str, torch.Tensor]
 
 Q = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
 """A linear layer (320, 320) of SD 1.x in Kohya's spelling."""
+OUT = Q.replace("_to_q", "_to_out_0")
+"""Like `Q`, with a bias."""
 CONV = "lora_unet_conv_in"
 """A convolution (320, 4, 3, 3) of it."""
 NORM = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_norm1"
 """A norm (320,) of it."""
 DOTTED = {
     Q: "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+    OUT: "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_out.0",
     CONV: "conv_in",
     NORM: "down_blocks.0.attentions.0.transformer_blocks.0.norm1",
 }

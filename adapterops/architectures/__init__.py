@@ -12,7 +12,7 @@ import os
 from adapterops.architectures.errors import BadBaseConfig, UnknownArchitecture
 from adapterops.architectures.layout import LAYOUTS, published
 from adapterops.architectures.spec import ModuleSpec
-from adapterops.architectures.table import Architecture, Component, load, names
+from adapterops.architectures.table import Architecture, Component, beginnings_of, load, names
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt")
 
@@ -59,6 +59,7 @@ __all__ = [
     "Component",
     "ModuleSpec",
     "UnknownArchitecture",
+    "beginnings_of",
     "from_base",
     "from_config",
     "from_weights",

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import Any
 
 FIELDS = ("modelspec.architecture", "ss_base_model_version")
 """The entries of a header that name the base."""
+IN_CONFIG = "base_model_name_or_path"
+"""The field of a PEFT config that does."""
 _NAMES = (
     # `ss_base_model_version` and `modelspec.architecture` of sd-scripts (library/sai_model_spec.py, train_util.py), and the
     # names on the Hub of the models themselves: what was made from them has names that tell nothing.
@@ -17,7 +20,15 @@ _NAMES = (
     (r"stable-diffusion-3-m(edium)?(/.*)?", "sd3"),
     (r"(stable-diffusion-3[-.])?5-medium(/.*)?", "sd35_medium"),
     (r"(stable-diffusion-3[-.])?5-large(/.*)?", "sd35_large"),
-    (r"flux\.?1(_kontext)?|flux[-.]1-(dev|schnell)(/.*)?", "flux"),  # …_kontext: ai-toolkit
+    (
+        r"flux\.?1(_kontext)?|flux[-.]1(-(dev|schnell|fill-dev))?(/.*)?",
+        "flux",
+    ),  # …_kontext: ai-toolkit; fill: OneTrainer
+    # OneTrainer (resources/sd_model_spec), ai-toolkit; bghira/SimpleTuner (helpers/training/save_hooks.py: family, flavour).
+    (r"stable-diffusion-v3-medium(/.*)?", "sd3"),
+    *((rf"stable-diffusion-v3\.5(/.*)?|sd3-{size}(/.*)?", f"sd35_{size}") for size in ("medium", "large")),
+    *((r"sd_3", either) for either in ("sd3", "sd35_medium", "sd35_large")),
+    (r"flux-(dev|krea|schnell|kontext)(/.*)?", "flux"),
     (r"(runwayml|CompVis|sd-legacy|stable-diffusion-v1-5|benjamin-paine)/stable-diffusion-v1-\d", "sd1"),
     (r"(stabilityai|sd2-community)/stable-diffusion-2(-1)?(-base)?", "sd2"),
     (r"stabilityai/stable-diffusion-xl-base-\S+", "sdxl"),
@@ -26,27 +37,49 @@ _NAMES = (
     (r"stabilityai/stable-diffusion-3\.5-large\S*", "sd35_large"),
     (r"black-forest-labs/FLUX\.1-\S+", "flux"),
     # What musubi-tuner (utils/sai_model_spec.py), ai-toolkit (flux2_model.py, flux2_klein_model.py) and OneTrainer say.
-    (r"(flux\.2-|flux_2_)dev(/.*)?", "flux2_dev"),
-    *((rf"(flux\.2-klein-|flux_?2_klein_){size}(/.*)?", f"flux2_klein_{size}") for size in ("4b", "9b")),
+    (r"(flux\.?2-|flux_2_)dev(/.*)?", "flux2_dev"),
+    *((rf"(flux\.?2-klein-|flux_?2_klein_){size}(/.*)?", f"flux2_klein_{size}") for size in ("4b", "9b")),
     *((r"flux\.?2(/.*)?", either) for either in ("flux2_dev", "flux2_klein_4b", "flux2_klein_9b")),
     (r"black-forest-labs/FLUX\.2-dev\S*", "flux2_dev"),
     *((rf"black-forest-labs/FLUX\.2-klein-(base-)?{size}\S*", f"flux2_klein_{size}") for size in ("4b", "9b")),
     # sd-scripts and ai-toolkit; OneTrainer.
-    (r"chroma1?(/.*)?", "chroma"),
+    (r"chroma(1|-(base|hd|flash))?(/.*)?", "chroma"),
     (r"lodestones/Chroma(1-\S+)?", "chroma"),
-    (r"Qwen/Qwen-Image\S*", "qwen_image"),
+    (r"Qwen/Qwen-Image\S*|qwen[-_]image([-_][^/]*)?(/.*)?", "qwen_image"),
     (r"Wan-AI/Wan2\.1-T2V-1\.3B\S*", "wan_1_3b"),
     (r"Wan-AI/Wan2\.\d-T2V-A?14B\S*", "wan_14b"),
     (r"Wan-AI/Wan2\.1-I2V-14B\S*", "wan_14b_i2v"),
     (r"Wan-AI/Wan2\.2-TI2V-5B\S*", "wan_5b"),
-    (r"Tongyi-MAI/Z-Image\S*", "z_image"),
+    # musubi-tuner says the same of every Wan; the image-to-video model of 2.2 has no modules of its own.
+    *((r"wan_?2\.1(/.*)?", either) for either in ("wan_1_3b", "wan_14b", "wan_14b_i2v", "wan_5b")),
+    (r"Wan-AI/Wan2\.2-I2V-A14B\S*|wan_2\.2_14b", "wan_14b"),
+    (r"wan_2\.2_5b|wan-ti2v-5b-2\.2(/.*)?", "wan_5b"),
+    (r"wan-t2v-480p-1\.3b-2\.1(/.*)?", "wan_1_3b"),
+    (r"wan-(t2v-480p-14b-2\.1|i2v-14b-2\.2-(high|low))(/.*)?", "wan_14b"),
+    (r"wan-i2v-14b-2\.1(-720p)?(/.*)?", "wan_14b_i2v"),
+    (r"Tongyi-MAI/Z-Image\S*|z[-_]?image([-_][^/]*)?(/.*)?", "z_image"),
+    # sd-scripts (library/sai_model_spec.py), musubi-tuner, OneTrainer, ai-toolkit; and the Hub.
+    (r"anima(-\w+)?(/.*)?", "anima"),
+    (r"circlestone-labs/Anima\S*|nvidia/Cosmos-Predict2-2B-Text2Image", "anima"),
+    (r"lumina-2(/.*)?|lumina2", "lumina2"),
+    (r"Alpha-VLLM/Lumina-Image-2\.0\S*", "lumina2"),
+    (r"hidream[-_][ie]1(/.*)?", "hidream"),
+    (r"HiDream-ai/HiDream-[IE]1\S*", "hidream"),
+    (r"krea-?2(/.*)?|krea/Krea-2\S*", "krea2"),
+    (r"fal/AuraFlow\S*|purplesmartai/pony-v7\S*", "auraflow"),
+    (r"ernie(_image)?(/.*)?|(baidu|PaddlePaddle)/ERNIE-Image\S*", "ernie_image"),
+    (r"ideogram(-?4)?(/.*)?|ideogram-ai/ideogram-4\S*", "ideogram4"),
     (r"hunyuan[-_]video(/.*)?|framepack(/.*)?", "hunyuan_video"),  # musubi-tuner, as above
     (r"(tencent|hunyuanvideo-community)/HunyuanVideo(-I2V(-33ch)?)?", "hunyuan_video"),
     (r"lllyasviel/FramePack\S*", "hunyuan_video"),
     (r"Lightricks/LTX-Video\S*", "ltx_2b"),
     (r"Lightricks/LTX-Video\S*", "ltx_13b"),
-    (r"Lightricks/LTX-2\S*", "ltx_2"),
-    (r"ltx2(\.\d)?", "ltx_2"),  # ai-toolkit (ltx2.py)
+    (r"Lightricks/LTX-2(?!\.[35])\S*", "ltx_2"),
+    (r"Lightricks/LTX-2\.[35]\S*", "ltx_2_3"),
+    *((r"ltx2", either) for either in ("ltx_2", "ltx_2_3")),  # ai-toolkit (ltx2.py) says so of 2.3, too
+    (r"ltxvideo-0\.9\.\d(/.*)?", "ltx_2b"),
+    (r"ltxvideo2-dev(-fp\d)?(/.*)?", "ltx_2"),
+    (r"ltx2\.[35]", "ltx_2_3"),
 )
 """As whole words; one of several architectures where a name has more than one row."""
 
@@ -56,6 +89,8 @@ def named(value: str) -> list[str]:
     return [architecture for pattern, architecture in _NAMES if re.fullmatch(pattern, value, re.IGNORECASE)]
 
 
-def in_header(metadata: Mapping[str, str]) -> frozenset[str]:
-    """The built-in architectures that a header names."""
-    return frozenset(name for field in FIELDS for name in named(metadata.get(field, "")))
+def in_file(metadata: Mapping[str, str], config: Mapping[str, Any] | None = None) -> frozenset[str]:
+    """The built-in architectures that a header names, or a config beside the file."""
+    said = [metadata.get(field, "") for field in FIELDS]
+    base = (config or {}).get(IN_CONFIG)
+    return frozenset(name for value in (*said, base) if isinstance(value, str) for name in named(value))

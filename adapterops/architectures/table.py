@@ -8,12 +8,14 @@ from __future__ import annotations
 import os
 import re
 import tomllib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from math import prod
 from typing import Any, NamedTuple
 
+from adapterops.architectures.beginnings import ANYTHING, Lines, beginnings, lines
+from adapterops.architectures.beginnings import Row as BareRow
 from adapterops.architectures.errors import UnknownArchitecture
 from adapterops.architectures.expression import Value, evaluate, evaluate_integer
 from adapterops.architectures.spec import ModuleSpec
@@ -105,7 +107,7 @@ def load(name: str) -> Architecture:
         text = file.read()
     title, released = (found[1] for found in (_TITLE.search(text), _RELEASED.search(text)) if found)
     family = _FAMILY.search(text)
-    components = _Components(path, _COMPONENT.findall(text))
+    components = _Components(path, text)
     return Architecture(name, title, components, True, released, family[1] if family else "")
 
 
@@ -124,9 +126,10 @@ _TITLE, _RELEASED, _FAMILY, _COMPONENT = (
 class _Components(Mapping[str, Component]):
     """The components of a built-in architecture: their names are known, the file is parsed when one is asked for."""
 
-    def __init__(self, path: str, listed: Sequence[str]) -> None:
-        self._path, self._names = path, tuple(listed)
+    def __init__(self, path: str, text: str) -> None:
+        self._path, self._text, self._names = path, text, tuple(_COMPONENT.findall(text))
         self._made: dict[str, Component] = {}
+        self._begin: dict[tuple[str, str], frozenset[str]] = {}
 
     def __getitem__(self, name: str) -> Component:
         if not self._made:
@@ -149,6 +152,40 @@ class _Components(Mapping[str, Component]):
 
     def __len__(self) -> int:
         return len(self._names)
+
+    def begin(self, name: str, column: str) -> frozenset[str]:
+        """What the names of a component begin with in a column; the file is not parsed for that."""
+        if (name, column) not in self._begin:
+            self._begin[name, column] = self._told(name, column)
+        return self._begin[name, column]
+
+    @cached_property
+    def _lines(self) -> Lines:
+        return lines(self._text)
+
+    def _told(self, name: str, column: str) -> frozenset[str]:
+        own = self._lines
+        if name in own.of:
+            return beginnings_of(load(own.of[name]), name, column)
+        if name in own.prefixed:
+            return ANYTHING
+        templates = {**{key: rows for path in own.include for key, rows in _shared(path).items()}, **own.templates}
+        return beginnings(own.components[name], templates.__getitem__, column == "original")
+
+
+def beginnings_of(architecture: Architecture, component: str, column: str) -> frozenset[str]:
+    """What the names of a component begin with in a column ("canonical" or "original"), told without writing its modules out."""
+    components = architecture.components
+    if isinstance(components, _Components):
+        return components.begin(component, column)
+    own = components[component]
+    return ANYTHING if own.optional_prefix else own.stems.get(column, ANYTHING)
+
+
+@cache
+def _shared(name: str) -> Mapping[str, list[BareRow]]:
+    with open(os.path.join(_FOLDER, "shared", f"{name}.toml"), encoding="utf-8") as file:
+        return lines(file.read()).templates
 
 
 def likes(class_name: str, config: Mapping[str, Any]) -> Iterator[Component]:

@@ -62,6 +62,7 @@ def inspect(
             click.echo(f"note: {note}", err=True)
         print_json(config)
         return
+    loading.insist_on_use(adapter, read_with.fields)
     found = report(adapter, norms=norms, hashes=hashes)
     if as_json:
         print_json(found.to_dict())

@@ -8,7 +8,8 @@ from typing import Any
 
 from adapterops.adapter import Adapter, Update
 from adapterops.architectures import Architecture, Component, ModuleSpec
-from adapterops.dialects import resolve
+from adapterops.dialects.names import spells
+from adapterops.dialects.placing import Placing
 from adapterops.dialects.table import Dialect, Place
 from adapterops.errors import CannotRepresent
 from adapterops.methods import METHODS
@@ -22,7 +23,7 @@ class Arranger:
     dialect: Dialect
     adapter: Adapter
     architecture: Architecture | None
-    placing: resolve.Placing
+    placing: Placing
     _records: dict[str, list[list[Any]]] = field(default_factory=dict)
     _narrowed: int = 0
     _joined: int = 0
@@ -113,7 +114,7 @@ class Arranger:
         spec = component.fused.get(update.module) if component is not None else None
         if spec is None or place is None or self.architecture is None:
             return None
-        return None if resolve.spells(place, self.architecture, spec) else spec
+        return None if spells(place, self.architecture, spec) else spec
 
     def _whole(self, update: Update, module: str) -> ModuleSpec | None:
         """The fused module of the target that a module is a part of."""
@@ -121,7 +122,7 @@ class Arranger:
         if component is None or place is None or self.architecture is None or module not in component.whole:
             return None
         candidates = [component.fused[name] for name in component.whole[module]]
-        return next((spec for spec in candidates if resolve.spells(place, self.architecture, spec)), None)
+        return next((spec for spec in candidates if spells(place, self.architecture, spec)), None)
 
     def _record(self, update: Update) -> list[list[Any]] | None:
         """What the file says that a fused module was joined from.

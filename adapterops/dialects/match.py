@@ -43,6 +43,8 @@ class Reading(NamedTuple):
     adapter_name: str = ""
     prefix: str | None = None
     """The prefix that stands in the file where the table's own is left out or doubled."""
+    declared: bool = False
+    """Whether another dialect reads the keys as well, and the base model that the header or the config names has decided."""
 
     def under(self, dialect: Dialect) -> Reading | None:
         """The reading as `dialect`'s, where its rows read keys as this one's do (only modules' names may differ)."""

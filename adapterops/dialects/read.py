@@ -10,8 +10,11 @@ from typing import Any, NamedTuple
 from adapterops.adapter import Adapter, Certainty, Fact, Provenance, Update
 from adapterops.architectures import Architecture
 from adapterops.carried import Carried
-from adapterops.dialects import resolve
+from adapterops.dialects.aligning import adopt, align, rename
 from adapterops.dialects.match import Group, Reading, group
+from adapterops.dialects.names import NameBook, book, canonical
+from adapterops.dialects.placing import writing_place
+from adapterops.dialects.resolve import identify
 from adapterops.dialects.shapes import as_usual, shaped
 from adapterops.dialects.table import FLAG_DTYPE, AlphaIn, Dialect, Place
 from adapterops.errors import AdapterOpsError, BrokenAdapter, CannotRepresent, Conflict, UnsupportedFormat, UsageError
@@ -76,7 +79,7 @@ def read(
     `component_of` may move groups to another place (a PEFT folder does not say which component it is for);
     `refine` may change updates before they are checked (token indices from a config).
 
-    Raises the errors of `resolve.identify`, `BrokenAdapter` for tensors that contradict each other, `Conflict`
+    Raises the errors of `identify`, `BrokenAdapter` for tensors that contradict each other, `Conflict`
     for alphas that do, and `UnsupportedFormat` for keys that the dialect does not know.
     """
     _refuse_leftover(reading, source, request)
@@ -90,12 +93,19 @@ def read(
     notes = list(source.notes)
     given = request.architecture
     if given is not None:
-        given = resolve.adopt(groups, given)
+        given = adopt(groups, given)
         groups, said = _align(groups, given)
         notes += said
     carried = Carried.parse(source.metadata)
-    found = resolve.identify(
-        groups, source.path, given, carried.architecture, request.allow_drop, request.tell, source.metadata
+    found = identify(
+        groups,
+        source.path,
+        given,
+        carried.architecture,
+        request.allow_drop,
+        request.tell,
+        source,
+        reading.declared,
     )
     architecture = found.architecture
     notes += found.notes
@@ -110,14 +120,14 @@ def read(
     folded: dict[tuple[str, str, str], str] = {}
     stated: dict[tuple[str, str, str], str] = {}
     components: dict[Place, str | None] = {}
-    books: dict[Place, resolve.NameBook] = {}
+    books: dict[Place, NameBook] = {}
     for entry in groups:
         stored = entry.tensors.get("alpha")
         if architecture is not None and entry.place not in books:
-            books[entry.place] = resolve.book(architecture, entry.place)
+            books[entry.place] = book(architecture, entry.place)
             components[entry.place] = entry.place.among(architecture.components)
         try:
-            module = resolve.canonical(architecture, entry, books.get(entry.place))
+            module = canonical(architecture, entry, books.get(entry.place))
             component = components.get(entry.place) or entry.place.component
             update = _sized(_checked(entry, component, module, reading.dialect), architecture)
             if METHODS[entry.method].scaled:
@@ -274,11 +284,11 @@ def _align(groups: list[Group], architecture: Architecture) -> tuple[list[Group]
 
 
 def _align_part(groups: list[Group], architecture: Architecture) -> tuple[list[Group], list[str]]:
-    change = resolve.align(groups, architecture)
+    change = align(groups, architecture)
     if change == ("", ""):
         return groups, []
     if change is None:
-        renamed = resolve.rename(groups, architecture)
+        renamed = rename(groups, architecture)
         note = f"modules are renamed to be those of {architecture.name}"
         unnamed = all(g.place.free for g in groups)
         return (groups, []) if renamed is None or unnamed else (renamed, [note])
@@ -442,7 +452,7 @@ def _spelling(
         spelling["prefix"] = reading.prefix
     for place in {g.place for g in groups}:
         component = (place.among(architecture.components) if architecture is not None else None) or place.component
-        usual = resolve.writing_place(reading.dialect, component, architecture)
+        usual = writing_place(reading.dialect, component, architecture)
         if usual is not None and usual.component != "*" and usual.prefix != place.prefix:
             spelling.setdefault("prefixes", {})[component] = place.prefix
     flags = {entry.tensors[f].dtype for entry in groups for f in METHODS[entry.method].flags if f in entry.tensors}

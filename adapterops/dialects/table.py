@@ -71,9 +71,9 @@ class Place:
     architectures that it names, `flat` writes dots as underscores,
     `tails` (canonical ending, spelled ending) rewrites the end of a module's name; with tails, no other module
     can be spelled.  `only` limits the row to architectures (names, or CUSTOM, ONE_ENCODER, TWO_ENCODERS).
-    `usual` names those for which the row is the usual one though others are read too: where modules alone fit several
-    base models, it decides.  `saved` lets a key without a known suffix be a saved parameter of its module,
-    of any or of those whose names end so.
+    `usual` names those for which the row is the usual one though others are read too: of several rows for a component it is
+    written, and where modules alone fit several base models, it decides.  `saved` lets a key without a known suffix be a
+    saved parameter of its module, of any or of those whose names end so.
     `sure` says that nobody else spells such suffixes, so that names before them need not be a known base's although no
     prefix stands there.
     `free` says that names are nobody's modules (tokens of a bundled embedding) and stand as they are.
@@ -153,5 +153,5 @@ class Dialect:
 def traits(architecture: Architecture) -> frozenset[str]:
     """The words by which a `Place` may ask for an architecture."""
     several = "text_encoder_2" in architecture.components
-    own = {architecture.family} if architecture.builtin else {CUSTOM, architecture.family}
+    own = {architecture.name, architecture.family} if architecture.builtin else {CUSTOM, architecture.family}
     return frozenset({*own, TWO_ENCODERS if several else ONE_ENCODER})

@@ -9,8 +9,9 @@ from typing import Any
 
 from adapterops.adapter import Adapter, Update
 from adapterops.architectures import Architecture
-from adapterops.dialects import resolve
 from adapterops.dialects.arrange import Arranger
+from adapterops.dialects.names import book, needs_table, spelled
+from adapterops.dialects.placing import Placing
 from adapterops.dialects.shapes import shaped, spec_of
 from adapterops.dialects.table import ANY, FLAG_DTYPE, AlphaIn, Dialect, Place, Suffix
 from adapterops.errors import CannotRepresent, UnknownArchitectureOfFile, UnknownFact
@@ -58,7 +59,7 @@ def write(
     written: list[Update] = []
     kept: list[Update] = []
     dropped: list[str] = []
-    placing = resolve.Placing(dialect, architecture, spelling)
+    placing = Placing(dialect, architecture, spelling)
     arranger = Arranger(dialect, adapter, architecture, placing)
     for sources in arranger.groups():
         try:
@@ -144,16 +145,16 @@ def _adapter_slot(spelling: Mapping[str, Any]) -> str:
 def _name(dialect: Dialect, place: Place, update: Update, architecture: Architecture | None) -> str:
     if place.free:
         return update.module
-    if architecture is None and resolve.needs_table(place):
+    if architecture is None and needs_table(place):
         raise UnknownArchitectureOfFile(
             f"{update.name}: {dialect.title} needs to know the base model to spell module names, and this adapter's "
             "fits none of the known ones; give --arch NAME or --base CONFIG"
         )
     if place.component == "*":
         return update.module
-    name = resolve.spelled(architecture, place, update.module)
+    name = spelled(architecture, place, update.module)
     if name is None:
-        if not resolve.needs_table(place):
+        if not needs_table(place):
             return update.module
         if place.tails:
             raise _no_tail(dialect, place, update)
@@ -162,7 +163,7 @@ def _name(dialect: Dialect, place: Place, update: Update, architecture: Architec
             f" (tensor {next(iter(update.tensors.values())).key!r})"
         )
     if architecture is not None:
-        clash = resolve.book(architecture, place).clashes.get(name)
+        clash = book(architecture, place).clashes.get(name)
         if clash:
             raise CannotRepresent(f"{update.name}: {dialect.title} would spell {clash[0]} and {clash[1]} alike")
     return name
@@ -171,9 +172,9 @@ def _name(dialect: Dialect, place: Place, update: Update, architecture: Architec
 def _tail(dialect: Dialect, place: Place, name: str, update: Update) -> str:
     if not place.tails:
         return name
-    for canonical, spelled in place.tails:
+    for canonical, written in place.tails:
         if name.endswith(canonical):
-            return name[: len(name) - len(canonical)] + spelled
+            return name[: len(name) - len(canonical)] + written
     raise _no_tail(dialect, place, update)
 
 

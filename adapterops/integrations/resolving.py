@@ -11,9 +11,11 @@ from typing import Any
 from adapterops import api, loading, registry
 from adapterops.adapter import COMPONENTS, Adapter, Update
 from adapterops.architectures import Architecture
-from adapterops.dialects import resolve
+from adapterops.dialects.aligning import align, rename
+from adapterops.dialects.fitting import fit
 from adapterops.dialects.match import Group, Reading
 from adapterops.dialects.read import Request
+from adapterops.dialects.resolve import identify
 from adapterops.dialects.table import Place
 from adapterops.errors import AdapterOpsError, AmbiguousFormat, BrokenAdapter, CannotRepresent, UsageError
 from adapterops.integrations.pipeline import architecture_of
@@ -171,7 +173,7 @@ def _renamed(adapter: Adapter, architecture: Architecture, allow_drop: bool = Fa
     for component in adapter.components:
         own = adapter.of(component)
         pairs += zip(own, _groups(own, component, architecture), strict=True)
-    found = resolve.identify([g for _, g in pairs], adapter.provenance.path, architecture, allow_drop=allow_drop)
+    found = identify([g for _, g in pairs], adapter.provenance.path, architecture, allow_drop=allow_drop)
     lost = {id(group) for group in found.unknown}
     dropped += [t.key for group in found.unknown for t in group.tensors.values()]
     provenance = replace(adapter.provenance, dropped=(*adapter.provenance.dropped, *dropped))
@@ -193,8 +195,8 @@ def _placed(adapter: Adapter, architecture: Architecture) -> Adapter:
     """
     if adapter.components != ("model",) or "model" in architecture.components:
         return adapter
-    fits = {c: resolve.fit(architecture, _groups(list(adapter), c, architecture)) for c in architecture.components}
-    whole = [component for component, fit in fits.items() if fit.whole]
+    fits = {c: fit(architecture, _groups(list(adapter), c, architecture)) for c in architecture.components}
+    whole = [component for component, found in fits.items() if found.whole]
     if len(whole) > 1:
         raise AmbiguousFormat(
             f"{adapter.provenance.path}: its modules are those of {' and of '.join(whole)}; put it into a folder with a "
@@ -208,11 +210,11 @@ def _placed(adapter: Adapter, architecture: Architecture) -> Adapter:
 
 def _aligned(groups: list[Group], architecture: Architecture) -> list[Group]:
     """The groups of one component under the names of the installed class, as far as they have any there."""
-    change = resolve.align(groups, architecture)
+    change = align(groups, architecture)
     if change is not None:
         strip, add = change
         return [g._replace(name=add + g.name[len(strip) :]) for g in groups]
-    renamed = resolve.rename(groups, architecture)
+    renamed = rename(groups, architecture)
     if renamed is not None:
         return renamed
     # A module is missing: the others still have the beginning that the class has lost.

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from adapterops.adapter import Adapter, Certainty, Fact, Update
 from adapterops.architectures import Architecture
+from adapterops.dialects.resolve import noted, oldest
 from adapterops.errors import BrokenAdapter, CannotRepresent, UsageError
 from adapterops.methods import METHODS
 from adapterops.storage import dtypes
@@ -23,7 +24,8 @@ def common_base(adapters: Sequence[Adapter]) -> tuple[Fact[str | None], Architec
         return Fact(None, Certainty.UNKNOWN, "no source names a known base model"), None
     # One that was trained on few modules may fit two tables alike; the base that another one shows serves all.  Canonical
     # names alone do not tell: how a file spells them and where its blocks end may have ruled a base out.
-    first = next((a for a in known if a.architecture.certainty is not Certainty.ASSUMED), known[0])
+    certain = [a for a in known if a.architecture.certainty is not Certainty.ASSUMED]
+    first = (certain or known)[0]
     for other in known:
         if other.architecture.value == first.architecture.value:
             continue
@@ -34,7 +36,30 @@ def common_base(adapters: Sequence[Adapter]) -> tuple[Fact[str | None], Architec
                 f"{first.provenance.path} for {first.architecture.value} ({first.architecture.source}): adapters of "
                 "different base models cannot be merged"
             )
-    return first.architecture, first.base
+    fact = first.architecture
+    if certain or fact.value is None:
+        return fact, first.base
+    left = [name for name in fact.others if name and all(name in _may_be(adapter) for adapter in known)]
+    if not left:
+        return Fact(fact.value, Certainty.DERIVED, "the one base model that all of the adapters fit"), first.base
+    return oldest(fact.value, left), first.base
+
+
+def carried_notes(adapters: Sequence[Adapter], fact: Fact[str | None]) -> tuple[str, ...]:
+    """What the adapters' readings told, each once, and of what a base model was assumed for only what holds of all, `fact`."""
+    out: dict[str, None] = {}
+    for adapter in adapters:
+        own = adapter.architecture
+        for note in adapter.provenance.notes:
+            if own.certainty is not Certainty.ASSUMED or note != noted(own):
+                out[note] = None
+            elif fact.certainty is Certainty.ASSUMED:
+                out[noted(fact)] = None
+    return tuple(out)
+
+
+def _may_be(adapter: Adapter) -> tuple[str | None, ...]:
+    return adapter.architecture.value, *adapter.architecture.others
 
 
 def _is_of(adapter: Adapter, base: Architecture | None) -> bool:
@@ -65,6 +90,7 @@ def notes(adapters: Sequence[Adapter]) -> list[str]:
 
 def insist(adapters: Sequence[Adapter]) -> None:
     """Raise for an adapter that no merge can take: scale 0, no scale, a changed base."""
+    _insist_on_same_layers(adapters)
     for adapter in adapters:
         if adapter.mutated_init:
             raise CannotRepresent(
@@ -89,6 +115,22 @@ def insist(adapters: Sequence[Adapter]) -> None:
                 )
 
 
+def _insist_on_same_layers(adapters: Sequence[Adapter]) -> None:
+    """Raise `UsageError` where one adapter is for a base whose layers are repeated, and another for the base itself."""
+    found: dict[str, str] = {}
+    for adapter in adapters:
+        for update in adapter:
+            found.setdefault(repr(update.options.get(REPLICATION)), adapter.provenance.path)
+    if len(found) > 1:
+        listed = ", ".join(f"{'none' if value == 'None' else value} ({path})" for value, path in found.items())
+        raise UsageError(
+            f"the adapters are for bases whose layers are repeated in different ways ({REPLICATION}): {listed}; what is called "
+            "the same layer is not, and they cannot be merged"
+        )
+
+
+REPLICATION = "layer_replication"
+"""The option of an update that says which layers of the base are repeated in the model that it is for."""
 _OWN_RULES = frozenset({"lora", "loha", "lokr", "ia3", "diff", "saved", "trainable_tokens", "bundled"})
 """Methods of which every part has a rule of merging."""
 
@@ -108,6 +150,12 @@ def _insist_on_delta(update: Update) -> None:
             f"{where}: {method.title} replaces numbers of {update.name} ({method.form}); it is not merged"
         )
     more = update.tensors.keys() & {"bias", "vector", "magnitude"}
+    unknown = method.needs_shape and "shape" not in update.options and method.weight_shape(update) is None
+    if unknown and not more and not method.acts_on_base(update):
+        raise CannotRepresent(
+            f"{where}: what {method.title} does to {update.name} needs the shape of its weight, which the tensors do not hold: "
+            "--base CONFIG of the base model says it"
+        )
     if method.acts_on_base(update) or more or method.weight_shape(update) is None:
         raise CannotRepresent(
             f"{where}: what {method.title} does to {update.name} is not a weight delta that the tensors alone hold; make a "

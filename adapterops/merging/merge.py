@@ -30,7 +30,7 @@ from adapterops.api import Result
 from adapterops.architectures import Architecture
 from adapterops.dialects.table import AlphaIn, Dialect
 from adapterops.errors import UnreadableFile, UsageError
-from adapterops.loading import PathLike
+from adapterops.loading import KEPT_FIELDS, PathLike
 from adapterops.merging import bases
 from adapterops.merging import weights as weighing
 from adapterops.merging.modules import WeightOf
@@ -53,6 +53,9 @@ _KEPT = ("ss_base_model_version", "ss_sd_model_name", "ss_sd_model_hash", "ss_ne
          "modelspec.resolution")  # fmt: skip
 """Header entries about the base model: kept where no adapter says otherwise.  What is about one training is not."""
 
+
+_AS_IN_RECIPES = {"format": "from", "fields": "set"}
+"""What recipes and the command line call the arguments of `load`, where that is something else."""
 
 Weights = Sequence[float | Mapping[str, Any]] | PathLike | None
 """A number an adapter, or a mapping as in a weights file; or the path of one."""
@@ -111,18 +114,20 @@ def merge(
 
     Raises the errors of `adapterops.errors`; nothing is left behind then.
     """
-    asked = recipe_of(sources, method, recipe, weights, space, reading, parameters)
     stated = {"to": to, "dtype": dtype, "fold_alpha": fold_alpha or None, "path": output and os.fspath(output)}
-    asked = replace(asked, output={**asked.output, **{k: v for k, v in stated.items() if v is not None}})
+    asked = recipe_of(sources, method, recipe, weights, space, reading, parameters, stated)
     started = time.perf_counter()
+    decides, shown = _deciding(asked), list[Sequence[Adapter]]()
 
     def target(adapters: Sequence[Adapter]) -> tuple[Format, Dialect, PathLike]:
         form, dialect = registry.find(asked.output.get("to") or adapters[0].provenance.dialect)
-        return form, dialect, asked.output.get("path") or ("merged" if form.is_folder else "merged.safetensors")
+        return form, dialect, asked.output.get("path") or ("merged" if form.is_folder else f"merged{form.suffixes[0]}")
 
     def look(adapters: Sequence[Adapter]) -> None:
-        form, _, place = target(adapters)
-        api.insist_on_place(place, form, adapters, overwrite)
+        shown.append(adapters)
+        if len(shown) > decides:
+            form, _, place = target(shown[decides])
+            api.insist_on_place(place, form, [adapter for step in shown for adapter in step], overwrite)
 
     def folds(dialect: Dialect) -> bool:
         # The scale that stacked factors keep is our own choice; where no reader asks for one there is none.
@@ -131,10 +136,15 @@ def merge(
     # Who lets keys go when reading lets go what the target cannot hold, too; the output lists both.
     drops = any(ref.reading.get("allow_drop") for step in asked.steps for ref in step.sources)
 
+    def own_fields(merged: Adapter) -> dict[str, Any]:
+        # What every source was read with (its scale, say) is not said again of what became of them.
+        taken = set(merged.provenance.given) - set(KEPT_FIELDS)
+        return {name: value for name, value in (fields or {}).items() if name not in taken}
+
     def ready(planned: Adapter) -> None:
         form, dialect, _ = target([planned])
         if not folds(dialect):
-            form.write(planned, Target(dialect, planned.base, dict(fields or {}), allow_drop=drops))
+            form.write(planned, Target(dialect, planned.base, own_fields(planned), allow_drop=drops))
 
     made = run(
         asked,
@@ -157,7 +167,7 @@ def merge(
         place,
         format=dialect.name,
         fold_alpha=folds(dialect),
-        fields=fields,
+        fields=own_fields(adapter),
         allow_drop=drops,
         overwrite=overwrite,
         verify=verify,
@@ -202,20 +212,43 @@ def recipe_of(
     space: str | None,
     reading: Mapping[str, Any] | None,
     parameters: Mapping[str, Any],
+    output: Mapping[str, Any] | None = None,
 ) -> Recipe:
-    """The recipe that the arguments of `merge` mean.  Raises `UsageError` where they contradict each other."""
+    """The recipe that the arguments of `merge` mean; `output` are its `to`, `dtype`, `fold_alpha` and `path`, where they are
+    given, and go before a recipe's own.
+
+    Raises `UsageError` where the arguments contradict each other.
+    """
+    found = _recipe_of(sources, method, recipe, weights, space, reading, parameters)
+    stated = {name: value for name, value in (output or {}).items() if value is not None}
+    return replace(found, output={**found.output, **stated})
+
+
+def _recipe_of(
+    sources: Sequence[PathLike],
+    method: str | None,
+    recipe: PathLike | Recipe | Mapping[str, Any] | None,
+    weights: Weights,
+    space: str | None,
+    reading: Mapping[str, Any] | None,
+    parameters: Mapping[str, Any],
+) -> Recipe:
     # The command line says False of every flag that is not there.
-    given = {n: v for n, v in parameters.items() if v is not None and not (v is False and n in FLAGS)}
+    given = {n: _plain(v) for n, v in parameters.items() if v is not None and not (v is False and n in FLAGS)}
+    read_with = {_AS_IN_RECIPES.get(n, n): _plain(v) for n, v in (reading or {}).items() if v is not None}
     if recipe is not None:
         stated = [
             *(["sources"] if sources else []),
-            *(n for n, v in (("method", method), ("weights", weights)) if v),
+            *(["method"] if method else []),
+            *(["weights"] if weights is not None else []),
+            *(["space"] if space else []),
             *given,
+            *read_with,
         ]
-        stated += ["space"] if space else []
         if stated:
             raise UsageError(
-                f"--recipe says it all; {', '.join(stated)} would contradict it: change the recipe instead"
+                f"--recipe says it all; {', '.join(stated)} would contradict it: change the recipe instead (--print-recipe "
+                "writes it out)"
             )
         if isinstance(recipe, Mapping):
             return build(recipe, "recipe")
@@ -225,6 +258,7 @@ def recipe_of(
         raise UsageError(f"--method says how to merge: {', '.join(METHODS)} (adapterops methods --merge explains them)")
     if isinstance(sources, str | os.PathLike):
         raise UsageError(f"sources is a list of paths, and not one path ({os.fspath(sources)})")
+    sources = list(sources)
     if any(isinstance(source, Adapter) for source in sources):
         raise UsageError("sources are paths; adapters that are loaded already are merged by combine")
     if not sources:
@@ -234,8 +268,7 @@ def recipe_of(
     found.settle(unknown)
     rules = _rules(weights, len(sources))
     described = [
-        {"path": os.fspath(path), "weight": rule.data(), **(reading or {})}
-        for path, rule in zip(sources, rules, strict=True)
+        {"path": os.fspath(path), "weight": rule.data(), **read_with} for path, rule in zip(sources, rules, strict=True)
     ]
     whole = {"method": method, "sources": described, **({"space": space} if space else {}), **given}
     try:
@@ -249,14 +282,33 @@ def recipe_of(
     return replace(made, steps=(replace(step, sources=refs, where=f"--method {method}"),))
 
 
+def _plain(value: Any) -> Any:
+    """A path as text, and a number of numpy or torch as Python's: what a recipe can hold."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if getattr(value, "ndim", None) == 0 else value
+
+
+def _deciding(recipe: Recipe) -> int:
+    """Which step has the source whose dialect is written, where nothing else is said: the first source of the last step, or
+    of the one whose result that is."""
+    numbers = {step.name: number for number, step in enumerate(recipe.steps)}
+    number = len(recipe.steps) - 1
+    while recipe.steps[number].sources[0].step:
+        number = numbers[recipe.steps[number].sources[0].step]
+    return number
+
+
 def _rules(weights: Weights, count: int) -> Sequence[weighing.WeightRule]:
     if weights is None:
         return [weighing.WeightRule() for _ in range(count)]
     if isinstance(weights, str | os.PathLike):
         return weighing.parse(os.fspath(weights), count)
+    if hasattr(weights, "tolist"):  # an array or a tensor
+        weights = weights.tolist()
     if not isinstance(weights, Sequence):
         raise UsageError(f"weights {weights!r}: give a list with one entry an adapter, or the path of a weights file")
-    rules = [weighing.entry(weight, f"weights: entry {n}") for n, weight in enumerate(weights, 1)]
+    rules = [weighing.entry(_plain(weight), f"weights: entry {n}") for n, weight in enumerate(weights, 1)]
     if len(rules) != count:
         raise UsageError(f"weights: {len(rules)} for {count} adapters; give one for each, in their order")
     return rules

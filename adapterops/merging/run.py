@@ -113,7 +113,7 @@ def combine(
     # What they have in common is asked of the adapters, not of what their weights leave.
     every = gather(adapters, [lambda component, module: 1.0] * len(adapters), base)
     bases.insist_on_overlap(adapters, [m.adapters for m in every], settings.allow_disjoint)
-    shared = sum(len(module.adapters) > 1 for module in every)
+    shared = len({(m.component, stacks.whole(m.component, m.name)) for m in every if len(m.adapters) > 1})
     notes, base_hash = bases.notes(adapters), ""
     if base_weights:
         opened = open_base(base_weights, {m.component for m in modules})
@@ -135,7 +135,7 @@ def combine(
             notes += told
     notes += _lone_notes(work, adapters)
     updates = stacks.together(updates, base)
-    empty = Adapter({}, fact, _provenance(adapters), dict(metadata or {}), _config(adapters), base)
+    empty = Adapter({}, fact, _provenance(adapters, fact), dict(metadata or {}), _config(adapters), base)
     merged = empty.with_updates(updates)
     if ready is not None and not all(_is_light(piece, dtype) for piece in work):
         spool.fill()
@@ -455,16 +455,17 @@ def _updates(piece: _Work, dtype: str | None) -> list[Update]:
     return out
 
 
-def _provenance(adapters: Sequence[Adapter]) -> Provenance:
+def _provenance(adapters: Sequence[Adapter], base: Fact[str | None]) -> Provenance:
     first = adapters[0].provenance
     paths = ", ".join(a.provenance.path for a in adapters)
     return Provenance(
         path=f"merge of {paths}",
         format=first.format,
         dialect=first.dialect,
-        notes=tuple(dict.fromkeys(n for a in adapters for n in a.provenance.notes)),
+        notes=bases.carried_notes(adapters, base),
         dropped=tuple(f"{a.provenance.path}: {k}" for a in adapters for k in a.provenance.dropped),
         size=sum(a.provenance.size for a in adapters),
+        given=tuple(n for n in first.given if all(n in a.provenance.given for a in adapters)),
     )
 
 

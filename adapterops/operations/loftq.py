@@ -22,6 +22,7 @@ from adapterops.adapter import Adapter, Update
 from adapterops.errors import CannotRepresent, UsageError
 from adapterops.linalg.loftq import difference_norm, split
 from adapterops.linalg.quant import Quantiser, quantiser
+from adapterops.loading import KEPT_FIELDS, insist_on_use
 from adapterops.methods import METHODS
 from adapterops.operations.kept import Keeper
 from adapterops.operations.loftq_weights import LoftqWeights
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     import torch
 
 Steps = Callable[[int, int], None]
-_FIELDS = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +142,8 @@ def loftq(
     )
     _insist_on_numbers(how, write_base)
     adapter = api.load(source, allow_drop=allow_drop, **dict(reading or {}))
+    fields = dict((reading or {}).get("fields") or {})
+    insist_on_use(adapter, fields, KEPT_FIELDS)
     form, dialect = registry.find(to or adapter.provenance.dialect)
     place = output if output is not None else api.default_output(source, form, dialect, "loftq")
     api.insist_on_place(place, form, [adapter], overwrite)
@@ -149,7 +151,6 @@ def loftq(
     own = LoftqWeights(open_base(base_weights, adapter.components), adapter)
     copy = _copy_of(own, write_base, target, overwrite)
     made, modules = _replaced(adapter, own, how, copy, _disk(target), progress)
-    fields = dict((reading or {}).get("fields") or {})
     with ExitStack() as stack:
         staged = None
         if copy is not None:
@@ -159,7 +160,7 @@ def loftq(
             made,
             place,
             format=to,
-            fields={name: value for name, value in fields.items() if name in _FIELDS},
+            fields={name: value for name, value in fields.items() if name in KEPT_FIELDS},
             allow_drop=allow_drop,
             overwrite=overwrite,
             verify=verify,

@@ -10,6 +10,7 @@ from typing import Any
 from adapterops import api, registry
 from adapterops.adapter import Adapter, Update
 from adapterops.errors import CannotRepresent, UsageError
+from adapterops.loading import KEPT_FIELDS, insist_on_use
 from adapterops.methods import METHODS
 from adapterops.operations.demutate import Sources, demutated
 from adapterops.operations.kept import Keeper
@@ -20,8 +21,6 @@ from adapterops.storage.base_weights import open_base
 from adapterops.storage.output import Progress, nothing
 from adapterops.storage.spool import Spool
 
-_KEPT_FIELDS = ("task_type", "base_model_name_or_path", "revision", "auto_mapping", "inference_mode")
-"""What a config says of an adapter whatever its method."""
 Steps = Callable[[int, int], None]
 
 
@@ -71,6 +70,8 @@ def to_lora(
     """
     budget = budget_of(rank, energy, error)
     adapter = api.load(source, allow_drop=allow_drop, **dict(reading or {}))
+    fields = dict((reading or {}).get("fields") or {})
+    insist_on_use(adapter, fields, KEPT_FIELDS)
     own_form = registry.find(adapter.provenance.dialect)[0]
     form, dialect = registry.find(to or own_form.for_lora or adapter.provenance.dialect)
     place = output if output is not None else api.default_output(source, form, dialect, "lora")
@@ -83,12 +84,11 @@ def to_lora(
         adapter, budget, base_weights, initial=first, residual_base=residual_base, accept_approximate=accept_approximate,
         dtype=dtype, allow_drop=allow_drop, folder=spool_folder, progress=progress,
     )  # fmt: skip
-    fields = dict((reading or {}).get("fields") or {})
     written = api.save(
         made,
         place,
         format=dialect.name,
-        fields={name: value for name, value in fields.items() if name in _KEPT_FIELDS},
+        fields={name: value for name, value in fields.items() if name in KEPT_FIELDS},
         allow_drop=allow_drop,
         overwrite=overwrite,
         verify=verify,
@@ -234,4 +234,4 @@ def _other_notes(adapter: Adapter) -> list[str]:
 
 
 def _travelling(fields: Mapping[str, Any], changed: bool) -> dict[str, Any]:
-    return {k: v for k, v in fields.items() if k in _KEPT_FIELDS} if changed else dict(fields)
+    return {k: v for k, v in fields.items() if k in KEPT_FIELDS} if changed else dict(fields)

@@ -19,7 +19,7 @@ from adapterops_formats.peft_kinds import KIND_OF, KINDS
 import adapterops as ao
 from adapterops import architectures, registry
 from adapterops.architectures import Architecture
-from adapterops.dialects.resolve import applies, book
+from adapterops.dialects.names import applies, book
 from adapterops.dialects.table import Dialect, Place, Suffix
 from adapterops.plugin import Format
 from fuzzing.sample import Sample, Tensor, numbers, read_pickle, read_safetensors, safetensors_bytes

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from outcome import Outcome
-from small_adapters import Numbers, Q, Tensors, file, lora, pair, peft
+from small_adapters import OUT, Numbers, Q, Tensors, file, lora, pair, peft
 
 Command = Callable[..., Outcome]
 
@@ -162,7 +162,7 @@ BROKEN: dict[str, Tensors] = {
     "lora, infinite": poisoned(lora(5), "lora_down", float("inf")),
     "lokr": poisoned(LOKR, "lokr_w2"),
     "diff": poisoned({f"{Q}.diff": torch.ones(320, 320)}, "diff"),
-    "bias": {**lora(5), **poisoned({f"{Q}.diff_b": torch.ones(320)}, "diff_b")},
+    "bias": {**lora(5), **poisoned({f"{OUT}.diff_b": torch.ones(320)}, "diff_b")},
     "norm": {**lora(5), **poisoned({f"{Q.replace('attn1_to_q', 'norm1')}.w_norm": torch.ones(320)}, "w_norm")},
     "embedding": {**lora(5), **poisoned({"bundle_emb.cat.emb_params": torch.ones(2, 768)}, "emb_params")},
 }
@@ -323,8 +323,8 @@ def test_a_saved_head_that_the_output_cannot_hold(command: Command, here: Path) 
 
 def test_a_bias_that_the_output_cannot_hold(command: Command, here: Path) -> None:
     for name in ("p", "q"):
-        file(here / f"{name}.safetensors", lora(4), {f"{Q}.diff_b": torch.full((320,), 6e4)})
-    refused(command, here, "p.safetensors q.safetensors --dtype float16 --method svd", "attn1.to_q", "--dtype float32")
+        file(here / f"{name}.safetensors", lora(4), {f"{OUT}.diff_b": torch.full((320,), 6e4)})
+    refused(command, here, "p.safetensors q.safetensors --dtype float16 --method svd", "attn1.to_out.0", "--dtype float32")
 
 
 @pytest.mark.parametrize("length", [0, 5, 100, -20])

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from small_adapters import NORM, Array, Numbers, Q, Tensors, added, close, deltas, file, lora, pair, peft, read
+from small_adapters import NORM, OUT, Array, Numbers, Q, Tensors, added, close, deltas, file, lora, pair, peft, read
 
 import adapterops as ao
 from adapterops.errors import CannotRepresent, UsageError
@@ -81,7 +81,7 @@ def elected(rows: list[Array]) -> Array:
 def norm_file(path: Path, seed: int) -> Path:
     numbers = Numbers(seed)
     changes = {f"{NORM}.w_norm": numbers(320), f"{NORM}.b_norm": numbers(320)}
-    return file(path, lora(seed), changes, {f"{Q}.diff_b": numbers(320)})
+    return file(path, lora(seed), changes, {f"{OUT}.diff_b": numbers(320)})
 
 
 def test_norms_and_biases_are_added_by_weight(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_norms_and_biases_are_added_by_weight(tmp_path: Path) -> None:
     out = tmp_path / "out.safetensors"
     ao.merge(sources, out, "svd", weights=WEIGHTS)
     read_out = read(out)
-    for module, role in ((NORM, "w_norm"), (NORM, "b_norm"), (Q, "diff_b")):
+    for module, role in ((NORM, "w_norm"), (NORM, "b_norm"), (OUT, "diff_b")):
         wanted = added(w * got[role] for w, got in weighted(sources, module))
         assert close(read_out[module][role], wanted, 1e-6), (module, role)
 
@@ -98,7 +98,7 @@ def test_a_norm_under_ties(tmp_path: Path) -> None:
     sources = [norm_file(tmp_path / "a.safetensors", 1), norm_file(tmp_path / "b.safetensors", 2)]
     out = tmp_path / "out.safetensors"
     ao.merge(sources, out, "ties", weights=WEIGHTS, density=0.25)
-    for module, role in ((NORM, "w_norm"), (NORM, "b_norm"), (Q, "diff_b")):
+    for module, role in ((NORM, "w_norm"), (NORM, "b_norm"), (OUT, "diff_b")):
         rows = [w * trimmed(got[role], 80) for w, got in weighted(sources, module)]
         assert close(read(out)[module][role], elected(rows), 1e-5), (module, role)
 
@@ -108,12 +108,12 @@ def test_a_method_of_two_directions_takes_a_vector_for_one(tmp_path: Path) -> No
     sources = [norm_file(tmp_path / "a.safetensors", 1), norm_file(tmp_path / "b.safetensors", 2)]
     out = tmp_path / "out.safetensors"
     ao.merge(sources, out, "slerp", weights=(0.75, 0.25))
-    one, two = (read(s)[Q]["diff_b"] for s in sources)
+    one, two = (read(s)[OUT]["diff_b"] for s in sources)
     long, longer = np.linalg.norm(one), np.linalg.norm(two)
     angle = np.arccos(one @ two / long / longer)
     arc = (np.sin(0.75 * angle) * one / long + np.sin(0.25 * angle) * two / longer) / np.sin(angle)
     wanted = (0.75 * long + 0.25 * longer) * arc
-    assert close(read(out)[Q]["diff_b"], wanted, 1e-5)
+    assert close(read(out)[OUT]["diff_b"], wanted, 1e-5)
 
 
 def test_vectors_of_other_lengths_are_of_other_bases(tmp_path: Path) -> None:
@@ -178,6 +178,6 @@ def test_lora_and_a_bias_difference_of_one_module(tmp_path: Path) -> None:
     sources = [norm_file(tmp_path / "a.safetensors", 1), file(tmp_path / "b.safetensors", lora(2))]
     out = tmp_path / "out.safetensors"
     ao.merge(sources, out, "cat", weights=WEIGHTS)
-    assert close(read(out)[Q]["diff_b"], WEIGHTS[0] * read(sources[0])[Q]["diff_b"], 1e-6)
+    assert close(read(out)[OUT]["diff_b"], WEIGHTS[0] * read(sources[0])[OUT]["diff_b"], 1e-6)
     wanted = added(w * deltas(s)[Q] for w, s in zip(WEIGHTS, sources, strict=True))
     assert close(deltas(out)[Q], wanted)

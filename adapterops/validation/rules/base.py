@@ -5,8 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from adapterops import registry
 from adapterops.adapter import Certainty
-from adapterops.architectures.declared import FIELDS, named
+from adapterops.architectures import load
+from adapterops.architectures.declared import FIELDS, IN_CONFIG, named
+from adapterops.dialects.read import Request
+from adapterops.errors import AdapterOpsError
 from adapterops.validation.registry import Checker, checker
 from adapterops.validation.rule import Finding, Needs, Rule, Severity
 from adapterops.validation.subject import Subject
@@ -36,8 +40,10 @@ UNKNOWN_BASE = Rule(
     "B303",
     "unknown-base",
     Severity.INFO,
-    why="The names belong to some base model, and to none that adapterops knows, so neither names nor shapes could be checked.",
-    remedy="Name the base: --arch NAME (adapterops architectures lists them), or --base with its config.json or its weights.",
+    why="The names belong to some base model that adapterops does not know, or to a text encoder of which it has no table, so "
+    "neither names nor shapes could be checked.",
+    remedy="Name the base: --arch NAME (adapterops architectures lists them), or --base with its config.json, its weights or its "
+    "pipeline's folder.",
     fires="lora_unet_some_block_q.lora_down.weight",
     passes="lora_unet_down_blocks_0_attentions_0_…_to_q.lora_down.weight",
     faults=("unknown-architecture",),
@@ -66,7 +72,7 @@ def declared(subject: Subject) -> Iterator[Finding]:
     found = adapter.architecture.value
     for place, file, value in _declarations(subject):
         said = named(value)
-        if said and found not in said:
+        if said and found not in said and not any(_spelled_for(subject, name) for name in said):
             yield OTHER_BASE.found(
                 file,
                 f"{place} is {value[:80]!r} ({said[0]}), but the modules and their shapes are those of {found}",
@@ -75,11 +81,24 @@ def declared(subject: Subject) -> Iterator[Finding]:
             return
 
 
+def _spelled_for(subject: Subject, base: str) -> bool:
+    """Whether the keys may as well be the modules of another built-in base model, in another spelling."""
+    if subject.source is None:
+        return False
+    architecture = load(base)
+    try:
+        form, reading = registry.recognise(subject.source, None, architecture)
+        form.read(subject.source, reading, Request(architecture, repair=True))
+    except AdapterOpsError:
+        return False
+    return True
+
+
 def _declarations(subject: Subject) -> Iterator[tuple[str, str, str]]:
     """What the config, the header and the card call the base: the field, the file, the name."""
-    base = (subject.config or {}).get("base_model_name_or_path")
+    base = (subject.config or {}).get(IN_CONFIG)
     if isinstance(base, str):
-        yield "base_model_name_or_path", subject.config_path, base
+        yield IN_CONFIG, subject.config_path, base
     for field in FIELDS:
         if field in subject.metadata:
             yield field, subject.weights, subject.metadata[field]

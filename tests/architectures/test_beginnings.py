@@ -1,0 +1,61 @@
+"""How names begin, told by the lines of the files, against the files parsed."""
+
+from __future__ import annotations
+
+import pytest
+
+from adapterops.architectures import beginnings_of, load, names
+from adapterops.architectures.beginnings import ANYTHING, beginnings, lines
+
+COMPONENTS = [(name, component) for name in names() for component in load(name).components]
+
+
+@pytest.mark.parametrize(("name", "component"), COMPONENTS)
+@pytest.mark.parametrize("column", ["canonical", "original"])
+def test_lines_tell_what_the_parsed_file_tells(name: str, component: str, column: str) -> None:
+    architecture = load(name)
+    told = beginnings_of(architecture, component, column)
+    parsed = architecture.components[component]
+    assert told == (ANYTHING if parsed.optional_prefix else parsed.stems[column])
+    every = [*parsed.modules.values(), *parsed.fused.values(), *parsed.parameters.values()]
+    spelled = [spec.name if column == "canonical" else spec.original for spec in every]
+    assert all(name.startswith(tuple(told)) for name in spelled if name)
+
+
+def test_a_files_lines() -> None:
+    text = """
+include = ["one", "two"]
+[templates]
+# canonical names without quotes are none
+block = [
+  { for = { p = ["q", "k"] }, canonical = "to_{p}", original = "", linear = [1, 1] },
+  { canonical = "", original = "mid.x", use = "inner", with = { in = 2 } },
+]
+inner = [
+  { canonical = "proj.0", linear = [1, 1] },
+]
+
+[components.unet]
+class = "some.Class"
+rows = [{ canonical = "", use = "block" }, { canonical = "end.norm", norm = [1] }]
+
+[components.unet.config]
+size = 1
+
+[components.text_encoder]
+of = "other"
+
+[components.text_encoder_2]
+optional_prefix = "text_model."
+rows = [
+  { canonical = "first", use = "inner" },
+]
+"""
+    found = lines(text)
+    assert found.include == ("one", "two")
+    assert dict(found.of) == {"text_encoder": "other"}
+    assert found.prefixed == {"text_encoder_2"}
+    rows = found.components["unet"]
+    assert beginnings(rows, found.templates.__getitem__, False) == {"to_", "proj", "end"}
+    assert beginnings(rows, found.templates.__getitem__, True) == {"mid", "end"}
+    assert beginnings(found.components["text_encoder_2"], found.templates.__getitem__, True) == {"first"}
