@@ -51,9 +51,6 @@ from adapterops.plugin import (
 
 _A_B = (Suffix(".lora_A.weight", "lora", "A"), Suffix(".lora_B.weight", "lora", "B"))
 _SET = (Suffix(".set_weight", "saved", "weight"),)
-_NO_TABLE = (
-    "no table of that base model is built in; where diffusers has the same names, --base CONFIG of its model is enough"
-)
 _EMBEDDINGS_APART = (
     "ComfyUI loads none from a LoRA's file; it does from a copy of it, named after the token, in models/embeddings"
 )
@@ -65,20 +62,32 @@ def _dialect(name: str, title: str, pair: tuple[Suffix, ...], example: str, *can
     suffixes = (*pair, *LYCORIS, *_SET, MODULATION)
     called = dict.fromkeys(canonical, "canonical")
 
-    def encoder(component: str, name: str, *only: str) -> Place:
-        return Place(component, f"text_encoders.{name}.transformer.", suffixes, only=frozenset(only))
+    def encoder(component: str, name: str, *only: str, stem: str = "") -> Place:
+        return Place(component, f"text_encoders.{name}.transformer.{stem}", suffixes, only=frozenset(only))
 
     return Dialect(
         name=name,
         format="comfy",
         title=title,
         places=(
+            # Anima's conditioner is a part of its authors' transformer.
+            Place("text_conditioner", "diffusion_model.llm_adapter.", suffixes),
             Place("unet", "diffusion_model.", suffixes, ("transformer",), names="original", names_in=called),
             encoder("text_encoder", "clip_l", "sd1", "sdxl", "sd3", "flux"),
             encoder("text_encoder", "clip_h", "sd2"),
+            encoder("text_encoder", "qwen3_06b", "anima", stem="model."),
+            encoder("text_encoder", "gemma2_2b", "lumina2", stem="model."),
             encoder("text_encoder_2", "clip_g", "sdxl", "sd3"),
-            # T5 is the third encoder of SD3 and the second of Flux.1.
-            replace(encoder("text_encoder_3", "t5xxl", "sd3", "flux"), instead=("text_encoder_2",)),
+            # T5 is the third encoder of SD3, the second of Flux.1 and the only one of Chroma, which is of Flux.1's family.
+            replace(
+                encoder("text_encoder_3", "t5xxl", "sd3", "flux"),
+                instead=("text_encoder_2", "text_encoder"),
+                usual=frozenset({"chroma"}),
+            ),
+            encoder("text_encoder", "qwen25_7b", "qwen_image"),
+            # LlamaModel as Comfy wraps it, and as OneTrainer saves it.
+            encoder("text_encoder", "llama", "hunyuan_video", stem="model."),
+            encoder("text_encoder", "llama", "hunyuan_video"),
             EMBEDDINGS,
         ),
         alpha=AlphaIn.TENSOR,
@@ -93,7 +102,11 @@ ORIGINAL = Dialect(
     name="onetrainer-original",
     format="comfy",
     title="the authors' bare names with alpha (OneTrainer's ORIGINAL)",
-    places=(Place("unet", "", (*_A_B, *LYCORIS), ("transformer",), names="original"),),
+    places=(
+        # Anima's own checkpoint has its transformer's names behind this, and so has the file.
+        Place("transformer", "net.", (*_A_B, *LYCORIS), names="original", only=frozenset({"anima"})),
+        Place("unet", "", (*_A_B, *LYCORIS), ("transformer",), names="original"),
+    ),
     alpha=AlphaIn.TENSOR,
     convention="rank",
     unread=UNREAD,
@@ -140,14 +153,6 @@ class Comfy(Format):
     foreign = {
         r"\.reshape_weight$": "widens a module of the base (a control adapter converted for Comfy); this version does not "
         "convert it: name the file that it was made from",
-        **{
-            rf"^diffusion_model\.{names}": f"belongs to an adapter of {base} by its authors' names; {_NO_TABLE}"
-            for base, names in {
-                "Anima": r"blocks\.\d+\.(cross|self)_attn\.\w+_proj\.",
-                "Lumina 2": r"(layers|noise_refiner|context_refiner)\.\d+\.(attention|feed_forward|adaLN)",
-                "HiDream": r"(double|single)_stream_blocks\.",
-            }.items()
-        },
     }
 
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:

@@ -67,7 +67,7 @@ from adapterops.plugin import (
 )
 
 METADATA_KEY = "lora_adapter_metadata"
-COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior")
+COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior", "text_conditioner")
 
 _PAIR = (Suffix(".lora.down.weight", "lora", "A"), Suffix(".lora.up.weight", "lora", "B"))
 _ENCODER_PAIR = (
@@ -184,8 +184,15 @@ DIFFSYNTH = Dialect(
     name="diffsynth",
     format="diffusers",
     title="diffusers' names without a component, peft's factors (DiffSynth)",
-    # DiffSynth has its own classes: of Wan those have the authors' names, of Qwen-Image diffusers'.
-    places=(Place("transformer", "", LORA, names_in={"wan_14b": "original"}),),
+    # DiffSynth has its own classes: of these they have the authors' names, of Qwen-Image and others diffusers'.
+    places=(
+        Place(
+            "transformer",
+            "",
+            LORA,
+            names_in=dict.fromkeys(("wan_14b", "anima", "krea2", "ideogram4"), "original"),
+        ),
+    ),
     alpha=AlphaIn.NOWHERE,
     convention="rank",
     vectors=True,

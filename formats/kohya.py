@@ -43,10 +43,16 @@ SUFFIXES = (*DOWN_UP, *LYCORIS, *IA3)
 ENCODERS = (
     Place("text_encoder", "lora_te_", SUFFIXES, flat=True, only=frozenset({ONE_ENCODER})),
     # diffusers' own export calls the encoder of SD 1.x so, too; it is read, and written only where there are two.
-    Place("text_encoder", "lora_te1_", SUFFIXES, flat=True, usual=frozenset({TWO_ENCODERS})),
+    # Chroma's one encoder is T5, which OneTrainer and Comfy call so, and sd-scripts as Flux.1's.
+    Place("text_encoder", "lora_te1_", SUFFIXES, flat=True, usual=frozenset({TWO_ENCODERS, "chroma"})),
     # T5 is the third encoder of SD3 and the second of Flux.1; sd-scripts gives it one name, OneTrainer another.
     Place(
-        "text_encoder_3", "lora_te3_", SUFFIXES, instead=("text_encoder_2",), flat=True, only=frozenset({"flux", "sd3"})
+        "text_encoder_3",
+        "lora_te3_",
+        SUFFIXES,
+        instead=("text_encoder_2", "text_encoder"),
+        flat=True,
+        only=frozenset({"flux", "sd3"}),
     ),
     Place("text_encoder_2", "lora_te2_", SUFFIXES, flat=True),
     EMBEDDINGS,
@@ -58,6 +64,8 @@ KOHYA = Dialect(
     format="kohya",
     title="Kohya",
     places=(
+        # Anima's conditioner is a part of its authors' transformer.
+        Place("text_conditioner", "lora_unet_llm_adapter_", SUFFIXES, flat=True),
         Place("unet", "lora_unet_", SUFFIXES, ("transformer",), names="original", names_in=_AS_DIFFUSERS, flat=True),
         *ENCODERS,
     ),
@@ -84,7 +92,8 @@ ONETRAINER = Dialect(
         Place("transformer", "lora_transformer_", SUFFIXES, flat=True),
         Place("prior", "lora_prior_unet_", SUFFIXES, flat=True),
         Place("text_encoder", "lora_te1_", SUFFIXES, flat=True),
-        Place("text_encoder", "lora_te_", SUFFIXES, flat=True),
+        # So only where it saves Chroma, whose one encoder has no number.
+        Place("text_encoder", "lora_te_", SUFFIXES, flat=True, usual=frozenset({"chroma"})),
         Place("text_encoder_2", "lora_te2_", SUFFIXES, flat=True),
         Place("text_encoder_3", "lora_te3_", SUFFIXES, flat=True),
         EMBEDDINGS,
@@ -149,13 +158,6 @@ class Kohya(Format):
             "included; multiply it into the module's lora_up, hada_w1_a, lokr_w1 or lokr_w1_a and take it out, or take it "
             "out with --allow-drop, and its module with it"
         ),
-        **{
-            rf"^lora_unet_{names}": f"belongs to an adapter of {base} in Kohya's spelling; {_LATER}"
-            for base, names in {
-                "Anima": r"blocks_\d+_(cross|self)_attn_\w+_proj\.",
-                "Lumina 2": r"(layers|noise_refiner|context_refiner)_\d+_(attention|feed_forward|adaLN)",
-            }.items()
-        },
     }
 
     # Conversions by hand that replaced every dot, or put the prefix before a name that had its component already.

@@ -151,6 +151,73 @@ def test_diffusers_converts_hunyuan_video_and_ltx_as_the_rows_say(name: str) -> 
     assert differences(convert_checkpoint(checkpoint), expected) == []
 
 
+def test_diffusers_converts_anima_as_the_rows_say() -> None:
+    component = small("anima", num_layers=2)
+    checkpoint, expected = numbered(component)
+    assert differences(convert("cosmos", {f"net.{key}": rows for key, rows in checkpoint.items()}), expected) == []
+
+
+def test_diffusers_converts_ltx_2_3_as_the_rows_say() -> None:
+    """By its conversion of adapters: that of checkpoints leaves what 2.3 has besides as it is."""
+    component = small("ltx_2_3", num_layers=2)
+    checkpoint, expected = numbered(component)
+    for spec in component.parameters.values():
+        checkpoint[spec.original] = expected[spec.name] = torch.tensor([len(expected)])
+    conversion: Any = importlib.import_module("diffusers.loaders.lora_conversion_utils")
+    converted = conversion._convert_non_diffusers_ltx2_lora_to_diffusers(
+        {f"diffusion_model.{key}": rows for key, rows in checkpoint.items()}
+    )
+    assert differences(converted, {f"transformer.{key}": rows for key, rows in expected.items()}) == []
+
+
+def test_diffusers_converts_krea_2_as_the_rows_say() -> None:
+    component = small("krea2", num_layers=2)
+    checkpoint, expected = numbered(component)
+    norms = [key for key in checkpoint if "norm" in key or key.startswith("txtmlp.0.")]
+    checkpoint |= {key.removesuffix("weight") + "scale": checkpoint.pop(key) for key in norms}
+    for spec in component.parameters.values():
+        # A block's table is flattened in the checkpoint.
+        checkpoint[spec.original] = torch.arange(12)
+        expected[spec.name] = torch.arange(12).reshape(6, 2) if spec.shape[0] == 6 else torch.arange(12)
+    assert differences(convert("krea2", checkpoint), expected) == []
+    assert not checkpoint
+
+
+def test_diffusers_converts_ideogram_4_as_the_rows_say() -> None:
+    """By its conversion of adapters, which knows the linear layers of blocks; it has none of checkpoints."""
+
+    def linear(rows: dict[str, Any]) -> dict[str, Any]:
+        every = {key.removesuffix(".weight"): own for key, own in rows.items() if key.endswith(".weight")}
+        return {key: own for key, own in every.items() if key.startswith("layers.") and "norm" not in key}
+
+    checkpoint, expected = (linear(rows) for rows in numbered(small("ideogram4", num_layers=2)))
+    adapter = {f"diffusion_model.{key}.lora_B.weight": rows for key, rows in checkpoint.items()}
+    adapter |= {f"diffusion_model.{key}.lora_A.weight": torch.ones(1, 1) for key in checkpoint}
+    conversion: Any = importlib.import_module("diffusers.loaders.lora_conversion_utils")
+    converted = conversion._convert_non_diffusers_ideogram4_lora_to_diffusers(adapter)
+    made = {key.removesuffix(".lora_B.weight"): rows.long() for key, rows in converted.items() if ".lora_B." in key}
+    assert len(expected) == 2 * 8
+    assert differences(made, {f"transformer.{key}": rows for key, rows in expected.items()}) == []
+
+
+def test_diffusers_converts_auraflow_as_the_rows_say() -> None:
+    component = small("auraflow", num_mmdit_layers=2, num_single_dit_layers=2)
+    checkpoint, expected = numbered(component)
+    for spec in component.parameters.values():
+        checkpoint[spec.original] = expected[spec.name] = torch.tensor([len(expected)])
+    assert differences(convert("auraflow", checkpoint), expected) == []
+    assert not checkpoint
+
+
+def test_diffusers_converts_lumina_2_as_the_rows_say() -> None:
+    component = small("lumina2", num_layers=2)
+    checkpoint, expected = numbered(component)
+    conversion: Any = importlib.import_module("diffusers.loaders.single_file_utils")
+    assert differences(conversion.convert_lumina2_to_diffusers(checkpoint), expected) == []
+    assert not checkpoint
+    assert {key.rpartition(".")[0] for key in expected} == set(component.modules)
+
+
 def test_diffusers_converts_chroma_as_the_rows_say() -> None:
     component = small("chroma", num_layers=2, num_single_layers=2, approximator_layers=2)
     checkpoint, expected = numbered(component)

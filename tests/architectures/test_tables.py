@@ -90,7 +90,18 @@ def test_kinds_are_those_of_the_classes_modules(name: str, component_name: str) 
         torch.nn.GroupNorm: "norm",
         torch.nn.RMSNorm: "norm",
         importlib.import_module("diffusers.models.normalization").RMSNorm: "norm",
-        importlib.import_module("transformers.models.t5.modeling_t5").T5LayerNorm: "norm",
+        **{
+            getattr(importlib.import_module(f"transformers.models.{model}.modeling_{model}"), norm): "norm"
+            for model, norm in (
+                ("t5", "T5LayerNorm"),
+                ("qwen3", "Qwen3RMSNorm"),
+                ("gemma2", "Gemma2RMSNorm"),
+                ("llama", "LlamaRMSNorm"),
+            )
+        },
+        importlib.import_module("diffusers.models.transformers.transformer_krea2").Krea2RMSNorm: "norm",
+        # The gate of a mixture of experts: a weight of its own, by which it multiplies.
+        importlib.import_module("diffusers.models.transformers.transformer_hidream_image").MoEGate: "linear",
     }
     modules = dict(build(name, component_name).named_modules())
     for spec in load(name).components[component_name].modules.values():

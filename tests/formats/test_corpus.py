@@ -26,9 +26,8 @@ REFUSED = {
     "finegates": "peft_type is FINEGATES",
     "softprompt-json": "holds a pickle as text",
     "output.pt": "bare Tensor",
-    "invokeai-anima_lora_kohya": "Anima",
-    "invokeai-anima_lora_lokr": "Anima",
-    "invokeai-anima_lora_peft": "Anima",
+    "invokeai-anima_lora_lokr": "fits none of the known base models",  # made up
+    "invokeai-anima_lora": "cannot act on",  # made up: what comes from the text has 1024 inputs, not 2048
     "invokeai-flux_lokr_bfl": "fits none of the known base models",  # made up: 32·32 rows are no Flux.1
     "invokeai-flux_lora_diffusers_base_model": "PEFT stores",
     "invokeai-qwen_image_lora_kohya": "fits none of the known base models",  # made up, too

@@ -389,6 +389,7 @@ LTX_2: Modules = {
     "transformer_blocks.47.audio_to_video_attn.to_q": (2048, 4096),
     "transformer_blocks.47.video_to_audio_attn.to_k": (2048, 4096),
     "transformer_blocks.1.audio_ff.net.0.proj": (8192, 2048),
+    "audio_caption_projection.linear_1": (2048, 3840),
 }
 LTX_2_AROUND: Modules = {
     "patchify_proj": (4096, 128),
@@ -397,7 +398,6 @@ LTX_2_AROUND: Modules = {
     "audio_adaln_single.emb.timestep_embedder.linear_1": (2048, 256),
     "av_ca_a2v_gate_adaln_single.linear": (4096, 4096),
     "av_ca_audio_scale_shift_adaln_single.linear": (8192, 2048),
-    "audio_caption_projection.linear_1": (2048, 3840),
 }
 
 
@@ -422,8 +422,8 @@ def test_what_ltx_2_and_the_13b_share_is_told(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", comfy(modules))
     found = ao.inspect(path)
     assert (found.architecture.value, found.architecture.certainty) == ("ltx_13b", Certainty.ASSUMED)
-    assert any("fit ltx_13b and ltx_2 alike" in note for note in found.notes)
-    said = ao.inspect(write(tmp_path / "b.safetensors", comfy(modules), ss_base_model_version="ltx2"))
+    assert any("fit ltx_13b and ltx_2, ltx_2_3 alike" in note for note in found.notes)
+    said = ao.inspect(write(tmp_path / "b.safetensors", comfy(modules), ss_base_model_version="Lightricks/LTX-2"))
     assert (said.architecture.value, said.architecture.certainty) == ("ltx_2", Certainty.READ)
     for base in ("ltx_13b", "ltx_2"):
         ao.convert(path, "diffusers", tmp_path / f"{base}.safetensors", arch=base)

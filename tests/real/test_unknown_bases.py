@@ -20,12 +20,9 @@ LARGER = {
     **{f"single_blocks.{i}.linear1": (21504, 3072) for i in range(48)},
 }
 """Modules of an invented base: many of Flux.1's and HunyuanVideo's names, flattened, in their sizes."""
-HIDREAM = {
-    "double_stream_blocks.0.block.attn1.to_q": (2560, 2560),
-    "single_stream_blocks.0.block.attn1.to_k": (2560, 2560),
-}
-ANIMA = {"blocks.0.self_attn.q_proj": (2048, 2048), "blocks.27.mlp.layer2": (2048, 8192)}
-LUMINA = {"layers.0.attention.qkv": (3840, 2304), "noise_refiner.1.feed_forward.w1": (9216, 2304)}
+OWN_NAMES = {"trunk.0.mixing.wq": (2304, 2304), "trunk.27.widening.up": (9216, 2304)}
+"""Modules of an invented base whose names no other has."""
+ANOTHER_COSMOS = {"blocks.0.self_attn.q_proj": (5120, 5120), "blocks.35.mlp.layer2": (5120, 20480)}
 FLUX_OF_ANOTHER_SIZE = {"double_blocks.0.img_attn.proj": (5120, 5120), "single_blocks.47.linear2": (5120, 20480)}
 
 
@@ -40,11 +37,9 @@ def musubi(modules: dict[str, tuple[int, int]]) -> Tensors:
 
 
 CASES = {
-    "Anima, Comfy": (comfy, ANIMA, "Anima"),
-    "Anima, sd-scripts": (musubi, ANIMA, "Anima"),
-    "Lumina 2, Comfy": (comfy, LUMINA, "Lumina 2"),
-    "Lumina 2, sd-scripts": (musubi, LUMINA, "Lumina 2"),
-    "HiDream, Comfy": (comfy, HIDREAM, "HiDream"),
+    "names of its own, Comfy": (comfy, OWN_NAMES, "in none of the known base models"),
+    "names of its own, musubi-tuner": (musubi, OWN_NAMES, "in none of the known base models"),
+    "a Cosmos of no known size, Comfy": (comfy, ANOTHER_COSMOS, "fits none of the known base models"),
     "a larger one, musubi-tuner": (musubi, LARGER, "in none of the known base models"),
     "a Flux of no known size, Comfy": (comfy, FLUX_OF_ANOTHER_SIZE, "fits none of the known base models"),
 }
@@ -66,18 +61,18 @@ def test_they_are_looked_at_and_refused(name: str, tmp_path: Path) -> None:
 
 
 def test_the_command_looks_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(tmp_path / "a.safetensors", comfy(ANIMA))
+    path = write(tmp_path / "a.safetensors", comfy(OWN_NAMES))
     run(["inspect", str(path), "--json"])
-    assert json.loads(capsys.readouterr().out)["modules"] == len(ANIMA)
+    assert json.loads(capsys.readouterr().out)["modules"] == len(OWN_NAMES)
     with pytest.raises(SystemExit) as stop:
         run(["inspect", str(path), "--config"])
     assert stop.value.code == 2
-    assert "Anima" in capsys.readouterr().err
+    assert "in none of the known base models" in capsys.readouterr().err
 
 
 def test_a_broken_file_of_an_unknown_base_is_still_refused(tmp_path: Path) -> None:
-    tensors = comfy(ANIMA)
-    del tensors["diffusion_model.blocks.0.self_attn.q_proj.lora_A.weight"]
+    tensors = comfy(OWN_NAMES)
+    del tensors["diffusion_model.trunk.0.mixing.wq.lora_A.weight"]
     path = write(tmp_path / "a.safetensors", tensors)
     with pytest.raises(AdapterOpsError):
         ao.inspect(path)
