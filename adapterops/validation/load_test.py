@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
+from math import isnan, nan
 from typing import Any
 
 from adapterops.adapter import Update
@@ -25,17 +26,11 @@ from adapterops.validation.skeleton import NoSkeleton, skeleton
 from adapterops.validation.subject import Subject
 
 _NAME = "default"
-_MIXINS = {
-    "sd1": "StableDiffusionLoraLoaderMixin",
-    "sd2": "StableDiffusionLoraLoaderMixin",
-    "sdxl": "StableDiffusionXLLoraLoaderMixin",
-    "sd3": "SD3LoraLoaderMixin",
-    "flux": "FluxLoraLoaderMixin",
-    "qwen_image": "QwenImageLoraLoaderMixin",
-}
-"""The classes of diffusers' `loaders/lora_pipeline.py` that load adapters for each base model."""
-_UNBAKED = ("sd1", "sd2", "sdxl")
-"""Where the scale stays beside the factors; elsewhere diffusers multiplies it into them."""
+_INPUTS = 4
+"""So many random inputs are sent through a module's factors."""
+_ROUNDING = 2**-5
+"""How far what a module adds may be from what it should, as a part of the largest number: scales are multiplied into factors of
+16 bits."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +44,8 @@ class Outcome:
     """Modules of the model that got an adapter for which there are no tensors."""
     scales: tuple[str, ...] = ()
     first_scale: str = ""
+    others: tuple[str, ...] = ()
+    """Keys of modules that add something else than the adapter says."""
 
     @property
     def said_left_out(self) -> str:
@@ -64,6 +61,11 @@ class Outcome:
     def said_scales(self) -> str:
         """In words what scales differ."""
         return f"modules that have another scale than the file says: {len(self.scales)} (first {self.first_scale})"
+
+    @property
+    def said_others(self) -> str:
+        """In words what computes something else."""
+        return f"modules that add something else than the file says: {len(self.others)} ({several(self.others)})"
 
 
 def run(subject: Subject) -> Iterator[tuple[str, Outcome]]:
@@ -119,7 +121,7 @@ def _peft(subject: Subject) -> Outcome:
     lost = {key.replace(f".{_NAME}.", ".", 1).removesuffix(f".{_NAME}") for key in result.unexpected_keys}
     left = [key for key in subject.tensors if key in lost]
     layers = {name.removeprefix("base_model.model."): layer for name, layer in _layers(made)}
-    return _compared(subject, list(subject.updates), layers, left, scales=True)
+    return _compared(subject, list(subject.updates), layers, left)
 
 
 def _harmless(config: Any) -> None:
@@ -140,18 +142,22 @@ def _base_model(subject: Subject) -> Any:
 
 
 def _diffusers(subject: Subject) -> Outcome:
-    from adapterops.validation.rules.loader_facts import architecture as family_of
+    from adapterops.validation.rules.diffusers_reads import loader_of
 
     base = subject.options.architecture or (subject.adapter.base if subject.adapter is not None else None)
-    family = family_of(subject)
-    if base is None or family not in _MIXINS:
+    loader = loader_of(subject)
+    if base is None or loader is None:
         return Outcome(not_tried="the base model is not known; give --arch or --base")
     if subject.is_folder:
         return Outcome(not_tried="loads files, not PEFT folders; name the file, or --targets peft")
-    pipe = _pipeline(getattr(import_module("diffusers.loaders.lora_pipeline"), _MIXINS[family]), base)
+    mixin = getattr(import_module("diffusers.loaders.lora_pipeline"), f"{loader.mixin}LoraLoaderMixin", None)
+    if mixin is None:
+        return Outcome(not_tried=f"the installed diffusers has no {loader.mixin}LoraLoaderMixin")
+    pipe = _pipeline(mixin, base)
     path = subject.place.folder.fetch(subject.place.name)
     try:
-        pipe.load_lora_weights(path, adapter_name=_NAME)
+        with _factors_kept():
+            pipe.load_lora_weights(path, adapter_name=_NAME)
     except Exception as error:  # noqa: BLE001 - whatever the library raises is what is to be told
         return Outcome(refused=_told(error))
     layers: dict[str, Any] = {}
@@ -159,8 +165,20 @@ def _diffusers(subject: Subject) -> Outcome:
         own = base.components[name]
         for module, layer in _layers(model):
             layers[f"{name}: {_plain(module, own)}"] = layer
-    updates = list(subject.updates)
-    return _compared(subject, updates, layers, [], scales=family in _UNBAKED, base=base)
+    return _compared(subject, list(subject.updates), layers, [], base=base)
+
+
+@contextmanager
+def _factors_kept() -> Iterator[None]:
+    """While an adapter is loaded into a model without weights, peft leaves its tensors as they are: it would move them to where
+    the model's are, which is nowhere."""
+    layer: Any = import_module("peft.tuners.tuners_utils").BaseTunerLayer
+    moves = layer._move_adapter_to_device_of_base_layer
+    try:
+        layer._move_adapter_to_device_of_base_layer = lambda self, adapter_name, device=None: None
+        yield
+    finally:
+        layer._move_adapter_to_device_of_base_layer = moves
 
 
 def _pipeline(mixin: Any, base: Architecture) -> Any:
@@ -211,46 +229,118 @@ def _compared(
     layers: dict[str, Any],
     left: list[str],
     *,
-    scales: bool,
     base: Architecture | None = None,
 ) -> Outcome:
     """What the adapter says of its modules against the layers that the library made."""
     stated = {u.key: u for u in subject.adapter.as_stated()} if subject.adapter is not None else {}
     wrong: list[str] = []
+    others: list[str] = []
     first = ""
     reached: set[str] = set()
     for update in updates:
-        names = _names(update if base is not None else stated.get(update.key, update), base)
+        pieces = _pieces(update if base is not None else stated.get(update.key, update), base)
+        names = list(dict.fromkeys(name for name, _ in pieces))
         if update.method in ("saved", "diff", "trainable_tokens"):
-            if base is not None:
+            if base is not None and not (len(names) == 1 and _difference_taken(update, layers.get(names[0]))):
                 left += [t.key for t in update.tensors.values()]
+            reached.update(name for name in names if name in layers)
             continue
-        found = [layers[name] for name in names if name in layers]
         reached.update(name for name in names if name in layers)
-        if len(found) < len(names):
+        if any(name not in layers for name in names):
             left += [t.key for t in update.tensors.values()]
             continue
+        found = [layers[name] for name in names]
         magnitude = update.tensors.get("magnitude")
         if magnitude is not None and not all(getattr(layer, "use_dora", {}).get(_NAME) for layer in found):
             left.append(magnitude.key)
-        said = _scale(update) if scales else None
-        applied = getattr(found[0], "scaling", {}).get(_NAME)
-        if said is not None and isinstance(applied, float | int) and abs(said - applied) > 2**-7 * max(said, applied):
-            key = next(iter(update.tensors.values())).key
-            first = first or f"{key}: {applied:g} in the model, {said:g} in the file"
+        key = next(iter(update.tensors.values())).key
+        said, applied = _scale(update), _applied(update, [(layers[name], rows) for name, rows in pieces])
+        if said is None or applied is None:
+            continue
+        if isnan(applied):
+            others.append(key)
+        elif abs(said - applied) > 2**-7 * max(said, applied):
+            first = first or f"{key}: {applied:.4g} in the model, {said:.4g} in the file"
             wrong.append(key)
     empty = [name for name, layer in layers.items() if name not in reached and _on_meta(layer)]
-    return Outcome(left_out=tuple(dict.fromkeys(left)), empty=tuple(empty), scales=tuple(wrong), first_scale=first)
+    return Outcome(
+        left_out=tuple(dict.fromkeys(left)),
+        empty=tuple(empty),
+        scales=tuple(wrong),
+        first_scale=first,
+        others=tuple(others),
+    )
 
 
-def _names(update: Update, base: Architecture | None) -> list[str]:
-    """The names under which the model has the update's module: several, where the file's is a fused one."""
+def _applied(update: Update, pieces: list[tuple[Any, slice]]) -> float | None:
+    """The scale with which the layers apply a LoRA; NaN where what they add is no multiple of it, None where that is not known.
+
+    Where the model has the factors themselves, what they make of a few inputs decides, since libraries multiply scales into
+    them; else what the first layer says.
+    """
+    import torch
+
+    a, b = update.tensors.get("A"), update.tensors.get("B")
+    made = [_made(layer) for layer, _ in pieces]
+    if a is None or b is None or "mid" in update.tensors or any(one is None for one in made):
+        scaling = getattr(pieces[0][0], "scaling", {}).get(_NAME)
+        return float(scaling) if isinstance(scaling, float | int) else None
+    wanted = _product(a.torch(), b.torch())
+    got = torch.cat([one[rows] for one, (_, rows) in zip(made, pieces, strict=True) if one is not None])
+    if got.shape != wanted.shape:
+        return nan
+    norm, most = float((wanted * wanted).sum()), float(got.abs().max())
+    if not norm:
+        return nan if most else None
+    factor = float((got * wanted).sum()) / norm
+    return factor if float((got - factor * wanted).abs().max()) <= _ROUNDING * most else nan
+
+
+def _difference_taken(update: Update, layer: Any) -> bool:
+    """Whether a layer's factors are a whole difference of its weight, and the factors' bias that of its bias."""
+    import torch
+
+    parts = update.tensors
+    made = _made(layer) if update.method == "diff" and parts.keys() <= {"weight", "bias"} else None
+    if made is None:
+        return False
+    bias = layer.lora_B[_NAME].bias
+    same = (
+        [torch.allclose(bias.detach().float(), parts["bias"].torch().float())]
+        if "bias" in parts and bias is not None
+        else []
+    )
+    if "weight" in parts:
+        weight = parts["weight"].torch()
+        same.append(torch.allclose(made, _product(weight, torch.eye(len(weight)))))
+    return len(same) == len(parts) and all(same)
+
+
+def _made(layer: Any) -> Any:
+    """What a LoRA layer adds for a few inputs, (out, inputs); None where it has no factors, or none with values."""
+    a, b = (getattr(layer, name, {}) for name in ("lora_A", "lora_B"))
+    if _NAME not in a or _NAME not in b or a[_NAME].weight.is_meta or b[_NAME].weight.is_meta:
+        return None
+    return _product(a[_NAME].weight.detach(), b[_NAME].weight.detach()) * layer.scaling[_NAME]
+
+
+def _product(a: Any, b: Any) -> Any:
+    """B·A of a few random inputs, the same for the same width."""
+    import torch
+
+    a, b = a.float().flatten(1), b.float().flatten(1)
+    return b @ (a @ torch.randn(a.shape[1], _INPUTS, generator=torch.Generator().manual_seed(a.shape[1])))
+
+
+def _pieces(update: Update, base: Architecture | None) -> list[tuple[str, slice]]:
+    """The names under which the model has the update's module, with rows: several, where the file's is a fused one."""
     if base is None:
-        return [update.module]
+        return [(update.module, slice(None))]
     component = base.components.get(update.component)
     fused = component.fused.get(update.module) if component is not None else None
-    modules = list(dict.fromkeys(name for name, _, _ in fused.joins)) if fused is not None else [update.module]
-    return [f"{update.component}: {_plain(module, component)}" for module in modules]
+    joins = [(name, slice(start, stop)) for name, start, stop in fused.joins] if fused is not None else []
+    own = joins or [(update.module, slice(None))]
+    return [(f"{update.component}: {_plain(name, component)}", rows) for name, rows in own]
 
 
 def _on_meta(layer: Any) -> bool:

@@ -25,6 +25,12 @@ MODULES = {
     "sd35_medium": ("transformer", "transformer_blocks.0.attn2.to_out.0", "transformer_blocks.12.norm1.linear"),
     "flux": ("transformer", "transformer_blocks.0.attn.to_out.0", "single_transformer_blocks.0.proj_out"),
     "qwen_image": ("transformer", "transformer_blocks.0.attn.to_q", "transformer_blocks.1.attn.to_k"),
+    "chroma": ("transformer", "transformer_blocks.0.attn.to_out.0", "single_transformer_blocks.0.proj_out"),
+    "flux2_klein_4b": ("transformer", "transformer_blocks.0.attn.to_out.0", "single_transformer_blocks.0.attn.to_out"),
+    "hunyuan_video": ("transformer", "transformer_blocks.19.attn.to_out.0", "single_transformer_blocks.39.proj_out"),
+    "ltx_2b": ("transformer", "transformer_blocks.0.attn1.to_q", "transformer_blocks.0.ff.net.0.proj"),
+    "wan_1_3b": ("transformer", "blocks.0.attn1.to_q", "blocks.0.ffn.net.2"),
+    "z_image": ("transformer", "layers.0.feed_forward.w1", "layers.1.feed_forward.w2"),
 }
 """For each base model a component and two modules that every spelling has whole."""
 RANK = 4

@@ -53,6 +53,7 @@ BROKEN: dict[str, Callable[[Path], Path]] = {
     "L591": _other_alpha,
     "L592": _other_rank,
     "L593": lambda p: set_config(peft_folder(p), target_modules="all-linear"),
+    "L594": lambda p: converted(p, "flux2_klein_4b", "bfl-peft", "norm_out.linear"),
 }
 
 
@@ -75,6 +76,13 @@ def test_what_was_left_out_is_named(tmp_path: Path) -> None:
 def test_the_scale_that_is_applied_is_told(tmp_path: Path) -> None:
     (finding,) = found(_other_alpha(tmp_path), load_test=True, select=["L59"])
     assert "0.5 in the model, 0.25 in the file" in finding.message
+
+
+def test_a_scale_that_is_multiplied_into_the_factors_is_seen(tmp_path: Path) -> None:
+    """Of lora_down behind transformer. diffusers' loader of Flux.1 forgets the alphas."""
+    (finding,) = found(converted(tmp_path, "flux", "diffusers-lycoris", alpha=2.0), load_test=True, select=["L59"])
+    assert finding.code == "L591"
+    assert "1 in the model, 0.5 in the file" in finding.message
 
 
 def _embedding(tmp_path: Path) -> Path:
@@ -105,6 +113,11 @@ SOUND: dict[str, Callable[[Path], Path]] = {
     "kohya sd1": _kohya,
     "kohya sdxl": lambda p: converted(p, "sdxl", "kohya"),
     "kohya flux": lambda p: converted(p, "flux", "kohya"),
+    "comfy-down flux, half": lambda p: converted(p, "flux", "comfy-down", alpha=2.0),
+    "kohya flux2": lambda p: converted(p, "flux2_klein_4b", "kohya", alpha=2.0),
+    "comfy wan": lambda p: converted(p, "wan_1_3b", "comfy", alpha=2.0),
+    "kohya z": lambda p: converted(p, "z_image", "kohya", alpha=2.0),
+    "diffusers hunyuan": lambda p: diffusers_lora(p / "a.safetensors", "hunyuan_video", alpha=8.0),
     "diffusers sd3": lambda p: diffusers_lora(p / "a.safetensors", "sd3"),
     "diffusers sd35": lambda p: diffusers_lora(p / "a.safetensors", "sd35_medium"),
     "diffusers header": lambda p: diffusers_lora(p / "a.safetensors", "sd1", alpha=8.0),

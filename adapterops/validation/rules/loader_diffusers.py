@@ -6,6 +6,14 @@ import re
 from collections import Counter
 
 from adapterops.adapter import Certainty, Update
+from adapterops.validation.rules import diffusers_facts
+from adapterops.validation.rules.diffusers_meets import (
+    differences,
+    flux_t5,
+    refused_alphas,
+    unread,
+)
+from adapterops.validation.rules.diffusers_reads import LOKR, base_names, row
 from adapterops.validation.rules.loader_facts import (
     Effect,
     Fact,
@@ -22,39 +30,20 @@ _SD = ("sd1", "sd2", "sdxl")
 _LORA = "loaders/lora_pipeline.py"
 _CONVERSION = "loaders/lora_conversion_utils.py"
 _EMBEDDERS = re.compile(r"(lora_unet_|diffusion_model\.)(img_in|txt_in|time_in|guidance_in|vector_in|final_layer)[._]")
-_T5 = ("lora_te2_", "lora_te3_", "text_encoders.t5xxl.")
 _ANIMA = re.compile(r"lora_unet_(llm_adapter_)?blocks_\d+_(self|cross)_attn_(q|k|v|o|output)_proj\.")
 _ONETRAINER_ATTENTION = re.compile(r"_attn_(to_[qkv]|to_out_0|to_add_out|add_[qkv]_proj)$")
 _ATTENTION = re.compile(r"\.(to_[qkv]|to_out\.0)$")
 
 
-def _kohya_names(subject: Subject) -> list[str]:
-    return (
-        spelled(subject, ("kohya", "kohya-diffusers", "onetrainer"), ("sd3",))
-        or spelled(subject, ("onetrainer",), ("qwen_image", *_SD))
-        or spelled(subject, ("kohya-diffusers",), ("flux",))
-    )
-
-
-def _comfy(subject: Subject) -> list[str]:
-    # With lora_down the names are taken for Kohya's, which diffusers converts for Flux.1.
-    return spelled(subject, ("comfy",), ("sd3", "flux", *_SD)) or spelled(subject, ("comfy-down",), ("sd3", *_SD))
-
-
 def _anima(subject: Subject) -> list[str]:
-    return [key for key in subject.tensors if _ANIMA.match(key)]
+    """Kohya's keys of Anima in a file that is not known to be of it, which L510 tells of."""
+    return [] if "anima" in base_names(subject) else [key for key in subject.tensors if _ANIMA.match(key)]
 
 
 def _flux_embedders(subject: Subject) -> list[str]:
     if architecture(subject) != "flux" or subject.dialect not in ("kohya", "comfy-down"):
         return []
     return [key for key in subject.tensors if _EMBEDDERS.match(key)]
-
-
-def _flux_t5(subject: Subject) -> list[str]:
-    if architecture(subject) != "flux" or subject.dialect not in ("kohya", "comfy-down"):
-        return []
-    return [key for key in subject.tensors if key.startswith(_T5)]
 
 
 def _encoder_attention(subject: Subject) -> list[str]:
@@ -106,6 +95,14 @@ def _alphas(subject: Subject) -> list[str]:
     return wrong
 
 
+def _magnitudes(subject: Subject) -> list[str]:
+    """DoRA magnitudes in spellings that are not peft's."""
+    if subject.recognised is None:
+        return []
+    own = ".magnitude" if subject.dialect == "ai-toolkit" else "dora_scale"
+    return [key for key in subject.tensors if own in key]
+
+
 def _stated(update: Update) -> bool:
     return update.alpha is not None and update.alpha.certainty is Certainty.READ
 
@@ -116,13 +113,13 @@ FACTS: tuple[Fact, ...] = (
         "diffusers",
         "kohya-names",
         Effect.DROPS,
-        _kohya_names,
+        unread("kohya", "kohya-diffusers", "onetrainer", "tencent"),
         "diffusers has no converter for these names of this base: it leaves out all {n tensor} ({keys}) with a log line, or "
-        "refuses them (Flux.1)",
-        why="diffusers has no converter for sd-scripts' and OneTrainer's names of some bases, and loads such a file as if "
-        "it were empty.",
+        "fails on them",
+        why="diffusers has no converter for sd-scripts', musubi-tuner's and OneTrainer's names of some bases, and loads such a "
+        "file as if it were empty, or fails.",
         remedy="Run adapterops convert FILE --to diffusers.",
-        fires="lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight (Stable Diffusion 3)",
+        fires="lora_unet_joint_blocks_0_x_block_attn_qkv.lora_down.weight (Stable Diffusion 3); the like of HunyuanVideo, LTX",
         passes="lora_unet_input_blocks_4_1_proj_in.lora_down.weight (SDXL)",
         source=f"diffusers 0.42 {_LORA} (SD3LoraLoaderMixin.lora_state_dict)",
     ),
@@ -131,9 +128,11 @@ FACTS: tuple[Fact, ...] = (
         "diffusers",
         "comfy-names",
         Effect.DROPS,
-        _comfy,
-        "diffusers looks for unet. or transformer. and leaves out all {n tensor} ({keys}), or refuses their alphas",
-        why="For this base diffusers knows no names behind diffusion_model. and puts nothing into the model.",
+        unread("comfy", "comfy-down", "comfy-diffusers", "comfy-hunyuan", "comfy-down-hunyuan", "diffusion-pipe"),
+        "of this base diffusers has no converter for these names behind diffusion_model.: it leaves out all {n tensor} ({keys}), "
+        "or fails on them",
+        why="Of a base diffusers knows none of the names behind diffusion_model., or some of their spellings only, and puts "
+        "nothing into the model.",
         remedy="Run adapterops convert FILE --to diffusers.",
         fires="diffusion_model.double_blocks.0.img_attn.proj.lora_A.weight",
         passes="transformer.transformer_blocks.0.attn.to_out.0.lora_A.weight",
@@ -144,7 +143,7 @@ FACTS: tuple[Fact, ...] = (
         "diffusers",
         "peft-names",
         Effect.DROPS,
-        lambda s: spelled(s, ("peft", "miss", "loralib")),
+        unread("peft", "miss", "loralib", anywhere=True),
         "diffusers' load_lora_weights finds none of its components before {keys}: it leaves out all {n tensor}, or fails "
         "with a KeyError (Flux.1)",
         why="load_lora_weights reads what stands behind unet., transformer. or text_encoder., not a PEFT folder's names.",
@@ -158,8 +157,8 @@ FACTS: tuple[Fact, ...] = (
         "diffusers",
         "lycoris-names",
         Effect.REFUSES,
-        lambda s: spelled(s, ("lycoris",), ("sd3", "flux", "qwen_image", *_SD)),
-        'diffusers knows no names that begin with lycoris_ ({keys}): "Invalid LoRA checkpoint"',
+        unread("lycoris"),
+        'diffusers knows no names that begin with lycoris_ ({keys}): "Invalid LoRA checkpoint", or nothing is loaded',
         why="For this base diffusers has no converter for the names that LyCORIS itself writes.",
         remedy="Run adapterops convert FILE --to diffusers (to-lora first, where the method is not LoRA).",
         fires="lycoris_transformer_blocks_0_attn_to_q.lora_down.weight (Flux.1)",
@@ -171,10 +170,10 @@ FACTS: tuple[Fact, ...] = (
         "diffusers",
         "alpha-keys",
         Effect.REFUSES,
-        lambda s: [k for k in spelled(s, ("diffusers-alpha",), ("sd3", "qwen_image", *_SD)) if k.endswith(".alpha")],
-        "diffusers takes {n alpha tensor} ({keys}) for no part of a LoRA: it refuses the file (SD), or finds none of its "
-        "modules (Qwen-Image)",
-        why="Beside diffusers' own names only the loader of Flux.1 takes alpha tensors.",
+        refused_alphas,
+        "diffusers takes {n alpha tensor} ({keys}) for no part of a LoRA: it refuses the file, or finds none of its modules",
+        why="Beside diffusers' own names only the loader of Flux.1 takes alpha tensors, and behind diffusion_model. those of "
+        "few bases do (Qwen-Image, Z-Image; Wan's blocks).",
         remedy="Run adapterops convert FILE --to diffusers, which says the scale in the header.",
         fires="unet.mid_block.attentions.0.proj_in.alpha",
         passes="transformer.transformer_blocks.0.attn.to_q.alpha (Flux.1)",
@@ -188,7 +187,7 @@ FACTS: tuple[Fact, ...] = (
         _anima,
         "diffusers has no converter for Kohya's names of Anima and leaves out {n tensor} ({keys}) with a log line",
         why="diffusers loads a Kohya file for Anima as if it were empty.",
-        remedy="Train or convert to Comfy's names (diffusion_model.…) without alpha tensors.",
+        remedy="Run adapterops convert FILE --to diffusers --arch anima.",
         fires="lora_unet_blocks_0_self_attn_q_proj.lora_down.weight",
         passes="lora_unet_blocks_0_self_attn_q.lora_down.weight (Wan)",
         source=f"diffusers 0.42 {_LORA} (AnimaLoraLoaderMixin.lora_state_dict)",
@@ -211,7 +210,7 @@ FACTS: tuple[Fact, ...] = (
         "diffusers",
         "flux-t5",
         Effect.DROPS,
-        _flux_t5,
+        flux_t5,
         "diffusers leaves out {n tensor} of the T5 encoder ({keys}) with a log line",
         why="diffusers has no adapters on the T5 encoder of Flux.1.",
         remedy="Tell readers that the encoder's part is for ComfyUI, or load it with adapterops.integrations.diffusers.",
@@ -238,9 +237,9 @@ FACTS: tuple[Fact, ...] = (
         "diffusers",
         "no-component",
         Effect.REFUSES,
-        lambda s: spelled(s, ("diffusers-down",), ("sd3", "flux", *_SD)),
+        unread("diffusers-down", "diffsynth"),
         "diffusers looks for unet. or transformer. before {keys}: it leaves out all {n tensor}, or refuses their alphas",
-        why="Without a component before the names diffusers reads the files of few bases (Qwen-Image, Z-Image, Wan).",
+        why="Without a component before the names diffusers reads the files of few bases (Qwen-Image, Z-Image).",
         remedy="Run adapterops convert FILE --to diffusers.",
         fires="transformer_blocks.0.attn.to_q.lora_down.weight (Flux.1)",
         passes="transformer_blocks.0.attn.to_q.lora_down.weight (Qwen-Image)",
@@ -251,8 +250,8 @@ FACTS: tuple[Fact, ...] = (
         "diffusers",
         "dora-scale",
         Effect.DROPS,
-        lambda s: [k for k in s.tensors if "dora_scale" in k] if s.recognised is not None else [],
-        "diffusers takes out {n DoRA magnitude} ({keys}) with a log line and applies the rest as plain LoRA",
+        _magnitudes,
+        "diffusers takes out {n DoRA magnitude} ({keys}) with a log line and applies the rest as plain LoRA, or refuses the file",
         why="diffusers drops every dora_scale and computes something other than was trained.",
         remedy="Run adapterops convert FILE --to diffusers, which spells magnitudes per output as diffusers reads them; it has "
         "no place for those per input, (1, in).",
@@ -291,9 +290,9 @@ FACTS: tuple[Fact, ...] = (
         "diffusers",
         "lokr",
         Effect.REFUSES,
-        lambda s: [] if architecture(s) in ("z_image", "flux2_dev") else in_files(s, "lokr"),
-        "diffusers reads no LoKr of this base ({keys}): a ValueError, or it leaves them out (Flux.1)",
-        why="Among diffusers' loaders only those of Flux.2 and Z-Image read LoKr.",
+        lambda s: [] if row(s, LOKR) is not None else in_files(s, "lokr"),
+        "diffusers reads no LoKr of this base in this spelling ({keys}): an error, or it leaves them out",
+        why="Among diffusers' loaders only those of Flux.2 and Z-Image read LoKr, and that in few spellings.",
         remedy="Run adapterops to-lora FILE --to diffusers --energy 0.99, which makes a plain LoRA of it.",
         fires="lora_unet_….lokr_w1",
         passes="lora_unet_….lora_down.weight",
@@ -330,12 +329,13 @@ FACTS: tuple[Fact, ...] = (
         "diffusers",
         "differences",
         Effect.REFUSES,
-        lambda s: in_files(s, "diff"),
-        "diffusers reads no whole differences ({keys}): a ValueError, or biases left out with a log line (Flux.1)",
-        why="diffusers takes factors only, not differences of whole weights, norms and biases.",
+        differences,
+        "diffusers reads no whole differences ({keys}): a ValueError, or they are left out (biases of Flux.1, norms of Wan)",
+        why="diffusers takes factors only, not differences of whole weights, norms and biases; but biases beside the factors of "
+        "Wan's modules it does.",
         remedy="Run adapterops to-lora FILE --to diffusers --energy 0.99 for weights; norms and biases need ComfyUI or LyCORIS.",
         fires="lora_unet_….diff",
-        passes="lora_unet_….lora_down.weight",
+        passes="diffusion_model.blocks.0.self_attn.q.diff_b beside its lora_A and lora_B (Wan)",
         source=f"diffusers 0.42 {_CONVERSION}",
     ),
     fact(
@@ -378,4 +378,5 @@ FACTS: tuple[Fact, ...] = (
         passes="lora_transformer_transformer_blocks_0_attn_to_out_0.lora_down.weight with its alpha",
         source=f"diffusers 0.42 {_CONVERSION} (_convert_mixture_state_dict_to_diffusers)",
     ),
+    *diffusers_facts.FACTS,
 )

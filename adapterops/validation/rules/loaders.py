@@ -55,11 +55,23 @@ NOT_TRIED = Rule(
     passes="--load-test of a PEFT folder with peft installed",
     needs=Needs.TENSORS,
 )
+OTHER_UPDATE = Rule(
+    "L594",
+    "load-test-other-update",
+    Severity.ERROR,
+    why="The library loads the adapter, and what some of its modules then add is no multiple of what was trained: rows or "
+    "factors stand where they do not belong.",
+    remedy="Run adapterops convert FILE --to diffusers, which writes the names that need no conversion; ask for the loader's "
+    "rules (--targets), which know the reasons.",
+    fires="--load-test: diffusers has shift and scale of final_layer.adaLN_modulation.1 the wrong way round",
+    passes="--load-test: every layer adds what the file says",
+    needs=Needs.TENSORS,
+)
 
 FACTS = (*loader_llm.FACTS, *loader_diffusers.FACTS, *loader_comfy.FACTS)
 
 
-@checker(LEFT_OUT, OTHER_SCALE, REFUSED, NOT_TRIED)
+@checker(LEFT_OUT, OTHER_SCALE, REFUSED, NOT_TRIED, OTHER_UPDATE)
 def load_test(subject: Subject) -> Iterator[Finding]:
     """What really loading the adapter shows; only where that is asked for."""
     if not subject.options.load_test or subject.recognised is None:
@@ -75,7 +87,9 @@ def load_test(subject: Subject) -> Iterator[Finding]:
             yield LEFT_OUT.found(subject.weights, f"{library}: {outcome.said_left_out}", outcome.left_out)
         if outcome.scales:
             yield OTHER_SCALE.found(subject.weights, f"{library}: {outcome.said_scales}", outcome.scales)
+        if outcome.others:
+            yield OTHER_UPDATE.found(subject.weights, f"{library}: {outcome.said_others}", outcome.others)
 
 
-RULES: tuple[Rule, ...] = (*(fact.rule for fact in FACTS), LEFT_OUT, OTHER_SCALE, REFUSED, NOT_TRIED)
+RULES: tuple[Rule, ...] = (*(fact.rule for fact in FACTS), LEFT_OUT, OTHER_SCALE, REFUSED, NOT_TRIED, OTHER_UPDATE)
 CHECKERS: tuple[Checker, ...] = (*(Checker((fact.rule,), fact.find) for fact in FACTS), load_test)
