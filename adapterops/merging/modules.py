@@ -59,9 +59,13 @@ class Module:
     @property
     def adapters(self) -> frozenset[int]:
         """Those that change it."""
+        return self.adding | {adapter for group in self.carried.values() for adapter, _, _ in group}
+
+    @property
+    def adding(self) -> frozenset[int]:
+        """Those that add something to it, and do not just replace it."""
         found = {term.adapter for term in self.terms}
-        found |= {vector.adapter for group in self.vectors.values() for vector in group}
-        return frozenset(found | {adapter for group in self.carried.values() for adapter, _, _ in group})
+        return frozenset(found | {vector.adapter for group in self.vectors.values() for vector in group})
 
 
 def gather(adapters: Sequence[Adapter], weights: Sequence[WeightOf], base: Architecture | None) -> list[Module]:

@@ -58,7 +58,7 @@ class Merged:
     modules: tuple[ModuleReport, ...] = field(repr=False)
     notes: tuple[str, ...] = ()
     shared: int = 0
-    """Modules that more than one adapter changes."""
+    """Modules to which more than one adapter adds something; stacked experts are one."""
     base_hash: str = ""
     """Of the base weights that DoRA was folded against."""
 
@@ -113,7 +113,7 @@ def combine(
     # What they have in common is asked of the adapters, not of what their weights leave.
     every = gather(adapters, [lambda component, module: 1.0] * len(adapters), base)
     bases.insist_on_overlap(adapters, [m.adapters for m in every], settings.allow_disjoint)
-    shared = len({(m.component, stacks.whole(m.component, m.name)) for m in every if len(m.adapters) > 1})
+    shared = len({(m.component, stacks.whole(m.component, m.name)) for m in every if len(m.adding) > 1})
     notes, base_hash = bases.notes(adapters), ""
     if base_weights:
         opened = open_base(base_weights, {m.component for m in modules})
