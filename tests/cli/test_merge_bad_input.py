@@ -324,7 +324,9 @@ def test_a_saved_head_that_the_output_cannot_hold(command: Command, here: Path) 
 def test_a_bias_that_the_output_cannot_hold(command: Command, here: Path) -> None:
     for name in ("p", "q"):
         file(here / f"{name}.safetensors", lora(4), {f"{OUT}.diff_b": torch.full((320,), 6e4)})
-    refused(command, here, "p.safetensors q.safetensors --dtype float16 --method svd", "attn1.to_out.0", "--dtype float32")
+    refused(
+        command, here, "p.safetensors q.safetensors --dtype float16 --method svd", "attn1.to_out.0", "--dtype float32"
+    )
 
 
 @pytest.mark.parametrize("length", [0, 5, 100, -20])
