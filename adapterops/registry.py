@@ -120,7 +120,7 @@ def recognise(
         if all(reading.unclaimed or reading.prefix == "" for _, reading in candidates):
             candidates += _readings(source, {form: [d for d in own if d.is_bare] for form, own in chosen.items()})
     candidates.sort(key=lambda c: _rank(c[1]), reverse=True)
-    while candidates and bare(candidates[0][1]) and not names_known(candidates[0][1], architecture):
+    while candidates and bare(candidates[0][1]) and not _holds(candidates, source, architecture):
         del candidates[0]
     if only is not None and not candidates:
         if isinstance(only, str):
@@ -136,6 +136,15 @@ def recognise(
     _no_mixture(source, candidates)
     ties = [c for c in candidates if _rank(c[1]) == _rank(candidates[0][1])]
     return _of_ties(ties, source, architecture) if len(ties) > 1 else candidates[0]
+
+
+def _holds(candidates: list[tuple[Format, Reading]], source: Source, given: Architecture | None) -> bool:
+    """Whether the bare names of the first are a base model's: by shape, too, where another reading takes them as they stand."""
+    first = candidates[0][1]
+    if not names_known(first, given):
+        return False
+    others = any(not r.unclaimed and not any(map(needs_table, r.dialect.places)) for _, r in candidates[1:])
+    return not others or best_fits([group(sample(first, 24), source.tensors)], given)[0] > 0
 
 
 _ENOUGH = 256

@@ -197,3 +197,15 @@ def test_a_bias_that_the_base_has_not(tmp_path: Path) -> None:
 def test_a_bias_that_the_base_has(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", comfy({"double_blocks.0.img_mlp.0": (12288, 3072)}) | {BIAS: some(12288)})
     assert ao.load(path).architecture.value == "flux"
+
+
+@pytest.mark.parametrize(
+    "name", ["layers.{}.attention.qkv", "blocks.{}.self_attn.q_proj", "blocks.{}.attn.wq", "layers.{}.feed_forward.w1"]
+)
+def test_bare_names_that_a_base_has_in_another_size_are_peft_s(name: str, tmp_path: Path) -> None:
+    modules = {name.format(n): (64, 64) for n in range(3)}
+    path = write(tmp_path / "a.safetensors", pairs(modules, "", (".lora_A.weight", ".lora_B.weight")))
+    done = ao.convert(path, "peft", tmp_path / "out", alpha=4)
+    assert done.source_dialect == "peft"
+    assert done.proof is not None
+    assert done.proof.modules == 3
