@@ -54,10 +54,10 @@ def write_by_table(
 
 
 def built_in() -> list[Architecture]:
-    """The built-in base models, oldest first."""
+    """The built-in base models, in the order in which they are taken where several fit."""
     from adapterops import architectures
 
-    return sorted(map(architectures.load, architectures.names()), key=lambda known: known.released)
+    return sorted(map(architectures.load, architectures.names()), key=lambda known: known.turn)
 
 
 def maths(module: str) -> Any:

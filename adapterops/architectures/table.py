@@ -77,6 +77,13 @@ class Architecture(NamedTuple):
     """Year and month: where the modules of a file fit two base models alike, the older one is taken."""
     release_of: str = ""
     """The built-in architecture that this one is a later release of, with the same names for what both have."""
+    yields: bool = False
+    """Whether others that are younger are taken before it: far more adapters are theirs."""
+
+    @property
+    def turn(self) -> tuple[bool, str]:
+        """What built-in architectures are sorted by: the first that fits is taken."""
+        return self.yields, self.released
 
     @property
     def family(self) -> str:
@@ -108,16 +115,19 @@ def load(name: str) -> Architecture:
     title, released = (found[1] for found in (_TITLE.search(text), _RELEASED.search(text)) if found)
     family = _FAMILY.search(text)
     components = _Components(path, text)
-    return Architecture(name, title, components, True, released, family[1] if family else "")
+    return Architecture(
+        name, title, components, True, released, family[1] if family else "", bool(_YIELDS.search(text))
+    )
 
 
-_TITLE, _RELEASED, _FAMILY, _COMPONENT = (
+_TITLE, _RELEASED, _FAMILY, _COMPONENT, _YIELDS = (
     re.compile(line, re.MULTILINE)
     for line in (
         r'^title = "([^"\\]+)"$',
         r'^released = "([^"\\]+)"$',
         r'^family = "([^"\\]+)"$',
         r"^\[components\.(\w+)\]$",
+        r"^yields = true$",
     )
 )
 """The lines of an architecture's file that tell whether it is worth parsing."""

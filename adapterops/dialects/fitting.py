@@ -114,7 +114,7 @@ def _whole(groups: Sequence[Group]) -> list[Fit]:
 def _known(groups: Sequence[Group], encoders: bool = True) -> list[Architecture]:
     """The built-in architectures that have every component of a file, the oldest first; without `encoders` text encoders do not
     count."""
-    known = sorted((architectures.load(name) for name in architectures.names()), key=lambda a: a.released)
+    known = sorted((architectures.load(name) for name in architectures.names()), key=lambda known: known.turn)
     places = {g.place for g in groups if encoders or not is_encoder(g.place)}
     return [a for a in known if all(place.among(a.components) for place in places)]
 

@@ -8,6 +8,7 @@ from adapterops.adapter import Adapter, Certainty, Fact, Update
 from adapterops.architectures import Architecture
 from adapterops.dialects.resolve import noted, oldest
 from adapterops.errors import BrokenAdapter, CannotRepresent, UsageError
+from adapterops.merging.modules import CARRIED
 from adapterops.methods import METHODS
 from adapterops.storage import dtypes
 
@@ -119,8 +120,10 @@ def _insist_on_same_layers(adapters: Sequence[Adapter]) -> None:
     """Raise `UsageError` where one adapter is for a base whose layers are repeated, and another for the base itself."""
     found: dict[str, str] = {}
     for adapter in adapters:
-        for update in adapter:
-            found.setdefault(repr(update.options.get(REPLICATION)), adapter.provenance.path)
+        # Saved modules and experts do not say it; the adapter's other updates do, all of them the same.
+        own = [update.options.get(REPLICATION) for update in adapter if update.method not in CARRIED]
+        if own:
+            found.setdefault(repr(next((value for value in own if value is not None), None)), adapter.provenance.path)
     if len(found) > 1:
         listed = ", ".join(f"{'none' if value == 'None' else value} ({path})" for value, path in found.items())
         raise UsageError(

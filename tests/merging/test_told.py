@@ -103,3 +103,23 @@ def test_fields_that_are_made_anew_are_named(tmp_path: Path) -> None:
     note = next(note for note in done.written.notes if "derived anew" in note)
     assert changed == ["r", "lora_alpha", "target_modules"]
     assert note.endswith(f"derived anew: {', '.join(changed)}")
+
+
+def test_a_saved_head_says_nothing_of_repeated_layers(tmp_path: Path) -> None:
+    made = []
+    for n in range(2):
+        tensors = {**pair(n), **({"head.weight": Numbers(n)(3, 12)} if n else {})}
+        saved = ["head"] if n else None
+        made.append(
+            peft(
+                tmp_path / f"a{n}",
+                tensors,
+                target_modules=["q"],
+                layer_replication=[[0, 2], [0, 2]],
+                modules_to_save=saved,
+            )
+        )
+    ao.merge(made, tmp_path / "out", "svd")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["layer_replication"] == [[0, 2], [0, 2]]
+    assert config["modules_to_save"] == ["head"]

@@ -93,3 +93,12 @@ def test_others_are_not_taken_for_auraflow(writer: Callable[[Modules], Tensors],
     assert ao.inspect(path).architecture.value is None
     with pytest.raises(UnknownArchitectureOfFile):
         ao.load(path)
+
+
+def test_the_single_blocks_attention_alone_is_flux_1s(tmp_path: Path) -> None:
+    """AuraFlow is older and has the same names; far more adapters are Flux.1's."""
+    modules = {f"single_transformer_blocks.{n}.attn.to_{p}": (3072, 3072) for n in (7, 20) for p in "qkv"}
+    path = write(tmp_path / "a.safetensors", pairs(modules, "transformer."))
+    found = ao.inspect(path).architecture
+    assert found.value == "flux"
+    assert "auraflow" in found.others
