@@ -86,7 +86,7 @@ CASES: dict[str, tuple[Tensors, list[str]]] = {
     ),
     "another base": (
         kohya("lora_unet_towers_0_attend_query"),
-        ["'towers_0_attend_query'", "sd1, sd2, sdxl, sd3, auraflow, flux", "--base CONFIG"],
+        ["'towers_0_attend_query'", "sd1, sd2, sdxl, sd3, flux", "--base CONFIG"],
     ),
     "two dialects": (
         {**kohya(), **pair(f"unet.{Q}.lora_A.weight", f"unet.{Q}.lora_B.weight")},
