@@ -88,7 +88,10 @@ def load(
 
 
 def insist_on_use(adapter: Adapter, fields: Iterable[str], others: Collection[str] = ()) -> None:
-    """Raise `UsageError` for a field of `--set` that reading had no use for, and that is none of the `others`."""
+    """Raise `UsageError` for a field of `--set` that reading had no use for, and that is none of the `others`.
+
+    A source with a PEFT config takes every field that its config may hold.
+    """
     idle = next((name for name in fields if name not in adapter.provenance.given and name not in others), None)
     if idle is None:
         return

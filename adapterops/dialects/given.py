@@ -7,7 +7,10 @@ from typing import Any
 
 
 class Given(Mapping[str, Any]):
-    """The fields of `--set`, which remember what took them; a look at their names, or at `items()` to check them, is none."""
+    """The fields of `--set`, which remember what took them; a look at their names, or at `items()` to check them, is none.
+
+    A source with a config of its own takes all of them: they stand in that config, whether the tensors need them or not.
+    """
 
     def __init__(self, fields: Mapping[str, Any] | None = None) -> None:
         self._fields = dict(fields or {})
