@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from adapterops.adapter import Update
 from adapterops.errors import BrokenAdapter, CannotRepresent
 from adapterops.methods.base import Change, Method, Own, need, need_own
-from adapterops.methods.clusters import clusters
+from adapterops.methods.clusters import Undecided, clusters
 from adapterops.methods.own import fitting
 from adapterops.storage.tensor import LazyTensor, is_zero
 
@@ -136,8 +136,14 @@ class Adamss(Method):
                 f"(tensor {base.key!r}), so which rows each of its groups has cannot be found: it was made from another base, "
                 f"with another random_seed than {seed} (--set random_seed=N), or on another kind of device"
             )
-        labels = clusters(left.numpy(), self._count(update))
-        found = [] if labels is None else [(labels == i).nonzero()[0] for i in range(self._count(update))]
+        try:
+            labels = clusters(left.numpy(), self._count(update))
+        except Undecided as reason:
+            raise CannotRepresent(
+                f"{update.name}: which rows each of its groups has cannot be found again: {reason}, so that it hangs on the "
+                "processor that runs k-means; fuse the adapter with peft where it was trained"
+            ) from reason
+        found = [(labels == i).nonzero()[0] for i in range(self._count(update))]
         sizes = [b.shape[0] for _, b in self._pairs(update)]
         if [len(rows) for rows in found] != sizes:
             raise CannotRepresent(

@@ -22,10 +22,21 @@ TOLERANCE = 1e-4
 """Of the mean variance of the columns: where the centres move less (squared, in all), the search ends."""
 
 
-def clusters(rows: Array, count: int) -> Array | None:
-    """The cluster (0 … count − 1) of each of the rows (n, r); None where a cluster loses its last row on the way.
+SAME = 2**-21
+"""Distances that differ less, relative to what they are sums of, are equal as far as float32 tells (four of its roundings)."""
+EQUAL_ROWS = 0.01
+"""The share of rows that may be equally near to two centres on the way: more, and the clusters are the processor's choice."""
 
-    What scikit-learn does then hangs on the order of equal distances, and is not done here.
+
+class Undecided(Exception):
+    """Which cluster some rows belong to hangs on the order in which a processor adds up."""
+
+
+def clusters(rows: Array, count: int) -> Array:
+    """The cluster (0 … count − 1) of each of the rows (n, r).
+
+    Raises `Undecided` where a cluster loses its last row on the way, since what scikit-learn does then hangs on the order of
+    equal distances, and where many rows are equally near to two clusters (those of a square orthogonal matrix always are).
     """
     import numpy as np
 
@@ -37,10 +48,10 @@ def clusters(rows: Array, count: int) -> Array | None:
     centres = points[random.choice(len(points), size=count, replace=False, p=weights / weights.sum())]
     labels = np.full(len(points), -1)
     for _ in range(ITERATIONS):
-        before, labels = labels, _nearest(points, centres)
+        before, labels = labels, _nearest(points, centres, EQUAL_ROWS)
         sizes = np.bincount(labels, minlength=count)
         if not sizes.all():
-            return None
+            raise Undecided(f"no row is left in group {int(sizes.argmin())} on the way")
         moved = np.zeros(centres.shape, dtype=np.float64)
         np.add.at(moved, labels, points)
         moved = (moved / sizes[:, None]).astype(np.float32)
@@ -50,12 +61,23 @@ def clusters(rows: Array, count: int) -> Array | None:
         centres = moved
         if shift <= still:
             break
-    return _nearest(points, centres)
+    return _nearest(points, centres, 0)
 
 
-def _nearest(points: Array, centres: Array) -> Array:
-    """The nearest centre of each point: by ‖c‖² − 2·p·c, since ‖p‖² is the same for all."""
+def _nearest(points: Array, centres: Array, most: float) -> Array:
+    """The nearest centre of each point: by ‖c‖² − 2·p·c, since ‖p‖² is the same for all.
+
+    Raises `Undecided` where more than this share of the points has two that are equally near.
+    """
     import numpy as np
 
-    found: Array = np.argmin((centres**2).sum(axis=1) - 2 * (points @ centres.T), axis=1)
+    squares = (centres**2).sum(axis=1)
+    distances = squares - 2 * (points @ centres.T)
+    found: Array = np.argmin(distances, axis=1)
+    if len(centres) > 1:
+        nearest = np.partition(distances, 1, axis=1)
+        sizes = squares.max() + 2 * np.linalg.norm(points, axis=1) * np.sqrt(squares.max())
+        equal = int(np.count_nonzero(nearest[:, 1] - nearest[:, 0] <= SAME * sizes))
+        if equal > most * len(points):
+            raise Undecided(f"{equal} of {len(points)} rows are equally near to two of them")
     return found

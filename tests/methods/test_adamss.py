@@ -16,17 +16,19 @@ from adapterops.adapter import Update
 from adapterops.errors import BrokenAdapter, CannotRepresent
 from adapterops.methods.adamss import Adamss
 from adapterops.methods.base import Own
-from adapterops.methods.clusters import clusters
+from adapterops.methods.clusters import Undecided, clusters
 
 ADAMSS = Adamss()
 
 
-def adamss(biased: bool = True, dtype: torch.dtype = torch.float32, **fields: Any) -> tuple[Update, Any]:
+def adamss(
+    biased: bool = True, dtype: torch.dtype = torch.float32, layer: nn.Linear | None = None, **fields: Any
+) -> tuple[Update, Any]:
     pytest.importorskip("sklearn")
     from peft import AdamssConfig
 
     config = AdamssConfig(**{"r": 6, "num_subspaces": 3, "subspace_rank": 2, **fields})
-    model = tuned(nn.Linear(20, 24, bias=biased), config, "adamss_", dtype)
+    model = tuned(layer or nn.Linear(20, 24, bias=biased), config, "adamss_", dtype)
     return made("adamss", model, "adamss_", random_seed=config.random_seed), model
 
 
@@ -71,8 +73,9 @@ def test_clusters_are_those_of_scikit_learn(count: int) -> None:
     compared = 0
     for seed in range(6):
         rows = np.random.default_rng(seed).standard_normal((64, 5)).astype(np.float32) * (seed + 1)
-        found = clusters(rows, count)
-        if found is None:
+        try:
+            found = clusters(rows, count)
+        except Undecided:
             continue
         means = cluster.KMeans(n_clusters=count, init="random", n_init=1, max_iter=10, random_state=123456789)
         assert found.tolist() == means.fit_predict(rows).tolist()
@@ -83,9 +86,20 @@ def test_clusters_are_those_of_scikit_learn(count: int) -> None:
 def test_clusters_that_are_plain() -> None:
     rows = np.array([[0, 0], [9, 9], [0, 1], [9, 8], [1, 0]], dtype=np.float32)
     found = clusters(rows, 2)
-    assert found is not None
     assert found[0] == found[2] == found[4] != found[1] == found[3]
-    assert clusters(np.zeros((4, 2), dtype=np.float32), 2) is None
+    with pytest.raises(Undecided):
+        clusters(np.zeros((4, 2), dtype=np.float32), 2)
+
+
+def test_rows_that_are_as_near_to_one_group_as_to_another_are_not_guessed() -> None:
+    """All the left singular vectors of a square matrix: its rows stand at right angles, so which is nearer is rounding."""
+    rows = np.linalg.qr(np.random.default_rng(1).standard_normal((32, 32)))[0].astype(np.float32)
+    with pytest.raises(Undecided, match="rows are equally near"):
+        clusters(rows, 2)
+    square = nn.Linear(24, 24, bias=False)
+    one, model = adamss(layer=square, r=24)
+    with pytest.raises(CannotRepresent, match=r"equally near.*fuse the adapter with peft"):
+        ADAMSS.change(one, base_of(model))
 
 
 def by_hand() -> tuple[Update, Own]:
@@ -96,7 +110,6 @@ def by_hand() -> tuple[Update, Own]:
         torch.manual_seed(0)
         left, _, right = torch.svd_lowrank(weight, q=4, niter=2)
     labels = clusters(left.numpy(), 2)
-    assert labels is not None
     sizes = np.bincount(labels).tolist()
     tensors = {"newB": right.T.contiguous()}
     for i in range(2):
