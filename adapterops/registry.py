@@ -110,7 +110,9 @@ def recognise(
         form: [
             d
             for d in form.dialects
-            if only is d or only in (form.name, d.name) or (only is None and not d.asked and d.shown_by in shown)
+            if only is d
+            or only in (form.name, d.name)
+            or (only is None and not d.asked and not d.last and d.shown_by in shown)
         ]
         for form in formats().values()
     }
@@ -131,11 +133,20 @@ def recognise(
     elif candidates[0][1].prefix == "":
         # Without any prefix the keys of other writers read as module names too.
         explain(source, source.tensors)
+    resort = None if candidates or only is not None else _last_resort(source)
+    if resort is not None:
+        return resort
     if not candidates:
         raise NotAnAdapter(_what_is_it(source) + _if_asked(source))
     _no_mixture(source, candidates)
     ties = [c for c in candidates if _rank(c[1]) == _rank(candidates[0][1])]
     return _of_ties(ties, source, architecture) if len(ties) > 1 else candidates[0]
+
+
+def _last_resort(source: Source) -> tuple[Format, Reading] | None:
+    """The reading of a file that no other dialect reads whole, by one that is tried last."""
+    last = {form: [d for d in form.dialects if d.last] for form in formats().values()}
+    return next(((form, reading) for form, reading in _readings(source, last) if not reading.unclaimed), None)
 
 
 def _holds(candidates: list[tuple[Format, Reading]], source: Source, given: Architecture | None) -> bool:

@@ -28,6 +28,7 @@ from dataclasses import replace
 from math import isfinite, prod
 from typing import Any
 
+from adapterops_formats.pairs import is_handmade
 from adapterops_formats.peft_lora import unknown_parts
 
 from adapterops.plugin import (
@@ -92,7 +93,8 @@ class Loralib(Format):
         if source.config is not None:
             return []  # a PEFT folder, whose own format knows this spelling
         readings = super().recognise(source, dialects)
-        return [_with_triplets(r) for r in readings if not any(c.name.startswith(_PEFT) for c in r.claims)]
+        readings = [r for r in readings if not any(c.name.startswith(_PEFT) for c in r.claims)]
+        return [_with_triplets(r) for r in readings if not is_handmade(r, source)]
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
         said = _Said.of(source)

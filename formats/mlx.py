@@ -42,6 +42,7 @@ from adapterops_formats.mlx_names import (
     spelled,
     stem_of,
 )
+from adapterops_formats.pairs import is_handmade
 
 from adapterops.plugin import (
     METHODS,
@@ -130,7 +131,8 @@ class Mlx(Format):
                 "fine-tuning, and no adapter"
             )
         readings = super().recognise(source, dialects)
-        return [r for r in readings if any(c.suffix.role == "A" for c in r.claims)]
+        readings = [r for r in readings if any(c.suffix.role == "A" for c in r.claims)]
+        return [r for r in readings if source.config is not None or not is_handmade(r, source, turned=True)]
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
         said: list[str] = []

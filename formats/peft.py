@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from adapterops_formats.pairs import is_handmade
 from adapterops_formats.peft_config import (
     PeftConfig,
     check_given,
@@ -145,9 +146,11 @@ class Peft(Format):
             # Of tensors that PEFT knows, what the user says may still make a type of PEFT.
             kind_named(kind, source.config_path, _only_kind(readings))
         if config is None:
-            # Without a prefix and a config nothing tells a saved module's key from any other writer's.
-            bare = [r for r in readings if r.prefix == "" and any(c.suffix.method == "saved" for c in r.claims)]
-            readings = [r for r in readings if r not in bare]
+            # Without a prefix and a config nothing tells a saved module's key from any other writer's, and factors that stand
+            # the other way round are somebody's own.
+            bare = [r for r in readings if r.prefix == ""]
+            others = [r for r in bare if any(c.suffix.method == "saved" for c in r.claims) or is_handmade(r, source)]
+            readings = [r for r in readings if r not in others]
         return readings
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:

@@ -94,11 +94,12 @@ def _about(form: Format) -> list[str]:
 def _dialect(dialect: Dialect) -> Iterator[str]:
     yield f"### `{dialect.name}`: {dialect.title}"
     yield ""
-    yield (
-        f"Alpha stands in {_ALPHA[dialect.alpha]}."
-        if dialect.alpha is not AlphaIn.NOWHERE
-        else f"Alpha stands {_ALPHA[dialect.alpha]}."
-    )
+    if dialect.alpha is AlphaIn.NOWHERE and dialect.convention == "unknown":
+        yield "Alpha stands nowhere, and no reader assumes one: it is asked for."
+    elif dialect.alpha is AlphaIn.NOWHERE:
+        yield f"Alpha stands {_ALPHA[dialect.alpha]}."
+    else:
+        yield f"Alpha stands in {_ALPHA[dialect.alpha]}."
     if dialect.example:
         yield ""
         yield f"    {dialect.example}"

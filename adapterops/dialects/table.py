@@ -125,7 +125,7 @@ class Dialect:
     four dimensions, a linear layer's two), `widens` that they take factors for more inputs than the base has.
     `unread` names roles that a common reader leaves out, with the sentence that warns of it.  `asked` says that keys tell too
     little of it to be recognised: it reads a file only where the user names it (`--from`); so it is too where no key ends with
-    `shown_by`.  `written` says whether it is
+    `shown_by`.  `last` says that it is tried where no other reads all of a file's keys.  `written` says whether it is
     written too: some programs read only what they wrote themselves.
     """
 
@@ -141,6 +141,7 @@ class Dialect:
     unread: tuple[tuple[str, str], ...] = ()
     asked: bool = False
     shown_by: str = ""
+    last: bool = False
     written: bool = True
     example: str = ""
 

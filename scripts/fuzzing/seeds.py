@@ -148,7 +148,9 @@ def from_table(
                 if suffix.role == "alpha":
                     tensors[key] = Tensor("F16", (), b"\0\x3c")
                 else:
-                    tensors[key] = numbers("F16", _shape(suffix.role, shape, method == "lokr"), generator)
+                    own = _shape(suffix.role, shape, method == "lokr")
+                    turned = suffix.transposed and len(own) == 2
+                    tensors[key] = numbers("F16", own[::-1] if turned else own, generator)
     if not tensors:
         return None
     config = None
