@@ -288,6 +288,11 @@ def _what_is_it(source: Source) -> str:
         )
     if keys[0] == numbered(0):
         return f"{source.path}: holds a bare list of {len(keys)} tensors, not a state dict (names to tensors)"
+    if len(keys) > 4 and all(t.numel == 1 for t in source.tensors.values()):
+        return (
+            f"{source.path}: holds {len(keys)} single numbers such as {keys[0]!r}, and no factor: whatever wrote it saved "
+            "nothing of the adapter but these"
+        )
     shapes = ", ".join(f"{k!r} {list(source.tensors[k].shape)}" for k in keys[:2])
     if len(keys) <= 4 and all(len(t.shape) <= 2 for t in source.tensors.values()):
         names = " ".join(keys).lower()

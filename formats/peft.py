@@ -8,6 +8,7 @@ Alpha, the scale rule and the targets stand in the config, not among the tensors
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -140,7 +141,10 @@ class Peft(Format):
 
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
         config = source.config
-        readings = [loralib_names(_unwrapped(reading)) for reading in super().recognise(source, dialects)]
+        if config is not None and is_hub_config(config):
+            return []
+        found = [without_wrappers(reading) for reading in super().recognise(source, dialects)]
+        readings = [loralib_names(_unwrapped(reading)) for reading in found]
         kind = config.get("peft_type") if config is not None else None
         if kind and not any(_shown_kinds(r) and not r.unclaimed for r in readings):
             # Of tensors that PEFT knows, what the user says may still make a type of PEFT.
@@ -169,7 +173,7 @@ class Peft(Format):
         said: list[str] = []
 
         def settle(groups: list[Group]) -> list[Group]:
-            groups = chosen(groups, method, config)
+            groups = as_published(chosen(groups, method, config), request, said)
             if request.tell is not None:
                 groups = [entry for entry in groups if _is_of_kind(entry, config, request)]
             for entry in groups:
@@ -194,6 +198,7 @@ class Peft(Format):
         notes = [
             *adapter.provenance.notes,
             *_left_out(source, reading),
+            *wrapped_note(reading),
             *ignored,
             *dict.fromkeys(said),
             *_unknown_facts(adapter, method),
@@ -579,9 +584,14 @@ def _say_why_unknown(update: Update, source: Source, method: PeftMethod) -> Upda
     """The update; where its alpha is unknown, with the reason that holds for PEFT."""
     if update.alpha is None or update.alpha.value is not None:
         return update
-    where = (
-        f"{source.config_path} says no {method.alpha}" if source.config is not None else f"no {CONFIG} is beside them"
-    )
+    where = f"no {CONFIG} is beside them"
+    if source.config is not None:
+        where = f"{source.config_path} says no {method.alpha}"
+    elif os.path.isfile(os.path.join(os.path.dirname(source.path), CONFIG)):
+        where = (
+            f"the {CONFIG} beside them is of an adapter_model.safetensors: if it is theirs, call the file so and give the "
+            "folder"
+        )
     reason = f"PEFT stores no alpha among the tensors, and {where}"
     first = update.tensors.get("A")
     if source.config is None and first is not None and first.key == f"{update.module}{_LEFT_IN}":
