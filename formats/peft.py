@@ -141,10 +141,7 @@ class Peft(Format):
 
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
         config = source.config
-        if config is not None and is_hub_config(config):
-            return []
-        found = [without_wrappers(reading) for reading in super().recognise(source, dialects)]
-        readings = [loralib_names(_unwrapped(reading)) for reading in found]
+        readings = [loralib_names(_unwrapped(reading)) for reading in super().recognise(source, dialects)]
         kind = config.get("peft_type") if config is not None else None
         if kind and not any(_shown_kinds(r) and not r.unclaimed for r in readings):
             # Of tensors that PEFT knows, what the user says may still make a type of PEFT.
@@ -173,7 +170,7 @@ class Peft(Format):
         said: list[str] = []
 
         def settle(groups: list[Group]) -> list[Group]:
-            groups = as_published(chosen(groups, method, config), request, said)
+            groups = chosen(groups, method, config)
             if request.tell is not None:
                 groups = [entry for entry in groups if _is_of_kind(entry, config, request)]
             for entry in groups:
@@ -198,7 +195,6 @@ class Peft(Format):
         notes = [
             *adapter.provenance.notes,
             *_left_out(source, reading),
-            *wrapped_note(reading),
             *ignored,
             *dict.fromkeys(said),
             *_unknown_facts(adapter, method),
