@@ -12,7 +12,7 @@ import os
 from adapterops.architectures.errors import BadBaseConfig, UnknownArchitecture
 from adapterops.architectures.layout import LAYOUTS, published
 from adapterops.architectures.spec import ModuleSpec
-from adapterops.architectures.table import Architecture, Component, beginnings_of, load, names
+from adapterops.architectures.table import Architecture, Component, beginnings_of, load, names, parts_of
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".ckpt")
 
@@ -65,5 +65,6 @@ __all__ = [
     "from_weights",
     "load",
     "names",
+    "parts_of",
     "published",
 ]

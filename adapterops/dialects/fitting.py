@@ -164,8 +164,18 @@ def _may_be_whole(architecture: Architecture, spread: Mapping[Place, Sequence[st
     return (
         all(stems.values())
         and begun
+        and all(_consist(architecture, place, names) for place, names in spread.items())
         and all(name in book(architecture, place).table for place, names in spread.items() for name in names)
     )
+
+
+def _consist(architecture: Architecture, place: Place, names: Iterable[str]) -> bool:
+    """Whether dotted names are of nothing but what `architecture` has between dots, as far as its file's lines tell."""
+    if place.flat:
+        return True
+    component = place.among(architecture.components) or ""
+    told = architectures.parts_of(architecture, component, place.column(architecture.family))
+    return told is None or all(part in told or part.isdigit() for name in names for part in name.split("."))
 
 
 def names_known(reading: Reading, given: Architecture | None = None) -> bool:
