@@ -56,8 +56,8 @@ class TensorSource:
             self._bytes = None
 
 
-def read(path: str) -> dict[str, LazyTensor]:
-    """The tensors of a pickled state dict.
+def read(path: str) -> tuple[dict[str, LazyTensor], dict[str, str], tuple[str, ...], bool]:
+    """The tensors of a pickled state dict, no metadata, notes, and whether that is all of the file.
 
     Raises `UnsafePickle` where the file holds more than tensors, `UnreadableFile` where it is damaged, and
     `NotAnAdapter` where it is sound but holds no tensors by name.  A bare tensor is called `NAMELESS`, those of a list
@@ -73,7 +73,8 @@ def read(path: str) -> dict[str, LazyTensor]:
         else:
             _refuse_other_content(path, file, head, size)
             _insist_on_tensors(path, pickle_scan.scan(file, 0, size))
-    return _flatten(path, _load(path, zipped), size)
+    loaded, notes = _inner(_load(path, zipped))
+    return _flatten(path, loaded, size), {}, notes, not notes
 
 
 def _insist_on_tensors(path: str, found: pickle_scan.Scan) -> None:
@@ -205,11 +206,61 @@ def _pickles_of_zip(path: str, file: IO[bytes], size: int) -> list[tuple[int, in
     return [(begin, begin + entry.file_size) for begin, entry in zip(begins, pickles, strict=True)]
 
 
+_TRAINING = re.compile(
+    r"(optim|optimizer|optimizers|scheduler|schedulers|lr_scheduler|lr_schedulers|scaler|grad_scaler|rng|random|callbacks|loops)"
+    r"(_state|_states|_dict|_state_dict)?"
+)
+"""The entries of a checkpoint that hold the trainer's own state."""
+_DEEP = 8
+"""Levels of a checkpoint's own entries in which tensors are looked for."""
+_SHOWN = 6
+"""Of what a checkpoint holds beside its state dict."""
+
+
+def _inner(loaded: object) -> tuple[object, tuple[str, ...]]:
+    """The state dict of a checkpoint that has just one, and a note on what stands beside it.
+
+    Trainers put it under names of their own, beside the epoch, their settings and the optimizer's state: Lightning and mmengine
+    (xtuner) call it state_dict, Fabric (litgpt) model, DeepSpeed module, tutorials model_state_dict or lora.
+    """
+    if not isinstance(loaded, Mapping) or not all(isinstance(name, str) for name in loaded):
+        return loaded, ()
+    # One tensor among other things is an embedding, if anything.
+    inside = [name for name, value in loaded.items() if _is_state(name, value) and (len(loaded) == 1 or len(value) > 1)]
+    rest = {name: value for name, value in loaded.items() if name not in inside[:1]}
+    if len(inside) != 1 or any(_has_tensors(v) for name, v in rest.items() if not _TRAINING.fullmatch(name)):
+        return loaded, ()
+    names = {name: "".join(c if c.isprintable() else "?" for c in name[:40]) for name in rest}
+    said = [f"{names[name]} {value!r:.40}" if _is_plain(value) else names[name] for name, value in rest.items()]
+    more = f" and {len(said) - _SHOWN} more" if len(said) > _SHOWN else ""
+    note = f"is a checkpoint: {inside[0]!r} is read, and what stands beside it is not: {', '.join(said[:_SHOWN])}{more}"
+    return loaded[inside[0]], (note,) if said else ()
+
+
+def _is_state(name: str, value: object) -> bool:
+    import torch
+
+    if not isinstance(value, Mapping) or not value or _TRAINING.fullmatch(name):
+        return False
+    return all(isinstance(key, str) and isinstance(entry, torch.Tensor) for key, entry in value.items())
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, (int, float, str)) and len(str(value)) <= 40
+
+
+def _has_tensors(value: object, depth: int = 0) -> bool:
+    import torch
+
+    if isinstance(value, torch.Tensor) or depth > _DEEP:
+        return True
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple, set)) else ()
+    return any(_has_tensors(entry, depth + 1) for entry in inner)
+
+
 def _flatten(path: str, loaded: object, size: int) -> dict[str, LazyTensor]:
     import torch
 
-    if isinstance(loaded, Mapping) and set(loaded) == {"state_dict"} and isinstance(loaded["state_dict"], Mapping):
-        loaded = loaded["state_dict"]
     if isinstance(loaded, torch.Tensor):
         loaded = {NAMELESS: loaded}
     elif isinstance(loaded, (list, tuple)) and loaded and all(isinstance(value, torch.Tensor) for value in loaded):

@@ -10,7 +10,7 @@ from enum import Enum
 from typing import Any, NamedTuple
 
 from adapterops.errors import AdapterOpsError, NotAnAdapter, UnreadableFile, UnsafePickle
-from adapterops.storage import safetensors
+from adapterops.storage import foreign, safetensors
 from adapterops.storage.folder import NOT_FETCHED, Folder, LocalFolder, named
 from adapterops.storage.regular import open_regular
 from adapterops.storage.tensor import LazyTensor
@@ -23,7 +23,10 @@ INDEX_SUFFIX = ".safetensors.index.json"
 FOLDER_INDEX = "adapter_model" + INDEX_SUFFIX
 OTHER_WEIGHTS = ("adapters.safetensors", "adapters.npz")
 """What mlx-lm calls an adapter beside its `adapter_config.json`, and its numbered checkpoints after it."""
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+HUB_WEIGHTS = ("pytorch_adapter.bin", "adapter.safetensors")
+"""What AdapterHub's library calls an adapter beside its `adapter_config.json`; the model's head stands in a file of its own."""
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".lora")
+"""The last may be safetensors as well: its first bytes tell."""
 _MAX_CONFIG = 10_000_000
 """Bytes.  A config that lists a pattern for each of 10,000 modules has two."""
 _MAX_VALUES = 500_000
@@ -47,6 +50,8 @@ class Source:
     notes: tuple[str, ...] = ()
     component: str = ""
     """The subfolder's name, for a part."""
+    whole: bool = True
+    """Whether the tensors are all that their file holds (a checkpoint has more, of which the notes tell)."""
 
     @property
     def size(self) -> int:
@@ -86,6 +91,7 @@ class _Weights(NamedTuple):
     tensors: Mapping[str, LazyTensor]
     metadata: Mapping[str, str]
     notes: tuple[str, ...] = ()
+    whole: bool = True
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
@@ -167,9 +173,10 @@ def _open_file(folder: Folder, name: str, tell: Callable[[AdapterOpsError], None
         weights = _read_file(folder, name)
         if name.endswith(".safetensors"):
             weights = weights._replace(notes=(*weights.notes, *_alone(folder, name)))
-    source = Source(path, weights.tensors, weights.metadata, notes=(*folder.notes, *weights.notes))
+    notes = (*folder.notes, *weights.notes)
+    source = Source(path, weights.tensors, weights.metadata, notes=notes, whole=weights.whole)
     # peft writes the two side by side under fixed names; any other file does not own the config next to it.
-    fixed = name in (*FOLDER_WEIGHTS, FOLDER_INDEX, *OTHER_WEIGHTS) or _is_checkpoint(name)
+    fixed = name in (*FOLDER_WEIGHTS, FOLDER_INDEX, *OTHER_WEIGHTS, *HUB_WEIGHTS) or _is_checkpoint(name)
     if fixed and _has_file(folder, CONFIG_NAME):
         config = _read_config(folder, tell)
         config_path = os.path.join(folder.path, CONFIG_NAME) if config is not None else ""
@@ -282,7 +289,7 @@ def _read_weights(path: str) -> _Weights:
     if kind is _Kind.PICKLE:
         from adapterops.storage import pickle  # with it come zip archives, and torch when it reads
 
-        return _Weights(pickle.read(path), {})
+        return _Weights(*pickle.read(path))
     return _Weights(*safetensors.read_header(path))
 
 
@@ -299,12 +306,14 @@ def _kind(path: str, head: bytes) -> _Kind:
         )
     if head.startswith(b"GGUF"):
         return _Kind.GGUF
+    if suffix not in (".safetensors", ".npz"):
+        foreign.refuse(path, head)
     if suffix == ".npz":
         return _Kind.NPZ
     if suffix == ".json" and head.lstrip()[:1] in (b"{", b"["):
         _refuse_pickle_as_text(path)
         raise NotAnAdapter(f"{path}: is a JSON file, not weights; name the weights or their folder")
-    if suffix in _PICKLES or (suffix != ".safetensors" and (head[:2] == b"PK" or head[:1] == b"\x80")):
+    if suffix in _PICKLES[:-1] or (suffix != ".safetensors" and (head[:2] == b"PK" or head[:1] == b"\x80")):
         return _Kind.PICKLE
     return _Kind.SAFETENSORS
 
@@ -336,6 +345,8 @@ def _is_pickle_in_base64(text: str) -> bool:
 
 def _open_folder(folder: Folder, tell: Callable[[AdapterOpsError], None] | None = None) -> Source:
     names = folder.names()
+    if CONFIG_NAME not in names:
+        foreign.refuse(folder.path)
     # Names with a dot in front are other programs' (macOS keeps `._NAME` beside NAME on foreign disks).
     visible = [n for n in names if not n.startswith(".")]
     chosen, notes = _choose(folder, names, visible)
@@ -344,10 +355,12 @@ def _open_folder(folder: Folder, tell: Callable[[AdapterOpsError], None] | None 
         config_path = os.path.join(folder.path, CONFIG_NAME) if config is not None else ""
         weights = _read_index(folder, chosen) if chosen.endswith(INDEX_SUFFIX) else _read_file(folder, chosen)
         notes = (*folder.notes, *notes, *weights.notes)
-        return Source(folder.path, weights.tensors, weights.metadata, config, config_path, notes=notes)
+        path, whole = folder.path, weights.whole
+        return Source(path, weights.tensors, weights.metadata, config, config_path, notes=notes, whole=whole)
     parts = [n for n in visible if folder.is_folder(n) and _holds_weights(folder.folder(n))]
     if parts:
         return Source(folder.path, parts=_Parts(folder, parts))
+    foreign.refuse_any(folder.path, visible)
     lone = CONFIG_NAME in names
     what = f"has {CONFIG_NAME} but no weights ({' or '.join(FOLDER_WEIGHTS)})" if lone else "holds no weights"
     what += f" ({notes[0]})" if notes else ""
@@ -362,7 +375,7 @@ def _choose(folder: Folder, names: list[str], visible: list[str]) -> tuple[str, 
             return FOLDER_INDEX, ()
         return present[0], tuple(f"{present[0]} is read and {name} is not, as peft does" for name in present[1:])
     if present:
-        return present[0], ()
+        return present[0], _beside(present[0], visible)
     indexes = [n for n in visible if n.endswith(INDEX_SUFFIX)]
     shards: set[str] = set()
     if indexes:
@@ -376,9 +389,28 @@ def _choose(folder: Folder, names: list[str], visible: list[str]) -> tuple[str, 
     last = next((name for name in OTHER_WEIGHTS if name in weights), "")
     if last and all(name == last or _is_checkpoint(name) for name in weights):
         return last, (*(f"{last} is read; {name}, a checkpoint, is not" for name in weights if name != last), *left)
+    hubs = [name for name in HUB_WEIGHTS if name in weights and CONFIG_NAME in names]
+    if hubs:
+        return hubs[0], (*_beside(hubs[0], visible), *left)
     if len(weights) > 1:
         raise NotAnAdapter(f"{folder.path}: holds several weight files ({', '.join(weights)}); name one of them")
     return (weights[0] if weights else ""), left
+
+
+_FEW = 3
+"""Files that a note names."""
+
+
+def _beside(chosen: str, visible: list[str]) -> tuple[str, ...]:
+    """A note on other weights of the folder: trainers keep a projector, a head or a tower there that was trained as well."""
+    index = chosen.endswith(INDEX_SUFFIX)
+    weights = [n for n in visible if os.path.splitext(n)[1].lower() in WEIGHTS_SUFFIXES and n != chosen]
+    others = [name for name in without_state(weights)[0] if not (index and name.startswith("adapter_model-"))]
+    if not others:
+        return ()
+    more = f" and {len(others) - _FEW} more" if len(others) > _FEW else ""
+    stand = "stands" if len(others) == 1 else "stand"
+    return (f"{', '.join(others[:_FEW])}{more} {stand} beside {chosen} and what is in there is not read",)
 
 
 def _holds_weights(folder: Folder) -> bool:

@@ -122,9 +122,12 @@ def test_code_is_refused_and_named(tmp_path: Path) -> None:
     [
         ([X, 1], "bare list"),
         ([], "bare list"),
-        ({"a": {"b": X}}, "'a' is a dict"),
+        ({"a": {"b": X}, "c": {"d": X}}, "'a' is a dict"),
+        ({"string_to_param": {"*": X}, "name": "cat"}, "'string_to_param' is a dict"),
         ({"a": None}, "'a' is a NoneType"),
-        ({"state_dict": {"a": X}, "epoch": 1}, "training checkpoint"),
+        ({"state_dict": {"a": X, "b": X}, "ema": {"a": X, "b": X}}, "training checkpoint"),
+        ({"state_dict": {"a": X, "b": X}, "head": [X]}, "training checkpoint"),
+        ({"state_dict": {"a": X, "b": X}, "optim_head": {"b": X}}, "training checkpoint"),
         ({1: X}, "name is a int"),
         ({"a": collections.Counter()}, "'a' is a Counter"),
     ],
@@ -143,9 +146,18 @@ def test_tensors_without_names_are_called_by_their_place(tmp_path: Path) -> None
     }
 
 
-def test_a_lone_state_dict_is_unwrapped(tmp_path: Path) -> None:
-    torch.save({"state_dict": {"a": X}}, tmp_path / "x.ckpt")
+@pytest.mark.parametrize("name", ["state_dict", "model_state_dict", "lora"])
+def test_the_one_state_dict_of_a_checkpoint_is_read(name: str, tmp_path: Path) -> None:
+    torch.save({name: {"a": X}}, tmp_path / "x.ckpt")
     assert list(open_source(tmp_path / "x.ckpt").tensors) == ["a"]
+    assert not open_source(tmp_path / "x.ckpt").notes
+    beside = {"epoch": 3, "alpha": 16, "optimizer": {"state": {0: {"exp_avg": X}}, "param_groups": []}, "none": None}
+    torch.save({**beside, name: {"a": X, "b": X}}, tmp_path / "x.ckpt")
+    source = open_source(tmp_path / "x.ckpt")
+    assert list(source.tensors) == ["a", "b"]
+    assert source.notes == (
+        f"is a checkpoint: {name!r} is read, and what stands beside it is not: epoch 3, alpha 16, optimizer, none",
+    )
 
 
 def test_tensors_that_cannot_be_used(tmp_path: Path) -> None:

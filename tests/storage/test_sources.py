@@ -145,7 +145,8 @@ def test_folders(tmp_path: Path) -> None:
     sound(tmp_path / "adapter_model.safetensors")
     source = open_source(tmp_path)
     assert source.config == {}
-    assert not source.notes
+    beside = "one.safetensors, two.safetensors stand beside adapter_model.safetensors"
+    assert [note.startswith(beside) for note in source.notes] == [True]
     (tmp_path / "adapter_model.bin").write_bytes(b"")
     assert "adapter_model.bin is not" in open_source(tmp_path).notes[0]
 

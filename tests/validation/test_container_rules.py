@@ -14,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from broken_files import Evil, entries, join, pickled, repacked, split, with_content, with_header
+from click.testing import CliRunner
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from sound import codes, diffusers_file, found, kohya_file, load, peft_folder
 
 import adapterops as ao
+from adapterops.cli.main import main
 from adapterops.storage.safetensors import MAX_HEADER
 from adapterops.validation.rules import container
 
@@ -282,8 +284,23 @@ def test_pickles_of_tensors_are_safe(zipped: bool, tmp_path: Path) -> None:
     assert codes(path) == ["F011"]
 
 
-@pytest.mark.parametrize("names", [("a1.weight", "a2.weight", "b1.weight", "b2.weight"), ("oft_blocks",)])
+@pytest.mark.parametrize("names", [("oft_R.weight", "oft_R.scaled_oft"), ("oft_blocks.0", "oft_blocks.1")])
 def test_methods_that_are_known_by_name_only(names: tuple[str, ...], tmp_path: Path) -> None:
     stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
     tensors = {f"{stem}.{name}": torch.randn(4, 320) for name in names}
     assert codes(_saved(tmp_path, {**tensors, f"{stem}.alpha": torch.tensor(4.0)})) == ["F021"]
+
+
+def test_a_checkpoint_is_not_taken_away(tmp_path: Path) -> None:
+    """What stands beside the adapter in it would be lost."""
+    pair = {
+        f"base_model.model.x.q_proj.lora_{n}.weight": torch.randn(*shape) for n, shape in (("A", (2, 4)), ("B", (4, 2)))
+    }
+    torch.save({"state_dict": pair, "alpha": 4, "optimizer": {"m": torch.randn(3)}}, tmp_path / "last.pt")
+    before = (tmp_path / "last.pt").read_bytes()
+    told = list(ao.validate(tmp_path, select=["F011"]))
+    assert [(finding.code, finding.change) for finding in told] == [("F011", None)]
+    assert "holds more than the adapter" in told[0].remedy
+    assert CliRunner().invoke(main, ["validate", str(tmp_path), "--select", "F011", "--fix"]).exit_code == 0
+    assert (tmp_path / "last.pt").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]

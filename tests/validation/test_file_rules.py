@@ -258,6 +258,13 @@ def test_checkpoints_of_a_trainer(tmp_path: Path) -> None:
     assert codes(peft_folder(tmp_path, name="checkpoint-500")) == []
 
 
+def test_the_state_of_a_trainer_without_its_adapter(tmp_path: Path) -> None:
+    torch.save({"state": {}, "param_groups": []}, tmp_path / "optimizer.pt")
+    (finding,) = found(tmp_path / "optimizer.pt")
+    assert finding.code == "F020"
+    assert "optimizer state" in finding.message
+
+
 def test_messages_name_the_file(tmp_path: Path) -> None:
     for code, make in BROKEN.items():
         (tmp_path / code).mkdir()

@@ -366,13 +366,17 @@ def pickle(subject: Subject) -> Iterable[Finding]:
     if any(error.fault in NOT_AN_ADAPTER.faults for error in subject.faults):
         return
     new = os.path.splitext(name)[0] + ".safetensors"
-    change = None if new in subject.files else Change(f"write {name} as {new}", rewrite=True)
+    whole = subject.source is None or subject.source.whole
+    change = Change(f"write {name} as {new}", rewrite=True) if whole and new not in subject.files else None
+    remedy = "" if change else f"{new} stands beside it; where that is the same adapter, delete this one."
+    if not whole:
+        remedy = (
+            f"Run `adapterops convert {name} --to peft` (or another format): a checkpoint holds more than the adapter."
+        )
     yield PICKLE.found(
         subject.weights,
         f"is a pickle: tensors only ({len(subject.tensors)} of them), but no safetensors file",
-        remedy=""
-        if change is not None
-        else f"{new} stands beside it; where that is the same adapter, delete this one.",
+        remedy=remedy,
         change=change,
     )
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 from adapterops.errors import AdapterOpsError
 from adapterops.storage.folder import LocalFolder
 from adapterops.storage.sharded import number_note
-from adapterops.storage.source import FOLDER_INDEX, FOLDER_WEIGHTS, INDEX_SUFFIX, open_in
+from adapterops.storage.source import CONFIG_NAME, FOLDER_INDEX, FOLDER_WEIGHTS, HUB_WEIGHTS, INDEX_SUFFIX, open_in
 from adapterops.storage.tensor import LazyTensor, same_bytes
 from adapterops.storage.training_state import is_training_state, without_state
 from adapterops.validation.discover import is_weights
@@ -255,11 +255,12 @@ def _difference(old: Mapping[str, LazyTensor], new: Mapping[str, LazyTensor]) ->
 def unread(subject: Subject) -> Iterable[Finding]:
     """What is no adapter, beside one, is told of less loudly."""
     name = subject.place.name
-    weights = next((other for other in FOLDER_WEIGHTS if other in subject.files), "")
+    known = (*FOLDER_WEIGHTS, *(HUB_WEIGHTS if CONFIG_NAME in subject.files else ()))
+    weights = next((other for other in known if other in subject.files), "")
     if name and not weights:
         adapters, left = without_state([n for n in subject.files if is_weights(n)])
-        weights = adapters[0] if name in left else ""
-    if name and weights and name not in FOLDER_WEIGHTS:
+        weights = adapters[0] if adapters and name in left else ""
+    if name and weights and name not in known:
         subject.adapter  # noqa: B018  # whose faults are told now
         for error in take(subject, "not-an-adapter"):
             text = in_words(error, subject.weights, subject.path)
