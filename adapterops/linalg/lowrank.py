@@ -29,6 +29,8 @@ _FAINT = 1e-10
 """Squares of singular values below this share of the largest one's have too few digits."""
 _DEPENDENT = 1e-15
 """Eigenvalues of a Gram matrix below this share of the largest are rounding."""
+_TAME = 1e12
+"""Numbers between 1 / this and this, or 0, are multiplied in float32 without regard to its range."""
 
 
 class Svd(NamedTuple):
@@ -81,14 +83,20 @@ class Several(NamedTuple):
         those have lengths that make u·vh the first k singular values' part of M.
 
         What was left out and what rounding changed are at right angles, but for the product of two roundings; so the factors
-        of M, with all their ranks, need not be gone through again.  Digits end between 1e-8 and 1e-7.
+        of M, with all their ranks, need not be gone through again.  The sums are of differences, so that float32 does where
+        u and vh are that; factors out of `_TAME`'s range are made as large as 1 first, for that of their squares.
         """
-        b, a = b.to(self.u), a.to(self.vh)
-        squares = self.s.square().sum(dim=1)
-        mixed, own = (self.u.mT @ b) * (self.vh @ a.mT), (b.mT @ b) * (a @ a.mT)
-        changes = (squares - 2 * mixed.sum(dim=(1, 2)) + own.sum(dim=(1, 2))).clamp_min(0).tolist()
+        squares = self.s.square().sum(dim=1).tolist()
+        # b·a - u·vh = du·a + u·dv, with a = vh + dv.  One side after the other, since they are large.
+        u, du, left = _changes(self.u, b)
+        sides = [(one.mT @ two).double() for one, two in ((du, du), (du, u), (u, u))]
+        del u, du
+        vh, dv, right = _changes(self.vh.mT, a.mT)
+        given = vh + dv
+        other = [(one.mT @ two).double() for one, two in ((given, given), (given, dv), (dv, dv))]
+        sums = (sides[0] * other[0] + 2 * sides[1] * other[1] + sides[2] * other[2]).sum(dim=(1, 2)).clamp_min(0)
         out = []
-        for energy, kept, change in zip(self.energies, squares.tolist(), changes, strict=True):
+        for energy, kept, change in zip(self.energies, squares, (sums * (left * right) ** 2).tolist(), strict=True):
             square = max(0.0, energy - kept) + change
             out.append(sqrt(square / energy) if energy else sqrt(square))
         return out
@@ -163,11 +171,17 @@ class Stacked:
         return torch.tensor(spread, dtype=torch.float64, device=self.b.device)
 
     def decompose(
-        self, weights: Sequence[Sequence[float]], rank: int | None = None, lengths: Lengths | None = None
+        self,
+        weights: Sequence[Sequence[float]],
+        rank: int | None = None,
+        lengths: Lengths | None = None,
+        single: bool = False,
     ) -> Several:
         """The decompositions of Σ wₖ·Bₖ·Aₖ, their first `rank` values (all Σr for None); Σr is at most m and n.
 
-        `lengths` gives u's columns and vh's rows theirs.  Where terms cancel, QR is used.
+        `lengths` gives u's columns and vh's rows theirs.  Where terms cancel, QR is used.  `single` gives u and vh in float32,
+        for those who round them to 16 bits and whose factors float32 can hold: only the last product is made in it, which cancels
+        by no more than `CANCELLING`.
         """
         import torch
 
@@ -187,8 +201,14 @@ class Stacked:
         core = _cores(one, two, w.sign(), rank)
         # While they are small.
         left, right = _of_length(core.s * top[:, None], lengths)
-        u = self.b @ (d[:, :, None] * core.u * left[:, None, :])
-        vh = (right[:, :, None] * core.vh * e[:, None, :]) @ self.a
+        to_u, to_vh = d[:, :, None] * core.u * left[:, None, :], right[:, :, None] * core.vh * e[:, None, :]
+        if single:
+            u, vh = self.b.float() @ to_u.float(), to_vh.float() @ self.a.float()
+            for n, fine in enumerate(_tame(d, e, left, right).tolist()):
+                if not fine:
+                    u[n], vh[n] = self.b[n] @ to_u[n], to_vh[n] @ self.a[n]
+        else:
+            u, vh = self.b @ to_u, to_vh @ self.a
         cancels = []
         strengths = strength.square().sum(dim=1).tolist()
         for n, (energy, most) in enumerate(zip(core.energies, strengths, strict=True)):
@@ -204,6 +224,28 @@ class Stacked:
 
 def _of_length(s: torch.Tensor, lengths: Lengths | None) -> tuple[torch.Tensor, torch.Tensor]:
     return (s.new_ones(s.shape), s.new_ones(s.shape)) if lengths is None else lengths(s)
+
+
+def _tame(*sizes: torch.Tensor) -> torch.Tensor:
+    """Of sizes (N, …), none of them negative: of which n all are within `_TAME`, (N,)."""
+    import torch
+
+    each = [((size == 0) | ((size > 1 / _TAME) & (size < _TAME))).all(dim=1) for size in sizes]
+    return torch.stack(each).all(dim=0)
+
+
+def _changes(values: torch.Tensor, rounded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Values (N, m, k) and what rounding added to them, divided by the sizes (N,) that come with them: ones, but where the
+    squares would leave float32's range."""
+    import torch
+
+    largest = values.abs().amax(dim=(1, 2))
+    change = torch.sub(rounded.to(values), values)
+    if bool(_tame(largest[:, None]).all()):
+        return values, change, torch.ones_like(largest, dtype=torch.float64)
+    largest = torch.where(largest > 0, largest, 1.0)
+    by = largest[:, None, None]
+    return values / by, change.div_(by), largest.double()
 
 
 def stacked(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:

@@ -24,6 +24,11 @@ def is_simple(terms: Sequence[Term]) -> bool:
     return len(kinds) == 1 and kinds <= set(FLOATS)
 
 
+def is_single(terms: Sequence[Term]) -> bool:
+    """Whether they are simple, and float32 holds every number of theirs."""
+    return is_simple(terms) and terms[0].update.tensors["A"].dtype != "F64"
+
+
 def together(modules: Sequence[Sequence[Term]], device: torch.device) -> Stacked | None:
     """The terms of each module with their scales, weights aside; None where one has no factors.
 

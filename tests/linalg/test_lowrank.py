@@ -177,3 +177,47 @@ def test_errors_are_those_of_the_dense_matrices(name: str, lengths: str, rank: i
     b, a = found.u.to(dtype), found.vh.to(dtype)
     expected = float((merged - b[0].double() @ a[0].double()).norm()) / size
     assert found.errors(b, a) == [pytest.approx(expected, rel=1e-3, abs=1e-7)]
+
+
+def uneven(by: float) -> list[Pair]:
+    """Numbers that float32 holds, though not what the columns of B are multiplied by."""
+    b, a = pair(0)
+    return [((b * by).float().double(), (a * 1e37).float().double()), (pair(1)[0] * by * 1e37, pair(1)[1])]
+
+
+SINGLE: dict[str, Callable[[], list[Pair]]] = {
+    **{name: make for name, make in CASES.items() if not name.endswith("numbers")},
+    "with a B below the normal numbers": lambda: uneven(1e-41),
+    "of large 32-bit numbers": lambda: [(b * 1e24, a * 1e24) for b, a in (pair(0), pair(1))],
+    "of small 32-bit numbers": lambda: [(b * 1e-24, a * 1e-24) for b, a in (pair(0), pair(1))],
+}
+
+
+@pytest.mark.parametrize("rank", [1, RANK, None])
+@pytest.mark.parametrize("name", SINGLE)
+def test_float32_for_who_rounds_to_16_bits(name: str, rank: int | None) -> None:
+    """No worse than in float64, by what bfloat16 rounds off; and the error that is told is that of the dense matrices."""
+    pairs = SINGLE[name]()
+    merged = total(pairs)
+    whole, weights = Stacked.of(pairs, SCALES[: len(pairs)]), [WEIGHTS[: len(pairs)]]
+    losses = []
+    for single in (False, True):
+        found = whole.decompose(weights, rank, roots, single)
+        assert found.u.dtype == found.vh.dtype == (torch.float32 if single else torch.float64)
+        b, a = found.u.bfloat16(), found.vh.bfloat16()
+        losses.append(float((merged - b[0].double() @ a[0].double()).norm() / merged.norm()))
+        assert found.errors(b, a) == [pytest.approx(losses[-1], rel=1e-3)]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_float32_and_what_cancels() -> None:
+    """Just not enough for another way: of the digits that are lost float32 has them to spare."""
+    (b, a), (noise, _) = pair(0), pair(1)
+    pairs = [(b, a), (b + 3 * 1e-3 * noise, a)]
+    losses = []
+    for single in (False, True):
+        found = Stacked.of(pairs).decompose([[1.0, -1.0]], RANK, roots, single)
+        assert found.cancels == [False]
+        whole = total(pairs, (1.0, -1.0), (1.0, 1.0))
+        losses.append(float((whole - (found.u.double() @ found.vh.double())[0]).norm() / whole.norm()))
+    assert losses[1] <= losses[0] + 2.0**-13

@@ -39,9 +39,10 @@ CASES: dict[str, tuple[tuple[str, int], ...]] = {
 }
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("method", ["svd", "slerp"])
 @pytest.mark.parametrize("name", CASES)
-def test_each_as_alone(name: str, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_as_alone(name: str, method: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sources = []
     for seed, (kind, rank) in enumerate(CASES[name][: 2 if method == "slerp" else None]):
         given = tensors(seed, kind, rank=rank)
@@ -52,7 +53,7 @@ def test_each_as_alone(name: str, method: str, tmp_path: Path, monkeypatch: pyte
                 if same.shape == given[f"l.2.wide.{end}"].shape:
                     given[f"l.2.wide.{end}"] = same.to(given[f"l.2.wide.{end}"].dtype)
         sources.append(peft(tmp_path / f"{seed}", given))
-    options: dict[str, Any] = {"rank": 3, "dtype": "float32"}
+    options: dict[str, Any] = {"rank": 3, "dtype": dtype}
     found = merged(sources, tmp_path / "out", method, workers=1, **options)
     assert len(found) == 4 * LAYERS
     for workers in (2, 5):
