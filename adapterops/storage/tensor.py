@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from math import prod
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 CHUNK = 1 << 20
 """Bytes moved at a time.  1 MiB measured as fast as sendfile and keeps peak memory small."""
+_BUFFERS = 512
+"""That one call of the system fills at most; Linux and macOS take twice as many (IOV_MAX)."""
 
 
 class ByteSource(Protocol):
@@ -62,6 +65,19 @@ class FileSource:
                 raise UnreadableFile(f"{self.path}: ends at byte {start + done}; it was cut short while being read")
             done += got
 
+    def scatter(self, start: int, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers, one after the other, with the bytes from `start` on, in one call of the system."""
+        if self._descriptor < 0:
+            self._open()
+        got = 0
+        with contextlib.suppress(OSError):  # `readinto` says what is wrong
+            got = os.preadv(self._descriptor, buffers, start)
+        for buffer in buffers:
+            if got < len(buffer):
+                self.readinto(start, buffer)
+            got -= len(buffer)
+            start += len(buffer)
+
     def _open(self) -> None:
         with self._lock:
             if self._descriptor >= 0:
@@ -75,6 +91,29 @@ class FileSource:
     def __del__(self) -> None:
         if self._descriptor >= 0:
             os.close(self._descriptor)
+
+
+def fill(pieces: Iterable[tuple[ByteSource, int, memoryview]]) -> None:
+    """Fill buffers, each with the bytes of a source from a place on.
+
+    Neighbours in a file, with other sources' pieces between them or not, are read in one call: for a thread beside others
+    every call is a wait for the interpreter.
+    """
+    file: FileSource | None = None
+    start, length, buffers = 0, 0, list[memoryview]()
+    for source, at, buffer in pieces:
+        if not isinstance(source, FileSource):
+            source.readinto(at, buffer)
+            continue
+        if file is not None and (source is not file or at != start + length or len(buffers) == _BUFFERS):
+            file.scatter(start, buffers)
+            file = None
+        if file is None:
+            file, start, length, buffers = source, at, 0, []
+        buffers.append(buffer)
+        length += len(buffer)
+    if file is not None:
+        file.scatter(start, buffers)
 
 
 @dataclass(frozen=True, slots=True)

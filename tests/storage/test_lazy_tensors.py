@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from adapterops.errors import CannotRepresent, UnreadableFile
 from adapterops.storage import LazyTensor, open_source, scalar
-from adapterops.storage.tensor import CHUNK, TORCH_NAMES, MemorySource
+from adapterops.storage.tensor import CHUNK, TORCH_NAMES, ByteSource, FileSource, MemorySource, fill
 
 
 def tensor(values: torch.Tensor, name: str) -> LazyTensor:
@@ -136,3 +137,50 @@ def test_scalars() -> None:
         scalar("alpha", "BF16", 0.1)
     with pytest.raises(ValueError, match="not one element"):
         tensor(VALUES, "F32").item()
+
+
+def pieces_of(source: ByteSource, places: list[tuple[int, int]]) -> list[tuple[ByteSource, int, memoryview]]:
+    return [(source, start, memoryview(bytearray(length))) for start, length in places]
+
+
+def test_pieces_of_several_sources(tmp_path: Path) -> None:
+    """Neighbours, gaps, steps back, more neighbours than one call takes, and two files in turn."""
+    data = bytes(torch.randint(0, 256, (5000,), generator=torch.Generator().manual_seed(1)).tolist())
+    sources: list[ByteSource] = []
+    for name, content in (("one", data), ("two", data[::-1])):
+        (tmp_path / name).write_bytes(content)
+        sources.append(FileSource(str(tmp_path / name)))
+    one, two = sources
+    pieces = pieces_of(one, [(0, 10), (10, 20), (40, 5), (0, 7), *((100 + n, 1) for n in range(1500)), (1600, 3400)])
+    pieces[1:1] = pieces_of(MemorySource(data), [(3, 9)])
+    pieces[3:3] = pieces_of(two, [(30, 11), (41, 12)])
+    fill(pieces)
+    for source, start, buffer in pieces:
+        content = data[::-1] if source is two else data
+        assert bytes(buffer) == content[start : start + len(buffer)]
+
+
+def test_pieces_beyond_the_end(tmp_path: Path) -> None:
+    (tmp_path / "short").write_bytes(b"x" * 25)
+    pieces = pieces_of(FileSource(str(tmp_path / "short")), [(0, 10), (10, 10), (20, 10)])
+    with pytest.raises(UnreadableFile, match=r"short: ends at byte 25; it was cut short"):
+        fill(pieces)
+    assert [bytes(buffer) for _, _, buffer in pieces[:2]] == [b"x" * 10] * 2
+
+
+def test_pieces_that_come_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The system may give less than was asked for, and refuse many buffers at once."""
+    data = bytes(range(100))
+    (tmp_path / "file").write_bytes(data)
+    source, read = FileSource(str(tmp_path / "file")), os.preadv
+
+    def little(descriptor: int, buffers: list[memoryview], start: int) -> int:
+        if len(buffers) > 3:
+            raise OSError(22, "Invalid argument")
+        return read(descriptor, [buffers[0][:7]], start)
+
+    monkeypatch.setattr(os, "preadv", little)
+    for count in (2, 5):
+        pieces = pieces_of(source, [(10 * n, 10) for n in range(count)])
+        fill(pieces)
+        assert b"".join(bytes(buffer) for _, _, buffer in pieces) == data[: 10 * count]
