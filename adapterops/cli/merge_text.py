@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from adapterops.cli.text import bytes_text, plural, table
+from adapterops.merging.registry import METHODS, Kind, find
 
 if TYPE_CHECKING:
     from adapterops.merging.merge import MergeResult
@@ -29,7 +30,9 @@ def lines(result: MergeResult, verbose: bool) -> list[str]:
         f"{click.style(written.path, bold=True)}: {step.method}, {written.dialect}{arch}, "
         f"{plural(written.modules, 'module')}, {plural(written.tensors, 'tensor')}, {bytes_text(written.bytes)}"
     ]
-    out += [f"    × {_weight(ref):<5} {ref.path or f'step {ref.step}'}" for ref in step.sources]
+    signs = find(step.method, step.space)[0].signs or (1.0, 1.0)
+    for number, ref in enumerate(step.sources):
+        out.append(f"    × {_weight(ref, signs[min(number, 1)]):<5} {ref.path or f'step {ref.step}'}")
     for name, modules in result.earlier:
         out += [f"  step {name}: {line}" for line in _losses(modules)]
     out += [f"  {line}" for line in _losses(result.modules)]
@@ -48,10 +51,12 @@ def lines(result: MergeResult, verbose: bool) -> list[str]:
     return out
 
 
-def _weight(ref: SourceRef) -> str:
+def _weight(ref: SourceRef, sign: float) -> str:
+    """What an adapter's delta is multiplied by, with the sign that the method gives it."""
     if not isinstance(ref.weight, Mapping):
-        return f"{ref.weight:g}"
-    return "by block" if "blocks" in ref.weight or "double" in ref.weight or "single" in ref.weight else "by module"
+        return f"{sign * ref.weight:g}"
+    by = "by block" if "blocks" in ref.weight or "double" in ref.weight or "single" in ref.weight else "by module"
+    return by if sign > 0 else f"-1 {by}"
 
 
 def _row(module: ModuleReport) -> list[str]:
@@ -67,7 +72,15 @@ def _row(module: ModuleReport) -> list[str]:
 def _losses(modules: Sequence[ModuleReport]) -> list[str]:
     """How much of the merged deltas the output holds."""
     told = [m for m in modules if m.error is not None and m.kept is not None and not m.cancels and not m.empty]
-    out = _loss(sorted(told, key=lambda m: -(m.error or 0))) if told else []
+    partly = sorted((m for m in modules if m.error is None and m.kept is not None), key=lambda m: m.kept or 0.0)
+    out = _loss(sorted(told, key=lambda m: -(m.error or 0)), " in the others" if partly else "") if told else []
+    if partly:
+        worst, middle = partly[0], partly[len(partly) // 2]
+        out.append(
+            f"{worst.method} of whole matrices: its components hold {middle.kept:.1%} of the adapters' own energy in the middle "
+            f"module of {len(partly)}, {worst.kept:.1%} in the worst"
+        )
+        out.append(f"       ({worst.component}: {worst.module}, rank {worst.rank}); a larger --rank takes more of them")
     empty = [m for m in modules if m.empty]
     if empty:
         out.append(
@@ -83,12 +96,14 @@ def _losses(modules: Sequence[ModuleReport]) -> list[str]:
     return out
 
 
-def _loss(measured: Sequence[ModuleReport]) -> list[str]:
-    """Of modules with the largest error first."""
+def _loss(measured: Sequence[ModuleReport], where: str) -> list[str]:
+    """Of modules with the largest error first; `where` they are not all."""
     worst, middle = measured[0], measured[len(measured) // 2]
     most = worst.error or 0.0
     if most <= _ROUNDING:
-        return [f"exact up to rounding: the outputs differ from the merged deltas by at most {most:.2%}"]
+        return [f"exact up to rounding{where}: the outputs differ from the merged deltas by at most {most:.2%}"]
+    if METHODS[worst.method].by_rank and (worst.rank or 0) < (worst.exact_rank or 0):
+        return _directions(worst, middle, max(m.exact_rank or 0 for m in measured))
     if 1 - (worst.kept or 0.0) < (most / 2) ** 2:  # the square of what the rank alone loses
         label = click.style("lossy", fg="yellow") if most > _LOSSY else "kept"
         return [
@@ -102,11 +117,25 @@ def _loss(measured: Sequence[ModuleReport]) -> list[str]:
     ranks = [m.exact_rank for m in measured]
     whole = max((rank for rank in ranks if rank is not None), default=0)
     cat = f"; --method cat keeps all, at rank {whole}" if whole and None not in ranks else ""
+    if cat and any(METHODS[m.method].kind is not Kind.SPAN or METHODS[m.method].signs for m in measured):
+        cat = f"; --rank {whole} keeps all"
     out.append(f"       a larger --rank keeps more{cat}")
     loose = max(m.excess for m in measured)
     if loose > 1e-4:
         out.append(f"the factorisation may miss the best of its rank by {loose:.1e} of its error; --svd exact does not")
     return out
+
+
+def _directions(worst: ModuleReport, middle: ModuleReport, whole: int) -> list[str]:
+    """Of a method that makes something else of a lower rank, and not the best approximation of what it makes of the full one."""
+    label = click.style("lossy", fg="yellow") if (worst.error or 0.0) > _LOSSY else "kept"
+    return [
+        f"{label}: the rank has room for {middle.kept:.1%} of the energy of what {worst.method} makes at full rank in the middle "
+        f"module, {worst.kept:.1%} in the worst",
+        f"       ({worst.component}: {worst.module}, rank {worst.rank} of {worst.exact_rank}, ‖full − output‖ / ‖full‖ = "
+        f"{worst.error:.2f})",
+        f"       a larger --rank comes nearer; --rank {whole} makes all of it",
+    ]
 
 
 def as_dict(result: MergeResult) -> dict[str, Any]:

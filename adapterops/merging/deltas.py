@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from adapterops.linalg.random import Draw
 from adapterops.merging.stack import random_block
+from adapterops.merging.stack import wide as wide
 from adapterops.merging.terms import Term
 
 if TYPE_CHECKING:
@@ -104,11 +105,6 @@ def filler(term: Term, device: torch.device) -> Fill:
             out[low - start : high - start].copy_(torch.from_numpy(matrix.at(low, high)))
 
     return copy
-
-
-def wide(tensor: torch.Tensor) -> torch.Tensor:
-    """In float64; on the CPU where the device (MPS) has none."""
-    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import hypot, isclose, isfinite, sqrt
@@ -16,9 +17,10 @@ from adapterops.merging.methods import svd
 from adapterops.merging.modules import Module
 from adapterops.merging.registry import Kind, Space
 from adapterops.merging.settings import Choice, ModuleReport, Settings
-from adapterops.merging.stack import TensorStack, insist_on_float32
+from adapterops.merging.stack import TensorStack
 from adapterops.merging.terms import Shape, Term, common_shape
-from adapterops.merging.together import is_simple, together
+from adapterops.merging.together import is_simple, is_single, together
+from adapterops.merging.whole import Reduced, weighted_sum
 from adapterops.storage.tensor import LazyTensor, same_values
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ _NARROW = 256
 """Up to this sum of ranks the plain sum's singular vectors are worth having as the start of an iteration."""
 _WEAK = 0.1
 """Strengths below this cost 16-bit factors digits, if they are multiplied in."""
+MOST_DIRECTIONS = 1 << 12
+"""Of matrices side by side: a GiB of memory and a minute for each module; twice as many take ten."""
 _AHEAD = 8
 """Singular vectors beyond the rank that an iteration is started with."""
 
@@ -70,10 +74,10 @@ def plan(module: Module, choice: Choice, base: Architecture | None = None) -> Ma
     if choice.space is Space.FACTORS and choice.method.kind is Kind.ELEMENTS:
         rank: int | None = _factor_rank(module, choice)
     elif all(term.whole for term in terms):
-        _insist_on_factors(module, choice)
         rank = None
     else:
         rank = _rank(module, choice, shape)
+    _insist_on_room(module, choice, shape)
     if rank is None:
         return MatrixPlan(module, choice, shape, None, {"weight": shape.sizes})
     outputs = {
@@ -160,19 +164,11 @@ def _instead(choice: Choice) -> str:
     return "; --method svd (the best of a rank) and cat (exact) merge the weight deltas themselves"
 
 
-def _insist_on_factors(module: Module, choice: Choice) -> None:
-    if choice.method.kind is Kind.FACTORS:
-        raise UsageError(
-            f"{module.terms[0].where}: --method {choice.method.name} needs low-rank factors, and {module.title} is a whole "
-            "difference; use svd or a method that acts on deltas entry by entry (ties_svd, dare_ties_svd …)"
-        )
-
-
 def _rank(module: Module, choice: Choice, shape: Shape) -> int:
     terms, kind = module.terms, choice.method.kind
     exact = [term.exact_rank for term in terms]
     total = None if None in exact else sum(r for r in exact if r is not None)
-    if kind in (Kind.STACKED, Kind.FACTORS) and total is None:
+    if kind is Kind.STACKED and total is None:
         other = terms[exact.index(None)]
         raise UsageError(
             f"{other.where}: --method {choice.method.name} needs low-rank factors, and {module.title} has none here "
@@ -201,6 +197,21 @@ def _rank(module: Module, choice: Choice, shape: Shape) -> int:
     if total is not None and kind is not Kind.ELEMENTS:
         most = min(most, total)
     return min(wanted, most)
+
+
+def _insist_on_room(module: Module, choice: Choice, shape: Shape) -> None:
+    """Raise `UsageError` for whole matrices that a method on singular vectors would decompose side by side, too large for it."""
+    if choice.method.kind is not Kind.FACTORS or choice.method.by_rank:
+        return
+    other = next((term for term in module.terms if term.exact_rank is None), None)
+    directions = min(shape.rows, len(module.terms) * shape.columns)
+    if other is not None and directions > MOST_DIRECTIONS:
+        raise UsageError(
+            f"{other.where}: {module.title} has no low-rank factors here ({other.kind}), and --method {choice.method.name} would "
+            f"decompose {len(module.terms)} whole matrices {shape.rows} × {shape.columns} side by side, {directions} directions "
+            f"(at most {MOST_DIRECTIONS}); adapterops to-lora makes plain LoRAs of the adapters first, and tsv and iso_c take "
+            "them as they are"
+        )
 
 
 def _scale_kept(terms: Sequence[Term]) -> float:
@@ -232,18 +243,25 @@ def compute(
         return _stacked(p, dtype)
     if is_low(p):
         return compute_alike([p], settings, device, dtype)[0]
+    import torch
+
     weights = [term.weight for term in p.terms]
-    if kind is Kind.FACTORS:
-        return _from_factors(p, _pairs(p.terms, device), weights, settings, dtype)
     total = _total_rank(p)
+    if kind is Kind.FACTORS and total is not None:
+        return _from_factors(p, _pairs(p.terms, device), weights, settings, dtype)
     # Element-wise methods need them for a start only, and not at any price.
     narrow = total is not None and total <= min(_NARROW, p.shape.rows, p.shape.columns)
-    whole = together([p.terms], device) if kind is not Kind.ELEMENTS or narrow else None
+    whole = together([p.terms], device) if kind in (Kind.SPAN, Kind.STACKED) or narrow else None
     stack = DeltaStack(p.terms, draws(p, settings, "delta"), device)
     if kind in (Kind.SPAN, Kind.STACKED):  # whole differences are not stacked: their sum is as exact
         merged = _dense_span(p, stack, whole)
     if kind is Kind.ELEMENTS:
         merged = p.choice.method.function(stack, **p.choice.arguments)
+    if kind is Kind.FACTORS:
+        made = _of_matrices(p, stack, settings)
+        if not isinstance(made, torch.Tensor) and p.rank is not None:
+            return _reduced(p, *made, settings, dtype)
+        merged = made if isinstance(made, torch.Tensor) else (made[0].pair[0] @ made[0].pair[1]).float()
     tensors: Tensors = {"weight": merged.reshape(p.shape.sizes).to("cpu", dtype)} if p.rank is None else {}
     told = report(p)
     if p.rank is not None:
@@ -295,7 +313,9 @@ def compute_alike(
     assert whole is not None
     inner = whole.inner
     coefficients = [_coefficients(p, own, [t.weight for t in p.terms]) for p, own in zip(plans, inner, strict=True)]
-    found = whole.decompose(coefficients, plans[0].rank, lambda s: _sides(s, settings.split))
+    # Sixteen bits hold less than what float32 rounds off.
+    single = dtype.itemsize == 2 and all(is_single(p.terms) for p in plans)
+    found = whole.decompose(coefficients, plans[0].rank, lambda s: _sides(s, settings.split), single)
     out: Tensors = {"A": found.vh.to("cpu", dtype), "B": found.u.to("cpu", dtype)}
     errors = found.errors(out["B"], out["A"])
     made, kept = [], found.kept
@@ -369,31 +389,88 @@ def _dense_span(p: MatrixPlan, stack: DeltaStack, whole: Stacked | None) -> torc
         for _, _, values in stack.blocks():
             flat = wide(torch.stack([v.reshape(-1) for v in values]))
             inner += (flat @ flat.T).cpu()
-    coefficients = _coefficients(p, inner, stack.weights)
-    insist_on_float32(coefficients)
-    out = stack.empty()
-    for start, stop, values in stack.blocks():
-        part = out[start:stop].zero_()
-        for value, coefficient in zip(values, coefficients, strict=True):
-            part.add_(value, alpha=coefficient)
-    return out
+    return weighted_sum(stack, _coefficients(p, inner, stack.weights))
 
 
 def _from_factors(
     p: MatrixPlan, pairs: Sequence[Pair], weights: Sequence[float], settings: Settings, dtype: torch.dtype
 ) -> tuple[Tensors, ModuleReport]:
-    import inspect
+    """Held against what the method makes at full rank: a method may make something else of a lower one."""
+    from adapterops.linalg.lowrank import CANCELLING, decompose
 
-    from adapterops.linalg.lowrank import decompose
-
-    function, extra = p.choice.method.function, {}
-    if "draws" in inspect.signature(function).parameters:
-        extra["draws"] = draws(p, settings, "delta")
-    b, a = function(pairs, weights, p.rank, **extra, **p.choice.arguments)
+    assert p.rank is not None
+    function, given = p.choice.method.function, _with_draws(p, p.choice.method.function, settings)
+    b, a = function(pairs, weights, p.rank, **given)
     found = decompose(b, a, p.rank, exact=True)
     out = _padded(p, _split(p, found, settings, dtype), dtype)
-    empty = not found.energy and any(bool(left.any()) and bool(right.any()) for left, right in pairs)
-    return out, report(p, found.kept, _total_error(p, found, out), empty=empty)
+    strength = sum(w * w * _energy(left, right) for (left, right), w in zip(pairs, weights, strict=True))
+    cancels = p.choice.method.by_rank and found.energy < CANCELLING**2 * strength
+    most = min(p.shape.rows, p.shape.columns, sum(b.shape[1] for b, _ in pairs))
+    if b.shape[1] <= p.rank < most:
+        b, a = function(pairs, weights, most, **given)
+    kept, error, energy = _held(b, a, found) if p.rank < b.shape[1] else (1.0, 0.0, found.energy)
+    empty = not found.energy and strength > 0 and not cancels
+    error = _rounded(found, out, error, energy)
+    return out, report(p, kept, error, cancels=cancels, empty=empty, full=b.shape[1])
+
+
+def _with_draws(p: MatrixPlan, function: Any, settings: Settings) -> dict[str, Any]:
+    """The arguments of a method's function, with random numbers where it takes them."""
+    own = {"draws": draws(p, settings, "delta")} if "draws" in inspect.signature(function).parameters else {}
+    return {**own, **p.choice.arguments}
+
+
+def _energy(b: torch.Tensor, a: torch.Tensor) -> float:
+    """‖b·a‖²."""
+    return float((b.T @ b * (a @ a.T)).sum())
+
+
+def _held(b: torch.Tensor, a: torch.Tensor, found: Svd) -> tuple[float, float, float]:
+    """Of b·a, what a method makes at full rank: the share of its energy in the directions that are there at a lower one, the
+    distance from what stands in them, relative to its norm, and that energy."""
+    energy = _energy(b, a)
+    if energy <= 0:
+        return 1.0, 0.0, 0.0
+    inside = (found.u.T @ b) @ (a @ found.vh.T)
+    within = float(inside.square().sum())
+    inside.diagonal().sub_(found.s)
+    outside = max(0.0, energy - within)
+    return min(1.0, within / energy), sqrt((outside + float(inside.square().sum())) / energy), energy
+
+
+def _of_matrices(p: MatrixPlan, stack: DeltaStack, settings: Settings) -> torch.Tensor | tuple[Reduced, float]:
+    """What a method makes of deltas without low-rank factors: the merged delta, or one of the rank that is wanted, and by how
+    much its decompositions may miss the best ones."""
+    from adapterops.linalg.dense import truncated
+
+    loose = [0.0]
+
+    def best(matrix: torch.Tensor, rank: int) -> Svd:
+        draw = Draw(settings.seed, p.module.component, p.module.name, "start")
+        found, excess = truncated(matrix, rank, tolerance=settings.tolerance, draw=draw, exact=settings.exact_svd)
+        loose.append(excess)
+        return found
+
+    function = p.choice.method.of_matrices
+    assert function is not None
+    if not p.choice.method.by_rank:
+        merged: torch.Tensor = function(stack, **_with_draws(p, function, settings))
+        return merged
+    rank = min(p.shape.rows, p.shape.columns) if p.rank is None else p.rank
+    return function(stack, rank, best, **p.choice.arguments), max(loose)
+
+
+def _reduced(
+    p: MatrixPlan, made: Reduced, excess: float, settings: Settings, dtype: torch.dtype
+) -> tuple[Tensors, ModuleReport]:
+    from adapterops.linalg.lowrank import decompose
+
+    found = decompose(*made.pair, p.rank, exact=True)
+    out = _padded(p, _split(p, found, settings, dtype), dtype)
+    if made.error is None:
+        return out, report(p, made.kept, None, excess)
+    error = _rounded(found, out, made.error, made.energy)
+    return out, report(p, made.kept, error, excess, empty=not found.energy, full=made.full)
 
 
 def _refactor(
@@ -466,13 +543,13 @@ def _padded(p: MatrixPlan, out: Tensors, dtype: torch.dtype) -> Tensors:
     return full
 
 
-def _total_error(p: MatrixPlan, found: Svd, out: Tensors) -> float:
-    """The error of the truncation and of the rounding to the output's dtype together."""
+def _rounded(found: Svd, out: Tensors, error: float, energy: float) -> float:
+    """`error` and that of the rounding to the output's dtype together, relative to the root of `energy`."""
     b, a = out["B"].double(), out["A"].double()
     u, s, vh = (part.double().cpu() for part in (found.u, found.s, found.vh))
     mixed = float(((b.T @ u) * s * (a @ vh.T)).sum())
-    square = float((b.T @ b * (a @ a.T)).sum()) - 2 * mixed + float(s.square().sum())
-    return hypot(found.error, sqrt(max(0.0, square) / found.energy)) if found.energy else sqrt(max(0.0, square))
+    square = max(0.0, float((b.T @ b * (a @ a.T)).sum()) - 2 * mixed + float(s.square().sum()))
+    return hypot(error, sqrt(square / energy)) if energy else sqrt(square)
 
 
 def report(
@@ -482,8 +559,9 @@ def report(
     excess: float = 0.0,
     cancels: bool = False,
     empty: bool = False,
+    full: int | None = None,
 ) -> ModuleReport:
-    exact = [term.exact_rank for term in p.terms] if p.choice.method.function in (svd.svd, svd.subtract) else [None]
+    exact = [term.exact_rank for term in p.terms] if p.choice.method.function in (svd.svd, svd.subtract) else [full]
     whole = None if None in exact else sum(rank for rank in exact if rank is not None)
     return ModuleReport(
         p.module.component, p.module.name, p.choice.method.name, p.rank, kept, error, excess, cancels, whole, empty

@@ -36,7 +36,8 @@ class Kind(StrEnum):
     on their inner products only (`gram` (K, K), float64, CPU).  Exact at the rank of the sum."""
     FACTORS = "factors"
     """`f(pairs, weights, rank, **parameters) -> (B, A)`: from exact low-rank factors of each delta, scale included
-    (float64), factors of the result, of any rank; the engine truncates them to `rank`."""
+    (float64), factors of the result, of any rank; the engine truncates them to `rank`.  Where a delta has no such factors,
+    `MergeMethod.of_matrices` is asked, as `merging/whole.py` says."""
     STACKED = "stacked"
     """The factors one beside the other: `cat`."""
 
@@ -112,6 +113,11 @@ class MergeMethod:
     """Whether its result grows with the number of adapters (their weighted sum, and not a mean of some kind)."""
     signs: tuple[float, float] | None = None
     """What the weights of the first and of the other adapters are multiplied by."""
+    of_matrices: Callable[..., Any] | None = None
+    """What a method of kind `FACTORS` does to deltas that have no low-rank factors."""
+    by_rank: bool = False
+    """Whether it chooses by the rank what it makes: what it makes of a lower one is not the best approximation of what it makes
+    of a higher one."""
 
     def settle(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Every parameter's value: given, or the default.
@@ -152,12 +158,25 @@ def merge_method(
     adapters: int | None = None,
     sums: bool = False,
     signs: tuple[float, float] | None = None,
+    of_matrices: Callable[..., Any] | None = None,
+    by_rank: bool = False,
 ) -> Callable[[Function], Function]:
     """Enter a function into the table of methods."""
 
     def enter(function: Function) -> Function:
         METHODS[name] = MergeMethod(
-            name, summary, source, kind, tuple(spaces), function, tuple(parameters), adapters, sums, signs
+            name,
+            summary,
+            source,
+            kind,
+            tuple(spaces),
+            function,
+            tuple(parameters),
+            adapters,
+            sums,
+            signs,
+            of_matrices,
+            by_rank,
         )
         ALIASES.update({alias: (name, space) for alias, space in (aliases or {}).items()})
         return function

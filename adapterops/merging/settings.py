@@ -61,7 +61,8 @@ class ModuleReport:
     """What became of one module.
 
     `kept` is the share of ‖ΔW‖² of the merged delta that the output's rank holds, `error` ‖ΔW − output‖ / ‖ΔW‖, with the
-    rounding to the output's dtype; both None where nothing was approximated (factors merged as factors, vectors).
+    rounding to the output's dtype; both None where nothing was approximated (factors merged as factors, vectors).  `error`
+    alone is None for `tsv` of whole matrices: `kept` is the share of the weighted deltas' energy that its components have.
     `excess` estimates by how much an iterated decomposition misses the best one of its rank, relative to that one's error.
     """
 
@@ -75,6 +76,7 @@ class ModuleReport:
     cancels: bool = False
     """Whether the terms cancel nearly wholly, so that little but their rounding is left."""
     exact_rank: int | None = None
-    """For weighted sums of low-rank deltas: the rank that would hold them whole, as `cat` does."""
+    """The rank that would hold it whole: for weighted sums of low-rank deltas, what `cat` has; for methods on singular vectors,
+    that of what they make at full rank, which `kept` and `error` are relative to."""
     empty: bool = False
     """Whether the method makes nothing of terms that are not nothing."""

@@ -98,6 +98,11 @@ def insist_on_float32(factors: Sequence[float]) -> None:
             )
 
 
+def wide(tensor: torch.Tensor) -> torch.Tensor:
+    """In float64; on the CPU where the device (MPS) has none."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).double()
+
+
 def _copy(tensor: torch.Tensor) -> torch.Tensor:
     import torch
 

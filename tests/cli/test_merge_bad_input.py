@@ -63,7 +63,7 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
     "a method like no other": (f"{AB} --method zzz", ("'zzz'", "known:", "ties")),
     "a method's space": (f"{AB} --method linear --space delta", ("--method linear acts on factors only", "--method svd")),
     "an alias' space": (f"{AB} --method ties_svd --density 0.5 --space factors", ("--method ties_svd", "use --method ties")),
-    "one weight": (f"{AB} --method svd --weights 1", ("--weights 1", "1 weights for 2 adapters")),
+    "one weight": (f"{AB} --method svd --weights 1", ("--weights 1", "one weight for 2 adapters")),
     "three weights": (f"{AB} --method svd --weights 1,2,3", ("3 weights for 2 adapters",)),
     "weight NaN": (f"{AB} --method svd --weights 1,nan", ("--weights 1,nan",)),
     "weight infinite": (f"{AB} --method svd --weights inf,1", ("--weights inf,1",)),
@@ -341,19 +341,14 @@ def test_a_second_source_that_is_no_adapter(command: Command, here: Path) -> Non
     refused(command, here, "a.safetensors text.safetensors --method svd", "text.safetensors")
 
 
-def test_a_method_that_needs_factors(command: Command, here: Path) -> None:
+def test_matrices_too_large_to_be_decomposed_side_by_side(
+    command: Command, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("p", "q"):
         file(here / f"{name}.safetensors", {f"{Q}.diff": torch.ones(320, 320)})
-    for method in ("tsv", "knots --density 0.5", "iso_c"):
-        refused(
-            command,
-            here,
-            f"p.safetensors q.safetensors --method {method}",
-            "p.safetensors",
-            "attn1.to_q",
-            "low-rank factors",
-            "svd",
-        )
+    monkeypatch.setattr("adapterops.merging.matrices.MOST_DIRECTIONS", 319)
+    words = ("p.safetensors", "attn1.to_q", "320 × 320", "to-lora", "tsv")
+    refused(command, here, "p.safetensors q.safetensors --method knots --density 0.5", *words)
 
 
 def test_what_the_target_cannot_hold(command: Command, here: Path) -> None:

@@ -60,6 +60,23 @@ def test_a_gpu_merges_as_the_cpu_does(method: str, space: str, tmp_path: Path) -
 
 
 @CUDA
+@pytest.mark.parametrize("method", ["tsv", "iso_c", "knots"])
+def test_a_gpu_merges_whole_matrices_as_the_cpu_does(method: str, tmp_path: Path) -> None:
+    paths = []
+    for seed in range(2):
+        generator = torch.Generator().manual_seed(seed)
+        stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_q"
+        tensors = {f"{stem}.diff": torch.randn(320, 320, generator=generator)}
+        paths.append(tmp_path / f"{seed}.safetensors")
+        save_file(tensors, paths[-1])
+    needed = {"density": 0.4} if method == "knots" else {}
+    adapters = [ao.load(path) for path in paths]
+    one, two = (deltas(ao.combine(adapters, method, device=device, **needed).adapter) for device in ("cpu", "cuda"))
+    for module, expected in one.items():
+        assert np.linalg.norm(two[module] - expected) / np.linalg.norm(expected) < 1e-3, module
+
+
+@CUDA
 @pytest.mark.parametrize("size", [1000, 3_000_000])
 def test_a_gpu_trims_to_the_same_entries(size: int) -> None:
     values = torch.randn(size, generator=torch.Generator().manual_seed(1)).bfloat16().float()

@@ -81,6 +81,31 @@ def test_a_sum_with_lora(kind: str, first: bool, made: Path, tmp_path: Path) -> 
         assert float((found - wanted).norm()) <= 1e-5 * float(wanted.norm()) + 1e-12, name
 
 
+@pytest.mark.parametrize("method", ["tsv", "iso_c", "knots"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_methods_on_singular_vectors_take_every_kind(kind: str, method: str, made: Path, tmp_path: Path) -> None:
+    """At full rank Iso-C has the sum's vectors, KnOTS that prunes nothing is the sum, and TSV adds no energy."""
+    reading, out = {"base": str(made / "base")}, tmp_path / "out"
+    more = {"inner": "dare_linear", "density": 1.0} if method == "knots" else {}
+    ao.merge([made / kind, made / "lora"], out, method, weights=WEIGHTS, rank=32, reading=reading, **more)
+    one, two = effect(made / kind), effect(made / "lora")
+    for name, found in effect(out).items():
+        total = WEIGHTS[0] * one[name] + WEIGHTS[1] * two[name]
+        if not total.any():
+            assert not found.any()
+        elif method == "knots":
+            assert float((found - total).norm()) <= 1e-4 * float(total.norm())
+        elif method == "iso_c":
+            u, s, vh = torch.linalg.svd(total, full_matrices=False)
+            there = int((s > 1e-5 * s[0]).sum())
+            wanted = u[:, :there] @ vh[:there] * s[:there].mean()
+            assert float((found - wanted).norm()) <= 1e-3 * float(wanted.norm())
+        else:
+            sizes = [w * torch.linalg.svdvals(e[name]) for w, e in zip(WEIGHTS, (one, two), strict=True)]
+            assert float(found.norm()) <= float(torch.cat(sizes).norm()) * (1 + 1e-4)
+            assert found.any()
+
+
 def test_what_only_the_second_says_of_any_method_is_kept(made: Path, tmp_path: Path) -> None:
     ao.merge([made / "vera", made / "lora"], tmp_path / "out", "svd", rank=32, reading={"base": str(made / "base")})
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())

@@ -123,3 +123,27 @@ def test_a_saved_head_says_nothing_of_repeated_layers(tmp_path: Path) -> None:
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["layer_replication"] == [[0, 2], [0, 2]]
     assert config["modules_to_save"] == ["head"]
+
+
+def test_what_subtract_takes_away_is_told_with_its_sign(tmp_path: Path) -> None:
+    sources = [peft(tmp_path / name, pair(seed)) for seed, name in enumerate("ab")]
+    said = told(ao.merge(sources, tmp_path / "out", "subtract", rank=3, weights=[1.0, 0.5]))
+    assert f"× 1     {sources[0]}" in said
+    assert f"× -0.5  {sources[1]}" in said
+    assert "--rank 8 keeps all" in said
+    assert "cat" not in said  # it adds
+
+
+def test_a_lone_module_is_one(tmp_path: Path) -> None:
+    sources = [peft(tmp_path / name, pair(seed)) for seed, name in enumerate("ab")]
+    assert "add up in the one module that several have" in told(ao.merge(sources, tmp_path / "out", "svd"))
+
+
+@pytest.mark.parametrize("method", ["iso_c", "tsv"])
+def test_methods_on_singular_vectors_tell_of_adapters_that_cancel(method: str, tmp_path: Path) -> None:
+    sources = [peft(tmp_path / name, pair(1)) for name in "ab"]
+    done = ao.merge(sources, tmp_path / "out", method, weights=[1.0, -1.0], rank=8)
+    assert [module.cancels for module in done.modules] == [True]
+    assert "cancels: in 1 module" in told(done)
+    apart = [peft(tmp_path / name, pair(seed)) for seed, name in enumerate("cd")]
+    assert not ao.merge(apart, tmp_path / "other", method, weights=[1.0, -1.0], rank=8).modules[0].cancels

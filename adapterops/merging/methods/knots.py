@@ -5,7 +5,9 @@ Source: https://arxiv.org/abs/2410.19735 and github.com/gstoica27/KnOTS, `task_m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+import threading
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from adapterops.linalg.lowrank import Pair
@@ -13,7 +15,8 @@ from adapterops.linalg.random import Draw
 from adapterops.merging.methods import pruning, ties  # noqa: F401  (enters the inner methods)
 from adapterops.merging.parameters import DENSITY, MAJORITY_SIGN, SIGN_ELECTION
 from adapterops.merging.registry import METHODS, Kind, Parameter, merge_method
-from adapterops.merging.stack import TensorStack
+from adapterops.merging.stack import Stack, TensorStack
+from adapterops.merging.whole import FLOAT32, basis_of
 
 if TYPE_CHECKING:
     import torch
@@ -25,8 +28,46 @@ INNER = Parameter(
     default="ties",
     choices=("ties", "dare_ties", "dare_linear", "magnitude_prune"),
 )
+_LARGE = 2048
+"""Directions of a common basis of whole matrices, above which only one is found at a time."""
+_ONE_LARGE = threading.Lock()
+_ROWS = 64
+"""Rows of whole aligned deltas that are merged at a time."""
 _ROUNDING = 1e-12
 """Singular values below this share of the largest are rounding."""
+
+
+def knots_of_matrices(
+    stack: Stack,
+    *,
+    draws: Sequence[Draw],
+    density: float,
+    inner: str,
+    majority_sign: str,
+    sign_election: str,
+) -> torch.Tensor:
+    """KnOTS of whole matrices (m, n), float32, itself one: their common basis has up to min(m, K·n) directions.
+
+    Large ones are taken one at a time, since all K are in memory together.
+    """
+    large = min(stack.shape[0], len(stack) * stack.shape[1]) > _LARGE
+    with _ONE_LARGE if large else contextlib.nullcontext():
+        return _aligned_and_merged(stack, draws, inner, {
+            "density": density, "majority_sign": majority_sign, "sign_election": sign_election
+        })  # fmt: skip
+
+
+def _aligned_and_merged(stack: Stack, draws: Sequence[Draw], inner: str, given: Mapping[str, object]) -> torch.Tensor:
+    import torch
+
+    basis = basis_of(stack, FLOAT32)
+    if not basis.shape[1]:
+        return stack.empty().zero_()
+    # A device that has no float64 left it on the CPU.
+    basis = (basis * _signs(basis)).float().to(stack.whole(0).device)
+    aligned = [basis.T @ stack.whole(k) for k in range(len(stack))]
+    merged = _inner(inner, TensorStack(aligned, stack.weights, draws, _ROWS), given)
+    return torch.mm(basis, merged, out=stack.empty())
 
 
 @merge_method(
@@ -35,6 +76,7 @@ _ROUNDING = 1e-12
     summary="TIES or DARE in a basis that the adapters share (one SVD of their deltas side by side)",
     source="https://arxiv.org/abs/2410.19735",
     parameters=(DENSITY, INNER, MAJORITY_SIGN, SIGN_ELECTION),
+    of_matrices=knots_of_matrices,
 )
 def knots(
     pairs: Sequence[Pair],
@@ -55,13 +97,16 @@ def knots(
     basis, aligned = align(pairs)
     if not basis.shape[1]:
         return pairs[0][0].new_zeros(basis.shape[0], 1), pairs[0][1].new_zeros(1, pairs[0][1].shape[1])
-    method = METHODS[inner]
     given = {"density": density, "majority_sign": majority_sign, "sign_election": sign_election}
+    return basis, _inner(inner, TensorStack(aligned, weights, draws), given).double()
+
+
+def _inner(name: str, stack: Stack, given: Mapping[str, object]) -> torch.Tensor:
+    """What the inner method makes of the aligned deltas."""
+    method = METHODS[name]
     takes = {parameter.name for parameter in method.parameters}
-    merged: torch.Tensor = method.function(
-        TensorStack(aligned, weights, draws), **{name: value for name, value in given.items() if name in takes}
-    )
-    return basis, merged.double()
+    merged: torch.Tensor = method.function(stack, **{name: value for name, value in given.items() if name in takes})
+    return merged
 
 
 def align(pairs: Sequence[Pair]) -> tuple[torch.Tensor, list[torch.Tensor]]:
@@ -83,6 +128,11 @@ def align(pairs: Sequence[Pair]) -> tuple[torch.Tensor, list[torch.Tensor]]:
     u, s, _ = torch.linalg.svd(core, full_matrices=False)
     u = u[:, s > s.max() * _ROUNDING]
     basis = q @ u
-    largest = basis.abs().argmax(dim=0, keepdim=True)
-    signs = basis.gather(0, largest).sign()[0]
+    signs = _signs(basis)
     return basis * signs, [((u * signs).T @ part) @ a for part, a in zip(columns, rights, strict=True)]
+
+
+def _signs(basis: torch.Tensor) -> torch.Tensor:
+    """Those by which each column's largest entry becomes positive."""
+    largest = basis.abs().argmax(dim=0, keepdim=True)
+    return basis.gather(0, largest).sign()[0]

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from adapterops.linalg.lowrank import Pair, Svd, decompose
 from adapterops.merging.registry import Kind, merge_method
+from adapterops.merging.stack import Stack
+from adapterops.merging.whole import FLOAT32, Best, Reduced
 
 if TYPE_CHECKING:
     import torch
@@ -20,12 +22,41 @@ _DEPENDENT = 1e-8
 """Singular values of the stacked (unit) vectors below this: the vectors are dependent, as those of equal adapters."""
 
 
+def tsv_of_matrices(stack: Stack, rank: int, best: Best) -> Reduced:
+    """TSV of whole matrices, of which the leading `rank` components are all that it can use.
+
+    How near that is to what all components would give is not known without all of them: what is told is the share of the
+    weighted deltas' energy that the components taken have.
+    """
+    weighted = list(zip(_leading(stack, rank, best), stack.weights, strict=True))
+    energy = sum(weight * weight * part.energy for part, weight in weighted)
+    taken = sum(weight * weight * float(part.s.double().square().sum()) for part, weight in weighted)
+    return Reduced(_orthogonalised(weighted), min(1.0, taken / energy) if energy else 1.0)
+
+
+def _leading(stack: Stack, rank: int, best: Best) -> list[Svd]:
+    """Each delta's share of `rank` components; what one lacks goes to the others, which are then decomposed again."""
+    found: dict[int, Svd] = {}
+    limits = [rank] * len(stack)
+    while True:
+        counts = share(limits, rank)
+        for k, count in enumerate(counts):
+            if k not in found or len(found[k].s) < count:
+                found[k] = best(stack.whole(k), max(1, count))
+        sound = [_sound(found[k], FLOAT32) for k in range(len(stack))]
+        if all(have >= count for have, count in zip(sound, counts, strict=True)):
+            return [found[k].truncated(count) for k, count in enumerate(counts)]
+        limits = [min(most, have) if have < n else most for most, have, n in zip(limits, sound, counts, strict=True)]
+
+
 @merge_method(
     "tsv",
     kind=Kind.FACTORS,
     summary="the leading singular vectors of each adapter, orthogonalised so that they do not interfere",
     source="https://arxiv.org/abs/2412.00081",
     sums=True,
+    of_matrices=tsv_of_matrices,
+    by_rank=True,
 )
 def tsv(pairs: Sequence[Pair], weights: Sequence[float], rank: int) -> Pair:
     """U⊥·Σ (m, R) and V⊥ᵀ (R, n), R ≤ `rank`: the polar factors of the stacked singular vectors.
@@ -36,17 +67,21 @@ def tsv(pairs: Sequence[Pair], weights: Sequence[float], rank: int) -> Pair:
     Where the stacked vectors are dependent, no single orthonormal matrix is nearest to them; the dependent directions are
     left out, so that K equal adapters give (the leading part of) one of them, and nothing arbitrary beside it.
     """
-    import torch
-
     parts = [(decompose(b, a, exact=True), weight) for (b, a), weight in zip(pairs, weights, strict=True)]
     rows, columns = pairs[0][0].shape[0], pairs[0][1].shape[1]
     counts = share([_sound(part) if weight else 0 for part, weight in parts], min(rank, rows, columns))
     if not any(counts):
         return pairs[0][0].new_zeros(rows, 1).double(), pairs[0][1].new_zeros(1, columns).double()
-    kept = [(part.truncated(count), weight) for (part, weight), count in zip(parts, counts, strict=True)]
-    left = nearest_orthonormal(torch.cat([part.u for part, _ in kept], dim=1))
-    right = nearest_orthonormal(torch.cat([part.vh for part, _ in kept], dim=0).T)
-    return left * torch.cat([part.s * weight for part, weight in kept]), right.T
+    return _orthogonalised([(part.truncated(n), weight) for (part, weight), n in zip(parts, counts, strict=True)])
+
+
+def _orthogonalised(parts: Sequence[tuple[Svd, float]]) -> Pair:
+    """U⊥·Σ and V⊥ᵀ of the components, each adapter's with its weight, in float64."""
+    import torch
+
+    left = nearest_orthonormal(torch.cat([part.u.double() for part, _ in parts], dim=1))
+    right = nearest_orthonormal(torch.cat([part.vh.double() for part, _ in parts], dim=0).T)
+    return left * torch.cat([part.s.double() * weight for part, weight in parts]), right.T
 
 
 def share(wanted: Sequence[int], total: int) -> list[int]:
@@ -74,5 +109,5 @@ def nearest_orthonormal(matrix: torch.Tensor) -> torch.Tensor:
     return polar
 
 
-def _sound(part: Svd) -> int:
-    return int((part.s > part.s.max() * _ROUNDING).sum())
+def _sound(part: Svd, rounding: float = _ROUNDING) -> int:
+    return int((part.s > part.s.max() * rounding).sum())
