@@ -8,6 +8,7 @@ from adapterops.adapter import Adapter, Certainty, Fact, Update
 from adapterops.architectures import Architecture
 from adapterops.dialects.resolve import noted, oldest
 from adapterops.errors import BrokenAdapter, CannotRepresent, UsageError
+from adapterops.merging.experts import stack_of
 from adapterops.merging.modules import CARRIED
 from adapterops.methods import METHODS
 from adapterops.storage import dtypes
@@ -166,6 +167,11 @@ def _insist_on_delta(update: Update) -> None:
         )
 
 
+def _own_count(adapter: Adapter) -> int:
+    """How many modules an adapter changes, as its file counts them: the experts of a stack are one."""
+    return len({(update.component, stack_of(update.module)) for update in adapter})
+
+
 def insist_on_overlap(adapters: Sequence[Adapter], touched: Sequence[frozenset[int]], allowed: bool) -> None:
     """Raise `UsageError` where an adapter shares no module with any other one; `touched` are each module's adapters."""
     if allowed or len(adapters) < 2:
@@ -177,6 +183,6 @@ def insist_on_overlap(adapters: Sequence[Adapter], touched: Sequence[frozenset[i
             apart = others.isdisjoint(adapter.components) and adapter.architecture.value is not None
             why = f"it changes the {' and '.join(adapter.components)} only, they {' and '.join(sorted(others))}"
             raise UsageError(
-                f"{adapter.provenance.path}: none of its {len(own)} modules is in any other adapter: "
+                f"{adapter.provenance.path}: none of its {_own_count(adapter)} modules is in any other adapter: "
                 f"{why if apart else 'they may be for different base models'}; --allow-disjoint puts them together all the same"
             )

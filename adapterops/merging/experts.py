@@ -26,6 +26,11 @@ R = TypeVar("R")
 _EXPERT = re.compile(r"\[(\d+)\]$")
 
 
+def stack_of(module: str) -> str:
+    """The name of the stack of which a module is an expert by its name; other names themselves."""
+    return _EXPERT.sub("", module)
+
+
 @dataclass(slots=True)
 class Experts:
     """The stacks of several adapters: by their places, what each adapter has there."""
@@ -34,7 +39,7 @@ class Experts:
 
     def whole(self, component: str, module: str) -> str:
         """The stack of which a module is an expert; other modules themselves."""
-        name = _EXPERT.sub("", module)
+        name = stack_of(module)
         return name if (component, name) in self.stacks else module
 
     def asked(self, function: Callable[[str, str], R]) -> Callable[[str, str], R]:

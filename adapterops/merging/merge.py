@@ -29,9 +29,9 @@ from adapterops.adapter import Adapter
 from adapterops.api import Result
 from adapterops.architectures import Architecture
 from adapterops.dialects.table import AlphaIn, Dialect
-from adapterops.errors import UnreadableFile, UsageError
+from adapterops.errors import AdapterOpsError, UnreadableFile, UsageError
 from adapterops.loading import KEPT_FIELDS, PathLike
-from adapterops.merging import bases
+from adapterops.merging import bases, one_scale
 from adapterops.merging import weights as weighing
 from adapterops.merging.modules import WeightOf
 from adapterops.merging.recipe import HEADER_ENTRY, Recipe, SourceRef, Step, build
@@ -46,7 +46,7 @@ from adapterops.methods import METHODS as ADAPTER_METHODS
 from adapterops.plugin import Format, Target
 from adapterops.storage.output import Progress
 from adapterops.storage.output import nothing as no_bytes
-from adapterops.storage.tensor import CHUNK, ByteSource, MemorySource
+from adapterops.storage.tensor import CHUNK, ByteSource, MemorySource, fill
 
 _KEPT = ("ss_base_model_version", "ss_sd_model_name", "ss_sd_model_hash", "ss_new_sd_model_hash", "ss_v2",
          "modelspec.architecture", "modelspec.implementation", "modelspec.sai_model_spec", "modelspec.prediction_type",
@@ -141,10 +141,13 @@ def merge(
         taken = set(merged.provenance.given) - set(KEPT_FIELDS)
         return {name: value for name, value in (fields or {}).items() if name not in taken}
 
+    def trial(adapter: Adapter, form: Format, dialect: Dialect) -> None:
+        form.write(adapter, Target(dialect, adapter.base, own_fields(adapter), allow_drop=drops))
+
     def ready(planned: Adapter) -> None:
         form, dialect, _ = target([planned])
         if not folds(dialect):
-            form.write(planned, Target(dialect, planned.base, own_fields(planned), allow_drop=drops))
+            one_scale.fitting(planned, lambda adapter: trial(adapter, form, dialect))
 
     made = run(
         asked,
@@ -157,8 +160,11 @@ def merge(
         progress=progress,
     )
     computed = time.perf_counter()
-    adapter = made.merged.adapter
+    adapter, notes = made.merged.adapter, made.merged.notes
     form, dialect, place = target([adapter])
+    if one_scale.differ(adapter) and not folds(dialect):
+        adapter, told = one_scale.fitting(adapter, lambda adapter: trial(adapter, form, dialect))
+        notes = (*notes, *told)
     home = os.path.abspath(api.place_of(os.fspath(place), form))
     kept = _findable(made.recipe, asked, home if form.is_folder else os.path.dirname(home))
     adapter = replace(adapter, metadata={**adapter.metadata, HEADER_ENTRY: kept.to_header()})
@@ -178,7 +184,7 @@ def merge(
         "compute": computed - started - made.reading,
         "write": time.perf_counter() - computed,
     }
-    return MergeResult(written, made.merged.modules, made.merged.notes, kept, made.earlier, seconds)
+    return MergeResult(written, made.merged.modules, notes, kept, made.earlier, seconds)
 
 
 def combine(
@@ -351,10 +357,14 @@ def run(
         with _hashing() as submit:
             adapters: list[Adapter] = []
             hashes: list[Future[str] | None] = []
+            found: list[SourceRef] = []
             started = time.perf_counter()
             for ref in step.sources:
-                adapters.append(made[ref.step].adapter if ref.step else _load(ref, recipe))
+                ref, adapter = (ref, made[ref.step].adapter) if ref.step else _chosen(ref, recipe)
+                found.append(ref)
+                adapters.append(adapter)
                 hashes.append(None if ref.step else submit(adapters[-1]))
+            step = replace(step, sources=tuple(found))
             seconds += time.perf_counter() - started
             sources += [a for a, ref in zip(adapters, step.sources, strict=True) if not ref.step]
             if look is not None:
@@ -419,6 +429,18 @@ def _findable(recipe: Recipe, asked: Recipe, home: str) -> Recipe:
     return replace(recipe, steps=tuple(steps))
 
 
+def _chosen(ref: SourceRef, recipe: Recipe) -> tuple[SourceRef, Adapter]:
+    """The adapter that a source means; where several files have its name, the one that the recipe was run with."""
+    first, *others = recipe.places(ref.path) or [ref.path]
+    if ref.hash and others:
+        for place in (first, *others):
+            with contextlib.suppress(AdapterOpsError):
+                adapter = _load(replace(ref, path=place), recipe)
+                if content_hash(adapter) == ref.hash:
+                    return (ref if place == first else replace(ref, path=place)), adapter
+    return ref, _load(ref, recipe)
+
+
 def _load(ref: SourceRef, recipe: Recipe) -> Adapter:
     located = recipe.located(ref.path)
     if recipe.folder and not located.startswith("hf://") and not os.path.lexists(located):
@@ -471,17 +493,21 @@ def content_hash(adapter: Adapter, stop: threading.Event | None = None) -> str:
     digest = hashlib.sha256()
     # Many small tensors in one call: each one waits for the work beside it to let Python go.
     room, filled = memoryview(bytearray(CHUNK)), 0
+    pieces: list[tuple[ByteSource, int, memoryview]] = []
     for source, start, length in _content(adapter):
         end = start + length
         while start < end:
             take = min(end - start, CHUNK - filled)
-            source.readinto(start, room[filled : filled + take])
+            pieces.append((source, start, room[filled : filled + take]))
             start, filled = start + take, filled + take
             if filled == CHUNK:
                 if stop is not None and stop.is_set():
                     return ""
+                fill(pieces)
                 digest.update(room)
                 filled = 0
+                pieces.clear()
+    fill(pieces)
     digest.update(room[:filled])
     return digest.hexdigest()
 
@@ -579,7 +605,7 @@ def _notes(step: Step, adapters: Sequence[Adapter], shared: int) -> list[str]:
     if method.sums and plain and shared and method.signs is None:
         share = ",".join(f"{1 / len(adapters):.4g}" for _ in adapters)
         out.append(
-            f"weights are 1 each: the adapters' effects add up in the {shared} modules that several have; --weights {share} "
+            f"weights are 1 each: the adapters' effects add up in the {_modules(shared)} that several have; --weights {share} "
             "takes the mean"
         )
     if method.signs is not None and any(not isinstance(r.weight, Mapping) and r.weight < 0 for r in step.sources[1:]):
@@ -589,6 +615,10 @@ def _notes(step: Step, adapters: Sequence[Adapter], shared: int) -> list[str]:
             "linear adds A's and B's, so the result is not the sum of the adapters' effects; svd and cat give that"
         )
     return out
+
+
+def _modules(count: int) -> str:
+    return "one module" if count == 1 else f"{count} modules"
 
 
 def _metadata(adapters: Sequence[Adapter]) -> dict[str, str]:

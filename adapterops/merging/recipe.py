@@ -58,13 +58,18 @@ class Recipe:
     def located(self, path: str) -> str:
         """Where a path of the recipe leads: as it is written, where that exists, else from the recipe's own folder, or from
         the one around it (a recipe may stand in a folder that was written beside its sources)."""
-        if path.startswith("hf://") or os.path.lexists(path):
-            return path
-        for folder in (self.folder, os.path.dirname(os.path.abspath(self.folder))):
-            beside = os.path.join(folder, path)
-            if os.path.lexists(beside):
-                return beside
-        return path
+        return next(iter(self.places(path)), path)
+
+    def places(self, path: str) -> list[str]:
+        """All that a path of the recipe may mean, what `located` takes first."""
+        if path.startswith("hf://"):
+            return [path]
+        beside = (os.path.join(folder, path) for folder in (self.folder, os.path.dirname(os.path.abspath(self.folder))))
+        found: dict[str, str] = {}
+        for place in (path, *beside):
+            if os.path.lexists(place):
+                found.setdefault(os.path.realpath(place), place)
+        return list(found.values())
 
     def dump(self) -> dict[str, Any]:
         """The recipe as canonical JSON data: the same for the same recipe, its keys sorted.  `build` reads it."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from adapterops.errors import UsageError
 from adapterops.merging import weights
 from adapterops.merging.patterns import insist_on_matches, matches
-from adapterops.merging.registry import MergeMethod, Parameter, Space, find
+from adapterops.merging.registry import Kind, MergeMethod, Parameter, Space, find
 
 OPTIONS = {
     option.name: option
@@ -113,24 +113,27 @@ class Step:
         """What the step does to a module: for each key, the last pattern that fits and has it, or the step itself.
 
         A parameter that the module's method does not have is passed over there.  A space that was said before the
-        method was (for another one) holds where the method can act in it, else the method's own does.
+        method was (for another one) holds where the method can act in it, else the method's own does; so does a rank where
+        the method gives one that its inputs decide.
 
         Raises `UsageError` where a parameter is missing, or method and space do not go together.
         """
-        method, space, inherited = self.method, self.space, False
+        method, space, inherited, older = self.method, self.space, False, False
         parameters, rank = dict(self.parameters), self.options.get("rank")
         for pattern in self.patterns:
             if not matches(pattern.glob, component, module):
                 continue
             if pattern.method is not None:
-                method, inherited = pattern.method, True
+                method, inherited, older = pattern.method, True, True
             if pattern.space is not None:
                 space, inherited = pattern.space, False
             parameters |= pattern.parameters
-            rank = rank if pattern.rank is None else pattern.rank
+            if pattern.rank is not None:
+                rank, older = pattern.rank, False
         try:
             found, acts = _find(method, space, inherited)
-            return Setting(found.name, acts, settle(found, parameters), rank)
+            decided = found.kind is Kind.STACKED or (found.kind is Kind.ELEMENTS and acts is Space.FACTORS)
+            return Setting(found.name, acts, settle(found, parameters), None if older and decided else rank)
         except UsageError as error:
             raise UsageError(f"{self.where}: {component}.{module}: {error}") from error
 

@@ -124,12 +124,14 @@ def parse(value: str, count: int) -> tuple[WeightRule, ...]:
     rules: tuple[WeightRule, ...]
     numerals = None if value.lower().endswith(_SUFFIXES) else _numerals(value)
     if numerals is None:
-        where, what, rules = value, "entries", read(value)
+        where, what, singular, rules = value, "entries", "entry", read(value)
     else:
-        where, what = f"--weights {value}", "weights"
+        where, what, singular = f"--weights {value}", "weights", "weight"
         rules = tuple(WeightRule(document.number(number, where), where=where) for number in numerals)
     if len(rules) != count:
-        raise UsageError(f"{where}: {len(rules)} {what} for {count} adapters; give one for each, in their order")
+        have = f"{len(rules)} {what}" if len(rules) != 1 else f"one {singular}"
+        many = f"{count} adapters" if count != 1 else "one adapter"
+        raise UsageError(f"{where}: {have} for {many}; give one for each, in their order")
     return rules
 
 
@@ -137,7 +139,9 @@ def read(path: str) -> tuple[WeightRule, ...]:
     """The entries of a weights file.  Raises `UsageError`, naming the entry; `UnreadableFile` for a missing file."""
     data = document.read(path)
     if not isinstance(data, list):
-        raise UsageError(f"{path}: must be a list with one entry an adapter (- 1.0), each a number or a mapping")
+        only = [key for key, value in data.items() if isinstance(value, list)] if isinstance(data, Mapping) else []
+        hint = f"; take the line {only[0]}: away" if len(only) == 1 == len(data) and only[0] not in _KEYS else ""
+        raise UsageError(f"{path}: must be a list with one entry an adapter (- 1.0), each a number or a mapping{hint}")
     return tuple(entry(item, f"{path}: entry {n}") for n, item in enumerate(data, 1))
 
 
@@ -189,6 +193,8 @@ def _numbers(data: Any, where: str) -> tuple[float, ...]:
 
 
 def _one_or_more(data: Any, where: str) -> float | tuple[float, ...]:
+    if isinstance(data, Mapping):
+        raise UsageError(f"{where}: must be a number for all of these blocks, or a list of numbers, one a block")
     return _numbers(data, where) if isinstance(data, list) else document.number(data, where)
 
 

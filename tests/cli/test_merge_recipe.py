@@ -76,3 +76,42 @@ def test_what_goes_before_the_output_of_a_recipe_is_printed(command: Command, he
     printed = command("merge", "--recipe", "r.yaml", "--dtype", "float32", "--print-recipe")
     assert "output:\n  to: peft\n  dtype: float32\n" in printed.out
     assert "output" not in command("merge", "a", "b", "--method", "svd", "--print-recipe").out
+
+
+@pytest.mark.parametrize("where", ["current", "beside"])
+def test_of_two_files_of_a_source_s_name_the_one_of_the_recipe_is_taken(
+    where: str, command: Command, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe names its sources by paths that may lead to another file in the current folder."""
+    assert command("merge", "a", "b", "--method", "svd", "-o", "out").code == 0
+    other = here / "other"
+    for seed, name in enumerate("ab"):
+        peft(other / name, pair(seed + 7 * (name == "b")))
+    if where == "current":
+        monkeypatch.chdir(other)
+    recipe = here / "out"
+    if where == "beside":
+        (here / "out").rename(other / "out")
+        recipe = other / "out"
+    outcome = command("merge", "--recipe", recipe, "-o", "again")
+    assert outcome.code == 0, outcome
+    wanted = load_file(recipe / "adapter_model.safetensors")
+    for key, tensor in load_file(Path.cwd() / "again" / "adapter_model.safetensors").items():
+        assert tensor.tobytes() == wanted[key].tobytes()
+    printed = command("merge", "--recipe", "again", "--print-recipe")
+    assert command("merge", "--recipe", "again", "-o", "third").code == 0
+    assert "path: a\n" in printed.out
+    assert ("path: b\n" in printed.out) is (where == "beside")
+
+
+def test_a_source_that_no_file_of_its_name_is(command: Command, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command("merge", "a", "b", "--method", "svd", "-o", "out").code == 0
+    other = here / "other"
+    for seed, name in enumerate("ab"):
+        peft(other / name, pair(seed + 7))
+        peft(here / name, pair(seed + 9))
+    monkeypatch.chdir(other)
+    outcome = command("merge", "--recipe", here / "out", "-o", "again")
+    assert outcome.code == 2
+    assert "a is not what the recipe was run with" in outcome.err
+    assert not (other / "again").exists()

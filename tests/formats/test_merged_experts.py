@@ -142,6 +142,12 @@ def test_weights_and_patterns_speak_of_the_stack(tmp_path: Path) -> None:
     assert ranks["layers.0.experts.down_proj[2]"] == 2
 
 
+def test_stacks_that_no_other_adapter_has_are_counted_as_its_file_counts_them(tmp_path: Path) -> None:
+    folders = [tuned(model(), tmp_path / f"a{n}", **targets)[1] for n, targets in enumerate((DOWN, GATE))]
+    with pytest.raises(UsageError, match=r"none of its 2 modules is in any other adapter"):
+        merged(model(), folders, tmp_path / "out", "svd")
+
+
 def test_another_number_of_experts(tmp_path: Path) -> None:
     folders = [tuned(made(), tmp_path / f"a{n}", **GATE)[1] for n, made in enumerate((model, qwen))]
     with pytest.raises(UsageError, match="base"):

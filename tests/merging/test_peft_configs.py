@@ -10,8 +10,9 @@ from typing import Any
 import peft_merges as pm
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft_merges import one_thread  # noqa: F401  (a fixture)
+from small_adapters import pair, peft
 from torch import nn
 
 import adapterops as ao
@@ -228,3 +229,26 @@ def test_different_bases_are_told(tmp_path: Path) -> None:
     result = ao.merge(pm.saved(model, tmp_path / "in"), tmp_path / "out", "svd")
     assert any("org/one" in note and "org/two" in note for note in result.notes)
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/one"
+
+
+@pytest.mark.parametrize("given", [["head"], r".*head"])
+def test_exclude_modules_stay_where_they_take_nothing_away(given: Any, tmp_path: Path) -> None:
+    """What `--set` says of the sources and of no tensor is said of the output, too: peft adapts the same modules by it."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.line, self.head = nn.Linear(10, 12), nn.Linear(12, 12)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.line(x))  # type: ignore[no-any-return]
+
+    sources = [peft(tmp_path / name, pair(seed, "line"), target_modules=["line"]) for seed, name in enumerate("ab")]
+    fields = {"exclude_modules": given}
+    ao.merge(sources, tmp_path / "out", "svd", rank=6, fields=fields, reading={"fields": fields})
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert config["exclude_modules"] == given
+    assert config["r"] == 6
+    model = PeftModel.from_pretrained(Model(), str(tmp_path / "out"))
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    assert adapted == ["base_model.model.line"]

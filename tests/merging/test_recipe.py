@@ -261,6 +261,17 @@ def test_a_space_holds_for_the_methods_that_can_act_in_it() -> None:
     }  # fmt: skip
 
 
+def test_a_rank_holds_for_the_methods_that_can_choose_it() -> None:
+    step = one(
+        method="iso_c", rank=4,
+        patterns={"a*": {"method": "cat"}, "b*": {"method": "linear"}, "c*": {"method": "tsv"},
+                  "d*": {"method": "cat", "rank": 8}, "e*": {"method": "ties", "density": 1, "space": "delta"}},
+    )  # fmt: skip
+    found = {name: step.for_module("unet", name).rank for name in "abcdez"}
+    assert found == {"a": None, "b": None, "c": 4, "d": 8, "e": 4, "z": 4}
+    assert one(method="cat", rank=4).for_module("unet", "a").rank == 4  # which is refused, as it is said of cat
+
+
 def test_an_alias_says_the_space() -> None:
     assert one(method="ties_svd", density=1).for_module("unet", "a")[:2] == ("ties", Space.DELTA)
     assert one(method="ties", density=1).for_module("unet", "a")[:2] == ("ties", Space.FACTORS)

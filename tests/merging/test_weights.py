@@ -163,7 +163,7 @@ def test_an_unknown_module_has_no_block() -> None:
     ("value", "count", "message"),
     [
         ("1,2", 3, "--weights 1,2: 2 weights for 3 adapters; give one for each"),
-        ("1", 2, "--weights 1: 1 weights for 2 adapters"),
+        ("1", 2, "--weights 1: one weight for 2 adapters"),
         ("1,nan", 2, "--weights 1,nan: nan is no finite number"),
         ("inf,1", 2, "--weights inf,1: inf is no finite number"),
         ("1,,2", 3, "--weights 1,,2: '' is no number; give one number an adapter"),
@@ -180,7 +180,7 @@ def test_text_that_is_no_weights_is_refused(value: str, count: int, message: str
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- 1", ": 1 entries for 2 adapters"),
+        ("- 1", ": one entry for 2 adapters"),
         ("{a: 1}", ": must be a list with one entry an adapter"),
         ("", ": must be a list"),
         ("[1, .nan]", ": entry 2: nan is no finite number"),
@@ -321,3 +321,20 @@ def test_nothing_heavy_is_imported() -> None:
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("weights:\n- 1\n- 2\n", "take the line weights: away"),
+        ("- {single: {'0-18': 0}}\n- 1\n", "entry 1: single: must be a number for all of these blocks, or a list"),
+        ("- 1\n", "one entry for 2 adapters"),
+    ],
+)
+def test_what_a_weights_file_is_not(content: str, words: str, tmp_path: Path) -> None:
+    path = tmp_path / "w.yaml"
+    path.write_text(content)
+    with pytest.raises(UsageError) as caught:
+        weights.parse(str(path), 2)
+    assert words in str(caught.value)
+    assert str(caught.value).startswith(str(path))
