@@ -319,6 +319,8 @@ def _as_layer(update: Update) -> Update:
         dtype = factor.dtype if factor.dtype in ("F64", "F32") else "F32"
         number = scalar(f"{update.module}.ranknum", dtype, float(count), (1,))
         return replace(update, tensors={**update.tensors, "ranknum": number})
+    if update.method == "lora_merged":
+        return _as_grouped(update)
     if update.method != "lora" or update.options.get("kind") == "embedding" or not update.tensors.keys() >= {"A", "B"}:
         return update
     tensors = dict(update.tensors)
@@ -331,6 +333,22 @@ def _as_layer(update: Update) -> Update:
             )
         tensors[role] = tensor.reshape(tensor.shape[:2])
     return replace(update, tensors=tensors)
+
+
+def _as_grouped(update: Update) -> Update:
+    """The update with the factors of loralib's MergedLinear, whose B is a matrix and whose groups are the adapted parts.
+
+    Raises `CannotRepresent` where the groups are others: peft 0.1 and 0.2 had two, however many parts were adapted.
+    """
+    flags, a, b = update.options.get("enable_lora"), update.tensors["A"], update.tensors["B"]
+    groups = a.shape[0] // b.shape[1]
+    if flags is not None and sum(flags) != groups:
+        raise errors.CannotRepresent(
+            f"{update.name}: its factors have {groups} groups for {sum(flags)} adapted parts (enable_lora "
+            f"{[bool(f) for f in flags]}), as peft 0.2 made them, and loralib's layer has a group a part; "
+            "adapterops to-lora makes a LoRA of it"
+        )
+    return replace(update, tensors={**update.tensors, "B": b.reshape(b.shape[:2])})
 
 
 def _entry(adapter: Adapter) -> str:

@@ -352,6 +352,26 @@ def test_peft_02_grouped_its_layer_by_two(name: str, tmp_path: Path) -> None:
     torch.testing.assert_close(loaded.one(x) - before, wanted)
 
 
+@pytest.mark.parametrize("name", FLAGS)
+def test_peft_02s_layer_becomes_loralibs_where_the_groups_agree(name: str, tmp_path: Path) -> None:
+    flags, on = FLAGS[name], sum(FLAGS[name])
+    a, b = random(R * on, 10), random(12 // len(flags) * on, R * on // 2, 1)
+    tensors = {"one.lora_A.weight": a, "one.lora_B.weight": b}
+    folder, file = folder_of(tmp_path / "old", tensors, enable_lora=flags), tmp_path / "new.safetensors"
+    if on != 2:
+        with pytest.raises(errors.CannotRepresent, match=rf"2 groups for {on} adapted parts .* adapterops to-lora"):
+            ao.convert(folder, to="loralib", output=file)
+        assert not file.exists()
+        return
+    ao.convert(folder, to="loralib", output=file)
+    written, x = load_file(file), random(5, 10)
+    assert written["one.lora_B"].shape == (12 // len(flags) * on, R)
+    torch.testing.assert_close(
+        merged(x, written["one.lora_A"], written["one.lora_B"], flags, on), merged(x, a, b, flags, 2)
+    )
+    torch.testing.assert_close(delta(ao.load(file), "one"), delta(ao.load(folder), "one"))
+
+
 def peft_of(model: nn.Module, folder: Path) -> Any:
     """The model inside what peft loads, for a base that is none of transformers' (the config names a task)."""
     config = pm.config_of(folder)
