@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
+from adapterops_formats.adapterhub import is_hub_config
 from adapterops_formats.pairs import is_handmade
 from adapterops_formats.peft_config import (
     PeftConfig,
@@ -38,6 +39,7 @@ from adapterops_formats.peft_parameters import METHOD as PARAMETERS
 from adapterops_formats.peft_parameters import key_name
 from adapterops_formats.peft_patterns import Base
 from adapterops_formats.peft_serving import READERS, fitted, listed_targets
+from adapterops_formats.peft_trainers import as_published, without_wrappers, wrapped_note
 from adapterops_formats.peft_write import write_config
 
 from adapterops.plugin import (
@@ -103,6 +105,7 @@ _CLASS_COMPONENTS = (
 )
 """The class that a config's `auto_mapping` names, and the pipeline component it is."""
 
+_HEAD = re.compile(r"(?:.*\.)?lm_head")
 _LATER = "this version does not convert it"
 
 
@@ -141,7 +144,10 @@ class Peft(Format):
 
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
         config = source.config
-        readings = [loralib_names(_unwrapped(reading)) for reading in super().recognise(source, dialects)]
+        if config is not None and is_hub_config(config):
+            return []
+        found = [without_wrappers(reading) for reading in super().recognise(source, dialects)]
+        readings = [loralib_names(_unwrapped(reading)) for reading in found]
         kind = config.get("peft_type") if config is not None else None
         if kind and not any(_shown_kinds(r) and not r.unclaimed for r in readings):
             # Of tensors that PEFT knows, what the user says may still make a type of PEFT.
@@ -170,7 +176,7 @@ class Peft(Format):
         said: list[str] = []
 
         def settle(groups: list[Group]) -> list[Group]:
-            groups = chosen(groups, method, config)
+            groups = as_published(chosen(groups, method, config), request, said)
             if request.tell is not None:
                 groups = [entry for entry in groups if _is_of_kind(entry, config, request)]
             for entry in groups:
@@ -195,6 +201,7 @@ class Peft(Format):
         notes = [
             *adapter.provenance.notes,
             *_left_out(source, reading),
+            *wrapped_note(reading),
             *ignored,
             *dict.fromkeys(said),
             *_unknown_facts(adapter, method),
@@ -219,7 +226,12 @@ class Peft(Format):
                 f"was trained from {config.mutated_init}, which changed the base weights: it is right on that changed base only"
             )
         provenance = replace(adapter.provenance, notes=tuple(notes))
-        own = {name: {**config.fields, **({"peft_type": config.method.now} if config.method.now else {})}}
+        fields = dict(config.fields)
+        if fields.get("target_modules") == "all-linear" and any(_HEAD.fullmatch(u.module) for u in adapter):
+            del fields["target_modules"]  # which means all but the head
+        if fields.get("peft_type") is None:
+            fields.pop("peft_type", None)
+        own = {name: {**fields, **({"peft_type": config.method.now} if config.method.now else {})}}
         return replace(adapter, config=own, provenance=provenance, mutated_init=config.mutated_init)
 
     def spelling(self, adapter: Adapter, target: Target) -> dict[str, Any]:

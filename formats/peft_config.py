@@ -42,9 +42,13 @@ _CHOICES = {
     "peft_type": tuple(KINDS),
 }
 _OF_CLASSES = frozenset(
-    {"runtime_config", "megatron_config", "megatron_core", "loftq_config", "peft_version", "unsloth_fixed"}
+    {
+        *("runtime_config", "megatron_config", "megatron_core", "loftq_config", "peft_version", "unsloth_fixed"),
+        *("swift_type", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr"),
+    }
 )
-"""Fields that say how a class runs or trains an adapter, and never what its tensors mean."""
+"""Fields that say how a class runs or trains an adapter, and never what its tensors mean (the last four are of ms-swift's own
+tuners, modelscope/ms-swift `swift/tuners/lora.py`, whose `use_merged_linear` and `use_qa_lora` do mean something)."""
 
 
 def check_given(fields: Config, method: PeftMethod = LORA, removed: Collection[str] = ()) -> None:

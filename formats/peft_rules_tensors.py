@@ -10,6 +10,7 @@ from typing import Any
 from adapterops_formats.peft_config import ALPHA_DEFAULT, contradictions
 from adapterops_formats.peft_patterns import Base, pattern_table
 from adapterops_formats.peft_rules_view import View, view
+from adapterops_formats.peft_trainers import names_of_tinker
 
 from adapterops.plugin import METHODS, Update, errors
 from adapterops.validation.registry import Checker, checker
@@ -107,6 +108,17 @@ FAN_IN = Rule(
     fires='"fan_in_fan_out": true for a Llama',
     passes='"fan_in_fan_out": true for GPT-2\'s c_attn',
     source="peft 0.21 tuners/lora/model.py (_create_new_module)",
+)
+TRAINERS_NAMES = Rule(
+    "C238",
+    "trainers-names",
+    Severity.ERROR,
+    why="Modules have the names of the trainer's own model (Tinker's unembed_tokens and stacked experts): peft and servers find "
+    "none of that name in the published model, and leave them out or stop.",
+    remedy="Run adapterops convert FOLDER --to peft, which writes the published model's names and a pair for each expert.",
+    fires="base_model.model.model.unembed_tokens.lora_A.weight",
+    passes="base_model.model.lm_head.lora_A.weight",
+    source="thinking-machines-lab/tinker-cookbook tinker_cookbook/weights/_adapter.py",
 )
 
 _DEFAULT_ALPHA = ("LORA", "ADALORA", "LOHA", "LOKR")
@@ -280,6 +292,18 @@ def fan_in(subject: Subject) -> Iterator[Finding]:
         )
 
 
+@checker(TRAINERS_NAMES)
+def trainers_names(subject: Subject) -> Iterator[Finding]:
+    """Names that no published model has."""
+    if not view(subject).is_peft:
+        return
+    keys = names_of_tinker({key: tensor.shape for key, tensor in subject.tensors.items()})
+    if keys:
+        yield TRAINERS_NAMES.found(
+            subject.weights, f"{several(keys)} {'has' if len(keys) == 1 else 'have'} Tinker's names", keys
+        )
+
+
 RULES: tuple[Rule, ...] = (
     OTHER_RANK,
     NO_RANK,
@@ -289,5 +313,6 @@ RULES: tuple[Rule, ...] = (
     CONTRADICTS,
     WHICH_PARAMETER,
     FAN_IN,
+    TRAINERS_NAMES,
 )
-CHECKERS: tuple[Checker, ...] = (ranks, roles, others, fan_in)
+CHECKERS: tuple[Checker, ...] = (ranks, roles, others, fan_in, trainers_names)

@@ -82,6 +82,7 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
             # Tensors that stand once for all modules do not say for which.
             names = ("target_modules", *method.narrowing) if method.targeted and _is_own(own, method) else ()
             config |= {name: own[name] for name in names if name in own}
+        config |= _excluded(own, config, updates, method)
         if own and target.repair:
             config |= _used_targets(own, config, updates, method, {*(base.names or ()), *dropped})
             config = _own_words(own, config, updates, method, base)
@@ -220,6 +221,17 @@ def _travelling(own: Mapping[str, Any], method: PeftMethod) -> dict[str, Any]:
         return {k: v for k, v in own.items() if k in _COMMON}
     void = {*method.derived, *method.narrowing, *method.refused, "peft_type"}
     return {k: v for k, v in own.items() if k not in void}
+
+
+def _excluded(
+    own: Mapping[str, Any], config: Mapping[str, Any], updates: list[Update], method: PeftMethod
+) -> dict[str, Any]:
+    """`exclude_modules` of a config whose other names are made anew, where it takes none of the file's modules away."""
+    name = "exclude_modules"
+    if name not in method.narrowing or own.get(name) in _NO_NAMES or not config.get("target_modules"):
+        return {}
+    view = PeftConfig.parse({**config, name: own[name]}, "config", method)
+    return {name: own[name]} if all(view.targets(u.module) for u in adapted(updates, method)) else {}
 
 
 def _agrees(

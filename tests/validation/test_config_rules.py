@@ -166,6 +166,10 @@ BROKEN: dict[str, Broken] = {
     "C235": prompt,
     "C236": with_tensors(experts, target_parameters=["experts.gate_up_proj", "experts.down_proj"]),
     "C237": with_base(with_config(fan_in_fan_out=True)),
+    "C238": with_tensors(
+        lambda tensors: {k.replace("layers.0.self_attn.v_proj", "unembed_tokens"): t for k, t in tensors.items()},
+        target_modules=["q_proj", "v_proj", "unembed_tokens"],
+    ),
     "C240": with_config(target_modules=None),
     "C241": with_config(target_modules=["query"]),
     "C242": with_config(target_modules=["q_proj"]),
