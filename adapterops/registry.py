@@ -144,9 +144,9 @@ def recognise(
 
 
 def _last_resort(source: Source) -> tuple[Format, Reading] | None:
-    """The reading of a file that no other dialect reads whole, by one that is tried last."""
+    """The reading of a file that no other dialect reads, by one that is tried last."""
     last = {form: [d for d in form.dialects if d.last] for form in formats().values()}
-    return next(((form, reading) for form, reading in _readings(source, last) if not reading.unclaimed), None)
+    return next(iter(_readings(source, last)), None)
 
 
 def _holds(candidates: list[tuple[Format, Reading]], source: Source, given: Architecture | None) -> bool:

@@ -14,15 +14,19 @@ The segment that the pair stands in (`lora`, `lora_layer`, `parametrizations.wei
 so is the one that the layer itself was put under (`linear`, `original` …).  There is no alpha: some multiply by alpha,
 others by alpha / r, so that `--set scale=X` or `--alpha X` has to say it.
 
+mlx-vlm's own layers were such pairs until May 2026 (`language_model.model.layers.0.self_attn.q_proj.A`, x·A·B), beside an
+`adapter_config.json` of `rank`, `alpha` and `dropout`; what that alpha means changed in April 2026, so it is asked about, too.
+
 Sources: rasbt/LLMs-from-scratch `appendix-E/01_main-chapter-code/appendix-E.ipynb` (`LoRALayer`, `LinearWithLoRA`);
 cccntu/minLoRA `minlora/model.py` (`LoRAParametrization`); hkproj/pytorch-lora `lora.ipynb`; pytorch/torchtune docs
-`tutorials/lora_finetune.rst` (`LoRALinear`, whose names people copy into their own models)."""
+`tutorials/lora_finetune.rst` (`LoRALinear`, whose names people copy into their own models); Blaizzy/mlx-vlm
+`mlx_vlm/trainer/lora.py` (`LoRaLayer`, commit 6b0ad8f of 2026-04-18), `mlx_vlm/trainer/utils.py` (`save_adapter`)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from adapterops_formats.mlx_config import alpha_of, scale_given
 from adapterops_formats.pairs import shapes, stand
@@ -71,7 +75,10 @@ _INSIDE = frozenset({"linear", "original", "original_layer", "orig", "base", "ba
 
 def _dialect(name: str, title: str, turned: bool) -> Dialect:
     pairs = ((role, text) for pair in _PAIRS for role, text in zip("AB", pair, strict=True))
-    factors = (Suffix(text, "lora", role, transposed=turned) for role, text in pairs)
+    # A layer's own weight stands one way.
+    factors = (
+        Suffix(t, "lora", role, transposed=turned) for role, t in pairs if not (turned and t.endswith(".weight"))
+    )
     suffixes = (*factors, Suffix(_ORIGINAL, "saved", "weight"))
     return Dialect(
         name=name,
@@ -102,7 +109,7 @@ class Handmade(ReadOnly):
     why_not_written = "the code that wrote such a file is the only one that reads it; --to peft holds it"
 
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
-        if source.config is not None:
+        if source.config is not None and not _is_mlx_vlm(source.config):
             return []
         found = []
         for reading in super().recognise(source, dialects):
@@ -134,7 +141,7 @@ class Handmade(ReadOnly):
             return [entry._replace(place=place) for entry in groups]
 
         def refine(updates: list[Update]) -> list[Update]:
-            return [_with_reason(update) for update in updates]
+            return [_with_reason(update, source) for update in updates]
 
         asked = replace(request, alpha=None) if scale is not None else request
         adapter = read_by_table(reading, source, asked, rule, refine, settle)
@@ -142,12 +149,24 @@ class Handmade(ReadOnly):
         return replace(adapter, provenance=replace(adapter.provenance, notes=tuple(notes)))
 
 
+def _is_mlx_vlm(config: Mapping[str, Any]) -> bool:
+    """Whether a config is mlx-vlm's for its own layers, of before May 2026: of `rank`, `alpha` and `dropout`."""
+    return {"rank", "alpha"} <= config.keys() <= {"rank", "alpha", "dropout"}
+
+
 def _is_sure(reading: Reading) -> bool:
-    """Whether the file is pairs and a model's own parameters, and nothing else but pairs where these end as other things do."""
-    if reading.unclaimed:
-        return False  # it may say a scale, or be a part of an update
+    """Whether the file is pairs and a model's own parameters, and nothing else but pairs where these end as other things do.
+
+    What no factor's module has of what is not understood is the model's too, under a name of its own.
+    """
     factors = [claim for claim in reading.claims if claim.suffix.role in ("A", "B")]
-    return len(factors) == len(reading.claims) or not any(c.suffix.text in _UNSURE for c in factors)
+    names = {claim.name for claim in factors}
+    for key in reading.unclaimed:
+        parts = key.split(".")
+        if len(parts) < 2 or any(".".join(parts[:n]) in names for n in range(1, len(parts))):
+            return False  # it may say a scale, or be a part of an update
+    alone = len(factors) == len(reading.claims) and not reading.unclaimed
+    return alone or not any(c.suffix.text in _UNSURE for c in factors)
 
 
 def _within(groups: list[Group]) -> Iterator[Group]:
@@ -155,6 +174,12 @@ def _within(groups: list[Group]) -> Iterator[Group]:
     factors = {entry.name for entry in groups if entry.method != "saved"}
     for entry in groups:
         name, dot, inner = entry.name.rpartition(".")
+        if entry.method == "saved" and dot and name in factors and inner not in _INSIDE:
+            tensor = next(iter(entry.tensors.values()))
+            raise errors.UnsupportedFormat(
+                f"{tensor.where}: stands beside the factors of {name} and may be a part of what they do (a magnitude, a gate); "
+                "nobody's format has it, so it cannot be read"
+            )
         if entry.method != "saved":
             yield entry
         elif entry.name in factors or (dot and name in factors and inner in _INSIDE):
@@ -165,7 +190,7 @@ def _within(groups: list[Group]) -> Iterator[Group]:
             yield entry
 
 
-def _with_reason(update: Update) -> Update:
+def _with_reason(update: Update, source: Source) -> Update:
     """The update; where its alpha is unknown, with the reason that holds here."""
     if update.alpha is None or update.alpha.value is not None:
         return update
@@ -173,6 +198,12 @@ def _with_reason(update: Update) -> Update:
         "no tensor of a LoRA of one's own says it, and some multiply by alpha, others by alpha / r: --set scale=X says what the "
         "product of the factors was multiplied by"
     )
+    rank, alpha = ((source.config or {}).get(name) for name in ("rank", "alpha"))
+    if isinstance(rank, int) and isinstance(alpha, (int, float)) and rank > 0:
+        reason = (
+            f"{source.config_path} says alpha {alpha:g} and rank {rank}: mlx-vlm before 0.5 (April 2026) multiplied by alpha, "
+            f"{alpha:g}, and since then by alpha / rank, {alpha / rank:g}: --set scale=X says which of them it was trained with"
+        )
     return replace(update, alpha=replace(update.alpha, source=reason))
 
 

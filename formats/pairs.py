@@ -49,4 +49,6 @@ def is_handmade(reading: Reading, source: Source, *, turned: bool = False) -> bo
     if names and all(name.endswith(AROUND) for name in names):
         return True
     how = stand(shapes(reading, source))
+    if any(claim.suffix.text.endswith(".weight") for claim in reading.claims if claim.suffix.role in ("A", "B")):
+        return False  # a layer's own weight stands one way
     return how.straight != how.turned and how.turned != turned

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -138,7 +139,6 @@ def test_it_does_in_peft_what_it_did(model: Any, whole: bool, tmp_path: Path) ->
         (True, (".A", ".B")),
         (False, (".lora_a.weight", ".lora_b.weight")),
         (True, (".lora_A", ".lora_B")),
-        (True, (".lora_A.weight", ".lora_B.weight")),
         (False, (".lora_a", ".lora_b")),
     ],
 )
@@ -210,3 +210,55 @@ def test_loralib_and_peft_stay_what_they_are(ends: tuple[str, str], tmp_path: Pa
     adapter = ao.load(saved(state, tmp_path / "own.safetensors"), alpha=2)
     assert adapter.provenance.format in ("loralib", "peft")
     torch.testing.assert_close(delta(next(iter(adapter))), state[f"x{ends[1]}"] @ state[f"x{ends[0]}"])
+
+
+def test_mlx_vlm_s_own_layers_are_read_once_the_scale_is_said(tmp_path: Path) -> None:
+    """`y + scale · (x @ A) @ B` (mlx_vlm/trainer/lora.py), where scale was alpha, and is alpha / rank since 0.5."""
+    torch.manual_seed(0)
+    stem = "language_model.model.layers.0.mlp.down_proj"
+    a, b = torch.randn(12, 3), torch.randn(3, 8)
+    (tmp_path / "in").mkdir()
+    save_file({f"{stem}.A": a, f"{stem}.B": b}, tmp_path / "in" / "adapters.safetensors")
+    (tmp_path / "in" / "adapter_config.json").write_text('{"rank": 3, "alpha": 0.3, "dropout": 0.1}')
+    with pytest.raises(
+        errors.UnknownFact, match=r"before 0\.5 .* multiplied by alpha, 0\.3, and since then by alpha / rank, 0\.1"
+    ):
+        ao.convert(tmp_path / "in", "peft", tmp_path / "out")
+    ao.convert(tmp_path / "in", "peft", tmp_path / "out", fields={"scale": 0.3})
+    made = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    delta = (
+        config["lora_alpha"]
+        / 3
+        * made[f"base_model.model.{stem}.lora_B.weight"]
+        @ made[f"base_model.model.{stem}.lora_A.weight"]
+    )
+    x = torch.randn(5, 12)
+    torch.testing.assert_close(x @ delta.T, 0.3 * (x @ a) @ b)
+
+
+def test_a_rank_above_the_features_is_no_other_way_round(tmp_path: Path) -> None:
+    """A layer's own weight stands one way, whatever its shape says."""
+    state = {"x.lora_A.weight": torch.randn(64, 32), "x.lora_B.weight": torch.randn(32, 64)}
+    one = next(iter(ao.load(saved(state, tmp_path / "own.safetensors"), alpha=64)))
+    torch.testing.assert_close(delta(one), state["x.lora_B.weight"] @ state["x.lora_A.weight"])
+
+
+def test_the_rest_of_a_whole_model_is_left_out_by_name(tmp_path: Path) -> None:
+    """LLMs-from-scratch calls the parameters of its norms `scale` and `shift`."""
+    state = {
+        "q.lora.A": torch.randn(8, 2),
+        "q.lora.B": torch.randn(2, 6),
+        "norm.scale": torch.ones(8),
+        "norm.shift": torch.ones(8),
+    }
+    path = saved(state, tmp_path / "model.safetensors")
+    with pytest.raises(errors.UnsupportedFormat, match=r"does not know 'norm.scale', 'norm.shift'.*--allow-drop"):
+        ao.load(path, alpha=2)
+    assert {u.module for u in ao.load(path, alpha=2, allow_drop=True)} == {"q"}
+
+
+def test_what_stands_in_a_pairs_layer_is_not_passed_over(tmp_path: Path) -> None:
+    state = {"q.lora.A": torch.randn(8, 2), "q.lora.B": torch.randn(2, 6), "q.magnitude.weight": torch.randn(6)}
+    with pytest.raises(errors.UnsupportedFormat, match=r"q\.magnitude\.weight.*a magnitude"):
+        ao.load(saved(state, tmp_path / "own.safetensors"), alpha=2)
