@@ -52,7 +52,16 @@ def test_an_input_depends_on_the_seed_and_its_number_alone() -> None:
     assert first != [inputs.make(4, n) for n in range(40)]
 
 
-NOT_FROM_TABLES = {"cloneofsimo", "cloneofsimo-0.15", "cloneofsimo-list", "gguf", "mlx", "sam-lora", "tgis"}
+NOT_FROM_TABLES = {
+    "cloneofsimo",
+    "cloneofsimo-0.15",
+    "cloneofsimo-list",
+    "gguf",
+    "mlx",
+    "sam-lora",
+    "sd-scripts-oft",
+    "tgis",
+}
 """Dialects that number modules, or stand in containers of their own: what is damaged of them are fixtures."""
 
 

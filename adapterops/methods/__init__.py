@@ -27,6 +27,8 @@ _CLASSES = {
     "road": "road:Road",
     "psoft": "psoft:Psoft",
     "glora": "glora:Glora",
+    "lycoris_oft": "lycoris_oft:LycorisOft",
+    "lycoris_glora": "lycoris_glora:LycorisGlora",
     "diff": "difference:Difference",
     "saved": "saved:Saved",
     "trainable_tokens": "saved:TrainableTokens",

@@ -50,6 +50,8 @@ class Method:
     """Its exact low-rank form, in a line; "" where it has none."""
     scaled: ClassVar[bool] = False
     """Whether updates carry an alpha."""
+    alpha_role: ClassVar[str] = ""
+    """The role of what a dialect stores as alpha, for methods that have something there which is no scale; "" elsewhere."""
     rows: ClassVar[frozenset[str]] = frozenset()
     """The roles whose first axis is the module's outputs."""
     pairs: ClassVar[tuple[tuple[str, str], ...]] = ()

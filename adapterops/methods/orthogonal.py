@@ -111,12 +111,15 @@ def skew_part(blocks: torch.Tensor) -> torch.Tensor:
 
 
 def cayley(s: torch.Tensor) -> torch.Tensor:
-    """(I − S)(I + S)⁻¹ of each (b, b)."""
+    """(I − S)(I + S)⁻¹ of each (b, b), whose two factors commute.
+
+    By numpy: torch 2.13's solver of many matrices fails in threads beside another ("Pivots given to lu_solve …").
+    """
+    import numpy as np
     import torch
 
     eye = torch.eye(s.shape[-1], dtype=s.dtype)
-    solved: torch.Tensor = torch.linalg.solve(eye + s, eye - s, left=False)
-    return solved
+    return torch.from_numpy(np.linalg.solve((eye + s).numpy(), (eye - s).numpy()))
 
 
 def neumann(s: torch.Tensor, terms: int, halved: bool = True) -> torch.Tensor:

@@ -21,6 +21,7 @@ from adapterops import architectures, registry
 from adapterops.architectures import Architecture
 from adapterops.dialects.names import applies, book
 from adapterops.dialects.table import Dialect, Place, Suffix
+from adapterops.methods import METHODS
 from adapterops.plugin import Format
 from fuzzing.sample import Sample, Tensor, numbers, read_pickle, read_safetensors, safetensors_bytes
 
@@ -32,13 +33,15 @@ _SMALL, _LARGE = 200_000, 30_000_000
 """Elements of a weight that is saved whole, and of one that a low-rank update stands on."""
 ANY = "*"
 """The method of suffixes that several methods share (alpha, a DoRA magnitude)."""
-_SCALED = ("lora", "loha", "lokr")
+_SCALED = ("lora", "loha", "lokr", "lycoris_glora")
 RECIPES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "lora": (("A", "B", "alpha"), ("A", "B", "alpha", "magnitude")),
     "loha": (("w1_a", "w1_b", "w2_a", "w2_b", "alpha"),),
     "lokr": (("w1", "w2_a", "w2_b", "alpha"),),
     "ia3": (("vector",),),
     "diff": (("weight", "bias"),),
+    "lycoris_oft": (("blocks", "alpha"),),
+    "lycoris_glora": (("a1", "a2", "b1", "b2", "alpha"),),
 }
 """The roles that stand together in an update; of a method that is not here, all of its roles do."""
 _FREE = {
@@ -198,7 +201,8 @@ def _row(place: Place, method: str, name: str, roles: tuple[str, ...] | None) ->
     """The first suffix of each role of a method that the table has for this module."""
     out: dict[str, Suffix] = {}
     for suffix in place.suffixes:
-        meant = suffix.method == method or (suffix.method == ANY and method in _SCALED)
+        own_alpha = bool(METHODS[method].alpha_role) and suffix.role == "alpha"
+        meant = suffix.method == method or (suffix.method == ANY and (method in _SCALED or own_alpha))
         if meant and (roles is None or suffix.role in roles) and (not suffix.after or name.endswith(suffix.after)):
             out.setdefault(suffix.role, suffix)
     return list(out.values())
@@ -222,6 +226,12 @@ def _shape(role: str, weight: tuple[int, ...], kronecker: bool) -> tuple[int, ..
         "w2_b": (RANK, inputs // part * prod(kernel)),
         "vector": (outputs,),
         "block": (RANK, outputs),
+        "blocks": (outputs // two, two, two),
+        "rescale": (outputs, *ones, 1),
+        "a1": (inputs, RANK, *ones),
+        "a2": (RANK, inputs, *ones),
+        "b1": (outputs, RANK, *ones),
+        "b2": (RANK, inputs, *kernel),
     }
     return known.get(role, weight)
 
