@@ -48,7 +48,9 @@ def _row(known: Component, name: str) -> ModuleSpec | None:
 def _alike(known: Component, component: Component, name: str) -> bool:
     row, spec = _row(known, name), component.modules[name]
     if row is not None or spec.shape:
-        return row is not None and (row.shape, row.kind, row.bias) == (spec.shape, spec.kind, spec.bias)
+        # A layer of the model's own class is of no kind that a list of modules knows.
+        kind = row.kind if row is not None and spec.kind == "other" else spec.kind
+        return row is not None and (row.shape, row.kind, row.bias) == (spec.shape, kind, spec.bias)
     # It owns bare parameters alone; those of the root are in no list of the model's.
     paths = [f"{name}.{own}" if name else own for own in spec.params]
     rows = known.parameters

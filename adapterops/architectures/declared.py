@@ -72,12 +72,45 @@ _NAMES = (
     (r"hunyuan[-_]video(/.*)?|framepack(/.*)?", "hunyuan_video"),  # musubi-tuner, as above
     (r"(tencent|hunyuanvideo-community)/HunyuanVideo(-I2V(-33ch)?)?", "hunyuan_video"),
     (r"lllyasviel/FramePack\S*", "hunyuan_video"),
+    (r"hunyuan-video-1\.5(/.*)?", "hunyuan_video_1_5"),  # musubi-tuner
+    (r"(tencent|hunyuanvideo-community)/HunyuanVideo-?1\.5\S*", "hunyuan_video_1_5"),
+    (r"hunyuan-image(-2\.1)?(/.*)?", "hunyuan_image"),  # sd-scripts (library/sai_model_spec.py)
+    (r"(tencent|hunyuanvideo-community)/HunyuanImage-?2\.1\S*", "hunyuan_image"),
+    # musubi-tuner says the same of every Kandinsky 5; bghira/SimpleTuner (helpers/models/kandinsky5_*/model.py) has the Hub's.
+    *((r"kandinsky-?5(/.*)?", f"kandinsky5_{size}") for size in ("lite", "image", "pro")),
+    (r"(kandinskylab|ai-forever)/Kandinsky-5\.0-[TI]2V-Lite\S*", "kandinsky5_lite"),
+    (r"(kandinskylab|ai-forever)/Kandinsky-5\.0-[TI]2I-Lite\S*", "kandinsky5_image"),
+    (r"(kandinskylab|ai-forever)/Kandinsky-5\.0-[TI]2V-Pro\S*", "kandinsky5_pro"),
     (r"Lightricks/LTX-Video\S*", "ltx_2b"),
     (r"Lightricks/LTX-Video\S*", "ltx_13b"),
     (r"Lightricks/LTX-2(?!\.[35])\S*", "ltx_2"),
     (r"Lightricks/LTX-2\.[35]\S*", "ltx_2_3"),
     *((r"ltx2", either) for either in ("ltx_2", "ltx_2_3")),  # ai-toolkit (ltx2.py) says so of 2.3, too
     (r"ltxvideo-0\.9\.\d(/.*)?", "ltx_2b"),
+    # CogVideoX-Fun was trained from CogVideoX 1.0, and 1.5.
+    *((rf"(THUDM|zai-org)/CogVideoX-{size}\S*", f"cogvideox_{size}") for size in ("2b", "5b")),
+    *((rf"alibaba-pai/CogVideoX-Fun(-V1\.1)?-{size}\S*", f"cogvideox_{size}") for size in ("2b", "5b")),
+    (r"(THUDM|zai-org)/CogVideoX1\.5-5B(-SAT)?", "cogvideox_1_5_5b"),
+    (r"(THUDM|zai-org)/CogVideoX1\.5-5B-I2V", "cogvideox_1_5_5b_i2v"),
+    (r"genmo/mochi-1-preview", "mochi"),
+    # OneTrainer (resources/sd_model_spec), ai-toolkit, SimpleTuner; and the Hub.
+    (r"cogview-?4(/.*)?|(THUDM|zai-org)/CogView4-6B\S*", "cogview4"),
+    (r"pixart(-alpha)?(/.*)?|PixArt-alpha/PixArt-XL-2-1024\S*", "pixart_alpha"),
+    (r"pixart[-_]sigma(-600m-[^/]*)?(/.*)?|PixArt-alpha/(PixArt-Sigma\S*|pixart_sigma\S*)", "pixart_sigma"),
+    (r"pixart_sigma-900m-[^/]*(/.*)?|(terminusresearch|ptx0)/pixart-900m\S*", "pixart_900m"),
+    # Of 256 and 512 pixels: the modules are those of Σ.
+    *((r"PixArt-alpha/PixArt-XL-2-(256|512)\S*", either) for either in ("pixart_alpha", "pixart_sigma")),
+    *((r"sana(/.*)?", f"sana_{size}") for size in ("600m", "1600m", "1_5_1600m", "1_5_4800m")),
+    *((rf"sana-sana1\.0-{said}-\d+(/.*)?", f"sana_{size}") for said, size in (("600m", "600m"), (r"1\.6b", "1600m"))),
+    *(
+        (rf"sana-sana1\.5-{said}-\d+(/.*)?", f"sana_1_5_{size}")
+        for said, size in ((r"1\.6b", "1600m"), (r"4\.8b", "4800m"))
+    ),
+    *((rf"Efficient-Large-Model/Sana_{size}_\S*", f"sana_{size}") for size in ("600m", "1600m")),
+    *(
+        (rf"Efficient-Large-Model/SANA1\.5_{said}_\S*", f"sana_1_5_{size}")
+        for said, size in ((r"1\.6B", "1600m"), (r"4\.8B", "4800m"))
+    ),
     (r"ltxvideo2-dev(-fp\d)?(/.*)?", "ltx_2"),
     (r"ltx2\.[35]", "ltx_2_3"),
 )

@@ -14,7 +14,7 @@ from functools import cache, cached_property
 from math import prod
 from typing import Any, NamedTuple
 
-from adapterops.architectures.beginnings import ANYTHING, Lines, beginnings, lines
+from adapterops.architectures.beginnings import ANYTHING, Lines, beginnings, lines, parts
 from adapterops.architectures.beginnings import Row as BareRow
 from adapterops.architectures.errors import UnknownArchitecture
 from adapterops.architectures.expression import Value, evaluate, evaluate_integer
@@ -105,9 +105,13 @@ def load(name: str) -> Architecture:
     """The built-in architecture `name`. Raises UnknownArchitecture, naming the known ones."""
     # Checked against the list, so that a name with a path in it never reaches the file system.
     if name not in names():
+        from difflib import get_close_matches
+
+        like = get_close_matches(name.lower(), names(), 3, 0.5)
+        meant = f"did you mean {' or '.join(like)}? " if like else ""
         raise UnknownArchitecture(
-            f"unknown architecture {name!r}; known: {', '.join(names())}. "
-            "For another base model give its config: --base CONFIG"
+            f"unknown architecture {name!r}; {meant}adapterops architectures lists the known ones, and for another base model "
+            "give its config: --base CONFIG"
         )
     path = os.path.join(_FOLDER, f"{name}.toml")
     with open(path, encoding="utf-8") as file:
@@ -140,6 +144,7 @@ class _Components(Mapping[str, Component]):
         self._path, self._text, self._names = path, text, tuple(_COMPONENT.findall(text))
         self._made: dict[str, Component] = {}
         self._begin: dict[tuple[str, str], frozenset[str]] = {}
+        self._parts: dict[tuple[str, str], frozenset[str] | None] = {}
 
     def __getitem__(self, name: str) -> Component:
         if not self._made:
@@ -179,8 +184,25 @@ class _Components(Mapping[str, Component]):
             return beginnings_of(load(own.of[name]), name, column)
         if name in own.prefixed:
             return ANYTHING
-        templates = {**{key: rows for path in own.include for key, rows in _shared(path).items()}, **own.templates}
-        return beginnings(own.components[name], templates.__getitem__, column == "original")
+        return beginnings(own.components[name], self._templates.__getitem__, column == "original")
+
+    def parts(self, name: str, column: str) -> frozenset[str] | None:
+        """What stands between the dots of a component's names in a column; the file is not parsed for that."""
+        if (name, column) not in self._parts:
+            own = self._lines
+            if name in own.of:
+                told = parts_of(load(own.of[name]), name, column)
+            elif name in own.prefixed:
+                told = None
+            else:
+                told = parts(own.components[name], self._templates.__getitem__, column == "original")
+            self._parts[name, column] = told
+        return self._parts[name, column]
+
+    @cached_property
+    def _templates(self) -> Mapping[str, list[BareRow]]:
+        own = self._lines
+        return {**{key: rows for path in own.include for key, rows in _shared(path).items()}, **own.templates}
 
 
 def beginnings_of(architecture: Architecture, component: str, column: str) -> frozenset[str]:
@@ -190,6 +212,13 @@ def beginnings_of(architecture: Architecture, component: str, column: str) -> fr
         return components.begin(component, column)
     own = components[component]
     return ANYTHING if own.optional_prefix else own.stems.get(column, ANYTHING)
+
+
+def parts_of(architecture: Architecture, component: str, column: str) -> frozenset[str] | None:
+    """What stands between the dots of a component's names in a column, but for numbers, told without writing its modules out;
+    None where that is not told."""
+    components = architecture.components
+    return components.parts(component, column) if isinstance(components, _Components) else None
 
 
 @cache
@@ -249,6 +278,11 @@ def _scope(table: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Val
             scope[name] = evaluate_integer(value, scope)
     for name, factors in table.get("products", {}).items():
         scope[name] = prod(evaluate_integer(factor, scope) for factor in factors)
+    for name, listed in table.get("counts", {}).items():
+        counted = evaluate(listed, scope)
+        if not isinstance(counted, list):
+            raise ValueError(f"{listed!r} needs a list, not {counted!r}")
+        scope[name] = len(counted)
     for name, (count, listed) in table.get("others", {}).items():
         left_out = evaluate(listed, scope)
         if not isinstance(left_out, list):

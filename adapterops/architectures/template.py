@@ -22,10 +22,11 @@ A row describes one module, or a family of them:
     widens     true where adapters may give the module more inputs than the base has (control adapters)
     tied_to    the module that owns the weight, where it is shared
 
-The component's globals are the numbers of its config, its `vars`, and three tables for what a config leaves out:
+The component's globals are the numbers of its config, its `vars`, and four tables for what a config leaves out:
 
     defaults   what a number stands for that the config lacks or leaves null: { out_channels = "in_channels" }
     products   names for products, which expressions have not: { inner = ["num_attention_heads", "attention_head_dim"] }
+    counts     names for the lengths of lists: { vace_blocks = "vace_layers" }
     others     names for the numbers below a count that a list leaves out: { single = ["num_layers", "dual_layers"] }
 
 A component that another architecture has, too, has only `of`, the name of that architecture.

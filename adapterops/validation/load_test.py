@@ -150,6 +150,8 @@ def _diffusers(subject: Subject) -> Outcome:
         return Outcome(not_tried="the base model is not known; give --arch or --base")
     if subject.is_folder:
         return Outcome(not_tried="loads files, not PEFT folders; name the file, or --targets peft")
+    if not loader.mixin:
+        return Outcome(not_tried="diffusers has no loader of LoRAs for this base")
     mixin = getattr(import_module("diffusers.loaders.lora_pipeline"), f"{loader.mixin}LoraLoaderMixin", None)
     if mixin is None:
         return Outcome(not_tried=f"the installed diffusers has no {loader.mixin}LoraLoaderMixin")
@@ -183,10 +185,22 @@ def _factors_kept() -> Iterator[None]:
 
 def _pipeline(mixin: Any, base: Architecture) -> Any:
     """What a pipeline's loader needs of it: its models, without weights."""
-    models = {name: _built(base.components[name]) for name in mixin._lora_loadable_modules if name in base.components}
+    loadable = [name for name in mixin._lora_loadable_modules if name in base.components]
+    models = {name: _built(base.components[name]) for name in loadable}
+    models = {name: _as_loaded(model) if name.startswith("transformer") else model for name, model in models.items()}
     absent = dict.fromkeys((n for n in mixin._lora_loadable_modules if n not in models), None)
     kind = type("Pipeline", (mixin,), {"hf_device_map": None, "components": models, **absent, **models})
     return kind()
+
+
+def _as_loaded(model: Any) -> Any:
+    """The model as one that says it has values: the zeros that loaders make for modules which a file lacks (those for images
+    of Wan's, in a file for text alone) are then made, too."""
+    import torch
+
+    kind = type(model)
+    model.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__, "device": torch.device("cpu")})
+    return model
 
 
 def _built(component: Component) -> Any:

@@ -29,7 +29,7 @@ MUSUBI = {
     "Qwen-Image-Edit-2511/lora": {"qwen_image"},
     "Qwen-Image-Layered/lora": {"qwen_image"},
     "Z-Image/lora": {"z_image"},
-    "hunyuan-video-1.5/lora": set(),
+    "hunyuan-video-1.5/lora": {"hunyuan_video_1_5"},
     "HiDream-O1-Image/lora": set(),
 }
 """kohya-ss/musubi-tuner `src/musubi_tuner/utils/sai_model_spec.py`; two that are other models than they sound."""

@@ -209,6 +209,17 @@ def test_diffusers_converts_auraflow_as_the_rows_say() -> None:
     assert not checkpoint
 
 
+def test_diffusers_converts_mochi_as_the_rows_say() -> None:
+    # Its conversion knows the published number of blocks only.
+    component = load("mochi").components["transformer"]
+    checkpoint, expected = numbered(component)
+    for spec in component.parameters.values():
+        checkpoint[spec.original] = expected[spec.name] = torch.tensor([len(expected)])
+    assert differences(convert("mochi", checkpoint), expected) == []
+    assert not checkpoint
+    assert {key.rpartition(".")[0] for key in expected} - {""} == set(component.modules)
+
+
 def test_diffusers_converts_lumina_2_as_the_rows_say() -> None:
     component = small("lumina2", num_layers=2)
     checkpoint, expected = numbered(component)

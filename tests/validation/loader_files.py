@@ -31,6 +31,7 @@ MODULES = {
     "ltx_2b": ("transformer", "transformer_blocks.0.attn1.to_q", "transformer_blocks.0.ff.net.0.proj"),
     "wan_1_3b": ("transformer", "blocks.0.attn1.to_q", "blocks.0.ffn.net.2"),
     "z_image": ("transformer", "layers.0.feed_forward.w1", "layers.1.feed_forward.w2"),
+    "pixart_sigma": ("transformer", "transformer_blocks.0.attn1.to_out.0", "transformer_blocks.0.ff.net.2"),
 }
 """For each base model a component and two modules that every spelling has whole."""
 RANK = 4

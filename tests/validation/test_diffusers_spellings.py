@@ -42,7 +42,7 @@ DIALECTS = {
 """The spellings that image models' adapters are written in, and where the alpha of each stands."""
 SHOWN_BY_ALPHA = ("onetrainer-original",)
 """Spellings that are nobody's without an alpha."""
-HEADS = [n for n in architectures.names() if (n in LORA and n != "sd2") or n == "wan_14b_i2v"]
+HEADS = [n for n in architectures.names() if (LORA.get(n) and n != "sd2") or n == "wan_14b_i2v"]
 """One base of each row and, where modules differ, another; Stable Diffusion 2 has 1's but for widths."""
 RANK = 3
 DEPTH: Mapping[str, int | list[int]] = {
@@ -86,12 +86,25 @@ def test_every_base_has_its_loader() -> None:
         assert base.family in LOADERS, name
         assert {base.name, base.family} & LORA.keys(), name
     for name, loader in LOADERS.items():
+        if not loader.mixin:
+            assert not LORA[name]
+            continue
         mixin = getattr(mixins, f"{loader.mixin}LoraLoaderMixin")
         own = tuple(n for n in mixin._lora_loadable_modules if (name, n) != ("chroma", "text_encoder"))
         assert own == loader.components, name
     known = {d.name for form in registry.formats().values() for d in form.dialects}
     for table in (*LORA.values(), *LOKR.values()):
         assert table.keys() <= known
+
+
+def test_pipelines_without_a_loader_have_none() -> None:
+    """PixArt's, nor the class of its transformer; HunyuanVideo 1.5's and HunyuanImage's."""
+    diffusers: Any = importlib.import_module("diffusers")
+    for pipelines in ("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline", "HunyuanImagePipeline"):
+        assert not hasattr(getattr(diffusers, pipelines), "load_lora_weights")
+    assert not hasattr(diffusers.PixArtSigmaPipeline, "load_lora_weights")
+    assert not hasattr(diffusers.PixArtAlphaPipeline, "load_lora_weights")
+    assert not hasattr(diffusers.PixArtTransformer2DModel, "load_lora_adapter")
 
 
 @cache

@@ -182,6 +182,7 @@ def _experts(tmp_path: Path) -> Path:
 BROKEN: dict[str, Callable[[Path], Made]] = {
     "L501": lambda p: (_kohya(p), "peft"),
     "L502": lambda p: (_bone(p), "peft"),
+    "L509": lambda p: (diffusers_lora(p / "pixart.safetensors", "pixart_sigma"), "diffusers"),
     "L510": lambda p: (converted(p, "sd3", "kohya"), "diffusers"),
     "L511": lambda p: (converted(p, "flux", "comfy"), "diffusers"),
     "L512": lambda p: (peft_folder(p), "diffusers"),

@@ -9,6 +9,7 @@ from adapterops.validation.rules.diffusers_meets import (
     after_todays,
     ignored_alphas,
     incomplete,
+    loaderless,
     of_modules,
     other_components,
     pairs_behind_a_component,
@@ -22,11 +23,26 @@ _CONVERSION = "loaders/lora_conversion_utils.py"
 
 FACTS: tuple[Fact, ...] = (
     fact(
+        "L509",
+        "diffusers",
+        "no-loader",
+        Effect.DROPS,
+        loaderless,
+        "diffusers' pipelines of this base have no load_lora_weights, so that none of the {n tensor} ({keys}) is loaded",
+        why="The pipelines of PixArt, HunyuanVideo 1.5 and HunyuanImage have no loader of LoRAs; nor has the class of PixArt's "
+        "transformer.",
+        remedy="Run adapterops convert FILE --to peft, and load the folder into the transformer with peft's PeftModel.",
+        fires="transformer.transformer_blocks.0.attn2.to_q.lora_A.weight (PixArt)",
+        passes="transformer.transformer_blocks.0.attn2.to_q.lora_A.weight (Sana)",
+        source="diffusers 0.42 pipelines/pixart_alpha/pipeline_pixart_sigma.py (PixArtSigmaPipeline), "
+        "models/transformers/pixart_transformer_2d.py",
+    ),
+    fact(
         "L580",
         "diffusers",
         "authors-names",
         Effect.DROPS,
-        unread("onetrainer-original", "bfl", "bfl-peft", "xlabs"),
+        unread("onetrainer-original", "original-down", "bfl", "bfl-peft", "xlabs", "genmo"),
         "of this base diffusers has no converter for the authors' names without diffusion_model. before them: it leaves out all "
         "{n tensor} ({keys}), or fails on them",
         why="Bare names of the authors' own code diffusers reads of few bases only, and loads nothing of the rest.",

@@ -152,6 +152,12 @@ def other_components(subject: Subject) -> list[str]:
     return [key for key in keys if key not in told]
 
 
+def loaderless(subject: Subject) -> list[str]:
+    """All keys, of files for bases whose pipelines load no LoRA."""
+    loader = loader_of(subject)
+    return [] if loader is None or loader.mixin else list(subject.tensors)
+
+
 def differences(subject: Subject) -> list[str]:
     """The keys of whole differences; but for what the converter of Comfy's Wan files makes factors and their bias of."""
     read = in_files(subject, "diff")

@@ -51,7 +51,8 @@ class Reads:
 
 
 class Loader(NamedTuple):
-    """A class of diffusers that loads LoRAs into a pipeline, by the first part of its name (`…LoraLoaderMixin`)."""
+    """A class of diffusers that loads LoRAs into a pipeline, by the first part of its name (`…LoraLoaderMixin`); empty where the
+    base's pipelines have none."""
 
     mixin: str
     components: tuple[str, ...]
@@ -87,10 +88,10 @@ _FLUX2_KOHYA = r"stream_modulation|^norm_out|guidance_embedder"
 _HUNYUAN = Reads(Alphas.REFUSED, sign=r"img_attn_qkv", turns=r"^norm_out|refiner_blocks\.\d+\.attn\.to_(qkv|[qkv]$)")
 _LTX = Reads(Alphas.REFUSED, loses=r"^(proj_in$|time_embed)")
 _WAN_BLOCKS = r"^blocks\.(\d+)\.(?:attn[12]\.|ffn\.)"
-_WAN = Reads(
-    Alphas.REFUSED, alphas_of=r"^(?!blocks\.)", sign=r"^diffusion_model\.blocks\.", refuses=r"^patch_embedding"
-)
-_QWEN = ("comfy", "comfy-down", "kohya", "kohya-diffusers")
+_WAN_OTHERS = r"^(patch_embedding|vace_|pose_patch_embedding|motion_encoder|face_)"
+"""The modules that the converter of Wan's files does not know, those of its variants among them."""
+_WAN = Reads(Alphas.REFUSED, alphas_of=r"^(?!blocks\.)", sign=r"^diffusion_model\.blocks\.", refuses=_WAN_OTHERS)
+_QWEN = ("comfy", "comfy-down", "kohya", "kohya-diffusers", "kohya-peft", "kohya-diffusers-peft")
 _Z_ENDS = r"^all_(x_embedder|final_layer)"
 _Z_QKV = rf"{_Z_ENDS}|attention\.to_(qkv|[qkv]$)"
 _Z_COMFY = Reads(Alphas.REFUSED, alphas_of=r"attention\.to_out", loses=rf"{_Z_QKV}|attention\.to_out")
@@ -145,9 +146,19 @@ LORA: Mapping[str, Mapping[str, Reads]] = {
         "comfy": _IDEOGRAM,
         "comfy-down": _IDEOGRAM,
         "onetrainer-original": replace(_IDEOGRAM, sign=r"\.attention\.qkv\."),
+        "original-down": replace(_IDEOGRAM, sign=r"\.attention\.qkv\."),
         "diffsynth": replace(_IDEOGRAM, sign=r"\.attention\.qkv\."),
     },
     "auraflow": _OWN_WITHOUT_ALPHA,
+    "cogvideox_2b": _OWN_WITHOUT_ALPHA,
+    "cogview4": _OWN_WITHOUT_ALPHA,
+    "mochi": _OWN_WITHOUT_ALPHA,
+    "pixart_alpha": {},
+    "hunyuan_video_1_5": {},
+    "hunyuan_image": {},
+    "kandinsky5_lite": _OWN_WITHOUT_ALPHA,
+    # peft's LoRA of a grouped convolution needs as many ranks as groups, or a multiple.
+    "sana_1600m": {d: replace(r, refuses=r"\.conv_depth$") for d, r in _OWN_WITHOUT_ALPHA.items()},
     "ernie_image": {**_OWN_WITHOUT_ALPHA, "comfy": _BARE, "peft": _PEFT},
     "anima": {**_OWN_WITHOUT_ALPHA, "comfy": _BARE},
     "krea2": {**_OWN_WITHOUT_ALPHA, "comfy": _BARE},
@@ -158,12 +169,13 @@ LORA: Mapping[str, Mapping[str, Reads]] = {
         "onetrainer-original": _SIGNED,
         "diffsynth": Reads(sign=r"\.default\."),
     },
+    "wan_animate_2_14b": {},
     "wan_14b": {
         **_OWN_WITHOUT_ALPHA,
         "comfy": _WAN,
         "comfy-down": _WAN,
         "kohya": Reads(
-            sign=r"\.alpha$",
+            sign=r"^lora_unet_[^_].*\.alpha$",
             whole=_WAN_BLOCKS,
             counted=True,
             optional=r"\.add_[kv]_proj$",
@@ -179,6 +191,7 @@ LORA: Mapping[str, Mapping[str, Reads]] = {
         "kohya-diffusers": READ,
         "diffusers-down": _SIGNED,
         "onetrainer-original": replace(_Z_COMFY, sign=r"\.alpha$"),
+        "original-down": Reads(sign=r"\.alpha$", loses=_Z_QKV),
         "diffsynth": Reads(sign=r"\.default\."),
     },
 }
@@ -220,11 +233,21 @@ LOADERS: Mapping[str, Loader] = {
     "hidream": Loader("HiDreamImage", ("transformer",)),
     "ideogram4": Loader("Ideogram4", ("transformer",)),
     "auraflow": Loader("AuraFlow", ("transformer",)),
+    "cogvideox_2b": Loader("CogVideoX", ("transformer",)),
+    "cogview4": Loader("CogView4", ("transformer",)),
+    "mochi": Loader("Mochi1", ("transformer",)),
+    "pixart_alpha": Loader("", ()),
+    "hunyuan_video_1_5": Loader("", ()),
+    "hunyuan_image": Loader("", ()),
+    "kandinsky5_lite": Loader("Kandinsky", ("transformer",)),
+    "sana_1600m": Loader("Sana", ("transformer",)),
     "ernie_image": Loader("ErnieImage", ("transformer",)),
     "anima": Loader("Anima", ("transformer", "text_conditioner")),
     "krea2": Loader("Krea2", ("transformer",)),
     "qwen_image": Loader("QwenImage", ("transformer",)),
     "wan_14b": Loader("Wan", ("transformer", "transformer_2")),
+    # Its pipeline has Wan's, which fails: it looks for an `image_dim` in the config, and the model has none.
+    "wan_animate_2_14b": Loader("", ()),
     "z_image": Loader("ZImage", ("transformer",)),
 }
 """By base, or family: which class of `loaders/lora_pipeline.py` loads its adapters."""

@@ -112,7 +112,10 @@ FACTS: tuple[Fact, ...] = (
         "comfy",
         "peft-names",
         Effect.DROPS,
-        lambda s: spelled(s, ("loralib", "miss")) or ([] if architecture(s) == "sd3" else spelled(s, ("peft",))),
+        lambda s: (
+            spelled(s, ("loralib", "miss"))
+            or ([] if architecture(s) in ("sd3", "pixart_alpha") else spelled(s, ("peft",)))
+        ),
         "ComfyUI knows no base_model.model. of this base and leaves out all {n tensor} ({keys})",
         why="ComfyUI reads peft's own names for few bases only (SD3, PixArt, HunyuanDiT, ACE-Step).",
         remedy="Run adapterops convert FOLDER --to kohya (or comfy).",

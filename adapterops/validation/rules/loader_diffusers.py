@@ -113,7 +113,9 @@ FACTS: tuple[Fact, ...] = (
         "diffusers",
         "kohya-names",
         Effect.DROPS,
-        unread("kohya", "kohya-diffusers", "onetrainer", "tencent"),
+        unread(
+            "kohya", "kohya-diffusers", "kohya-peft", "kohya-diffusers-peft", "onetrainer", "tencent", "kohya-hunyuan"
+        ),
         "diffusers has no converter for these names of this base: it leaves out all {n tensor} ({keys}) with a log line, or "
         "fails on them",
         why="diffusers has no converter for sd-scripts', musubi-tuner's and OneTrainer's names of some bases, and loads such a "
@@ -157,7 +159,7 @@ FACTS: tuple[Fact, ...] = (
         "diffusers",
         "lycoris-names",
         Effect.REFUSES,
-        unread("lycoris"),
+        unread("lycoris", "lycoris-original"),
         'diffusers knows no names that begin with lycoris_ ({keys}): "Invalid LoRA checkpoint", or nothing is loaded',
         why="For this base diffusers has no converter for the names that LyCORIS itself writes.",
         remedy="Run adapterops convert FILE --to diffusers (to-lora first, where the method is not LoRA).",
