@@ -23,6 +23,7 @@ from adapterops.errors import (
 )
 from adapterops.loading import PathLike, load, read_source
 from adapterops.methods import METHODS
+from adapterops.operations.biases import spoken
 from adapterops.plugin import Fitted, Format, Output, Rounding, Target
 from adapterops.proof import Proof, check_finite, prove
 from adapterops.storage import open_source
@@ -96,7 +97,7 @@ def save(
     _insist_on_use(adapter, dialect, fields or {})
     fields = _not_taken(adapter, form, fields or {})
     insist_on_alphas(adapter)
-    adapter = form.prepared(adapter)
+    adapter = spoken(form.prepared(adapter), dialect, fold_alpha)
     wanted = dtype_named(dtype)
     faithful = format is None and not reader  # a reader knows the usual spelling alone
     target = Target(dialect, adapter.base, dict(fields or {}), faithful, allow_drop, repair, reader or "")

@@ -90,6 +90,8 @@ def _is_table_of(value: object, test: Callable[[object], bool]) -> bool:
 _CHOICES: dict[str, Callable[[object], bool]] = {
     "adapter_name": _is_text,
     "prefix": _is_text,
+    "prefix_for": _is_text,
+    "filled": lambda value: isinstance(value, list) and all(map(_is_text, value)),
     "component": _is_text,
     "prefixes": lambda value: _is_table_of(value, _is_text),
     "alpha_absent": lambda value: value == "all" or (isinstance(value, list) and all(map(_is_text, value))),

@@ -19,17 +19,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
-from adapterops_formats.hunyuan_names import among, behind_transformer, comfys_own
+from adapterops_formats.hunyuan_names import among, behind_transformer, comfys_own, unread_by_comfy
 from adapterops_formats.lycoris_names import (
     DOWN_UP,
     EMBEDDINGS,
     LYCORIS,
+    RENAMED,
     UNREAD,
     embeddings_told,
     insist_on_modules,
     of_adapters,
+    unlike_comfy,
     unnamed,
 )
 from adapterops_formats.modulation import MODULATION, choice, of_blocks, of_parameters, recorded
@@ -49,7 +51,7 @@ from adapterops.plugin import (
     errors,
 )
 
-_A_B = (Suffix(".lora_A.weight", "lora", "A"), Suffix(".lora_B.weight", "lora", "B"))
+_A_B = (Suffix(".lora_A{adapter}.weight", "lora", "A"), Suffix(".lora_B{adapter}.weight", "lora", "B"))
 _SET = (Suffix(".set_weight", "saved", "weight"),)
 _EMBEDDINGS_APART = (
     "ComfyUI loads none from a LoRA's file; it does from a copy of it, named after the token, in models/embeddings"
@@ -122,7 +124,30 @@ COMFY_DOWN = _dialect(
     DOWN_UP,
     "diffusion_model.double_blocks.0.img_attn.qkv.lora_down.weight",
 )
+ORIGINAL_DOWN = Dialect(
+    name="original-down",
+    format="comfy",
+    title="the authors' bare names, Kohya's factors (LightX2V)",
+    places=(Place("transformer", "", (*DOWN_UP, *LYCORIS), names="original", only=frozenset(RENAMED)),),
+    alpha=AlphaIn.TENSOR,
+    convention="rank",
+    unread=UNREAD,
+    shown_by=DOWN_UP[0].text,
+    example="blocks.0.self_attn.q.lora_down.weight",
+)
 BEHIND_TRANSFORMER = behind_transformer((*_A_B, *LYCORIS))
+WAN_BEHIND_TRANSFORMER = Dialect(
+    name="wan-transformer",
+    format="comfy",
+    title="Wan's authors' names behind transformer.",
+    places=(Place("transformer", "transformer.", (*_A_B, *LYCORIS), names="original", only=frozenset({"wan_14b"})),),
+    alpha=AlphaIn.TENSOR,
+    convention="rank",
+    unread=UNREAD,
+    written=False,
+    example="transformer.blocks.0.self_attn.q.lora_A.weight",
+)
+"""Nobody's own spelling, but ComfyUI-WanVideoWrapper reads it."""
 HUNYUAN = (comfys_own(COMFY), comfys_own(COMFY_DOWN))
 
 
@@ -140,16 +165,17 @@ class Comfy(Format):
             "Comfy's prefix before diffusers' names (SimpleTuner)",
             _A_B,
             "diffusion_model.transformer_blocks.0.attn.to_q.lora_A.weight",
-            "flux",
-            "sd3",
-            "z_image",
-            "flux2_dev",
+            *RENAMED,
         ),
         ORIGINAL,
+        ORIGINAL_DOWN,
+        WAN_BEHIND_TRANSFORMER,
         BEHIND_TRANSFORMER,
         *HUNYUAN,
     )
     file_name = "lora.safetensors"
+    # As a checkpoint calls the model; and the wrapper of peft, left in.
+    variants: ClassVar = {"diffusion_model.": ("model.diffusion_model.", "diffusion_model.base_model.model.")}
     foreign = {
         r"\.reshape_weight$": "widens a module of the base (a control adapter converted for Comfy); this version does not "
         "convert it: name the file that it was made from",
@@ -171,12 +197,21 @@ class Comfy(Format):
     def write(self, adapter: Adapter, target: Target) -> Output:
         insist_on_modules(adapter, target)
         out = of_blocks(super().write(adapter, target), self.spelling(adapter, target))
-        if target.dialect is ORIGINAL and not target.faithful and all(update.alpha is None for update in adapter):
+        lacks = ""
+        if target.dialect is ORIGINAL and all(update.alpha is None for update in adapter):
+            lacks = "whose methods have no alpha"
+        elif target.dialect is ORIGINAL_DOWN and all(update.method != "lora" for update in adapter):
+            lacks = "without a LoRA"
+        if lacks and not target.faithful:
             raise errors.CannotRepresent(
-                f"{next(iter(adapter)).name}: in {target.dialect.title} a file whose methods have no alpha is nobody's, and no "
-                "reader would know it; --to comfy holds it"
+                f"{next(iter(adapter)).name}: in {target.dialect.title} a file {lacks} is nobody's, and no reader would know it; "
+                "--to comfy holds it"
             )
-        told = embeddings_told(adapter, _EMBEDDINGS_APART) if target.dialect is not ORIGINAL else ()
+        bare = target.dialect in (ORIGINAL, ORIGINAL_DOWN)
+        told = () if bare else embeddings_told(adapter, _EMBEDDINGS_APART)
+        written = (key for file in out.files for key in file.tensors)
+        told += unread_by_comfy(written) if target.dialect in (COMFY, COMFY_DOWN) else ()
+        told += unlike_comfy(adapter)
         return out._replace(notes=(*out.notes, *told, *unnamed(target)))
 
 

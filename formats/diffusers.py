@@ -190,7 +190,7 @@ DIFFSYNTH = Dialect(
             "transformer",
             "",
             LORA,
-            names_in=dict.fromkeys(("wan_14b", "anima", "krea2", "ideogram4"), "original"),
+            names_in=dict.fromkeys(("wan_14b", "wan_animate_2_14b", "anima", "krea2", "ideogram4"), "original"),
         ),
     ),
     alpha=AlphaIn.NOWHERE,
@@ -242,6 +242,20 @@ AI_TOOLKIT = Dialect(
     example="transformer.transformer_blocks.0.attn.norm_q.diff",
 )
 
+# PixArt-alpha/PixArt-sigma `train_scripts/train_pixart_lora_hf.py` hands a PEFT model's state dict to Stable Diffusion's
+# pipeline to save; Comfy reads it.
+PIXART = Dialect(
+    name="pixart-unet",
+    format="diffusers",
+    title="peft's names behind unet. (PixArt's own trainer)",
+    places=(Place("transformer", "unet.base_model.model.", LORA, only=frozenset({"pixart_alpha"})),),
+    alpha=AlphaIn.NOWHERE,
+    convention="rank",
+    vectors=True,
+    written=False,
+    example="unet.base_model.model.transformer_blocks.0.attn1.to_q.lora_A.weight",
+)
+
 # Without these, the dialect reads a file as the usual one does, and would only tie with it.
 _MARKS: Mapping[Dialect, tuple[tuple[str, ...], tuple[str, ...]]] = {
     WITH_ALPHA: ((), (".alpha",)),
@@ -275,12 +289,21 @@ class Diffusers(Format):
         WITH_LYCORIS,
         BUNDLED,
         AI_TOOLKIT,
+        PIXART,
     )
     file_name = "pytorch_lora_weights.safetensors"
     # peft's wrapper, left in: https://github.com/bghira/SimpleTuner/issues/779.
-    variants: ClassVar = {"transformer.": ("transformer.base_model.model.",)}
+    # DiffSynth-Studio's models stand in a pipeline as `dit`, whose name its trainer takes off only where it is told to
+    # (`--remove_prefix_in_ckpt`, modelscope/DiffSynth-Studio `diffsynth/diffusion/training_module.py`).
+    variants: ClassVar = {
+        "transformer.": ("transformer.base_model.model.", "transformer_2."),
+        "": ("pipe.dit.", "pipe.dit2.", "pipe.vace.", "pipe.vace2.", "dit.", "dit2.", "vace."),
+    }
     foreign = {
         r"^(controlnet|vae|image_encoder|image_proj)\.": "belongs to a component that no format here converts",
+        r"^transformer_2\.": "belongs to the second expert of a pair (Wan 2.2's, for low noise), beside keys of the first, and "
+        "readers take a file an expert: --rename '^transformer\\.(.*)\\.lora_=first.\\1.' --allow-drop leaves the second's, and "
+        "--rename '^transformer_2\\.(.*)\\.lora_=second.\\1.' --allow-drop the first's",
         r"^lora_controlnet$": f"is a Stability control-LoRA; {_LATER}",
     }
 
@@ -304,14 +327,16 @@ class Diffusers(Format):
         told = reading.dialect.alpha is AlphaIn.CONFIG or reading.dialect is WITH_ALPHA
         if not told or METADATA_KEY not in source.metadata:
             refuse_scale(request.fields, f"{reading.dialect.title} without a header")
-            return _renaming_told(read_by_table(reading, source, request, component_of=_naming(request)))
+            read = read_by_table(reading, source, request, component_of=_naming(request))
+            return _renaming_told(_expert_told(read, reading))
         configs = _header_configs(source, request)
 
         def rule(component: str, module: str, rank: int) -> ScaleRule:
             config = configs.get(component)
             return config.rule(module) if config is not None else ScaleRule()
 
-        adapter = _renaming_told(read_by_table(reading, source, request, rule, component_of=_naming(request)))
+        adapter = read_by_table(reading, source, request, rule, component_of=_naming(request))
+        adapter = _renaming_told(_expert_told(adapter, reading))
         for component, config in configs.items():
             own = [u for u in adapter.as_stated() if u.component == component]
             describes(config.fields, config.where, own, lambda sentence: request.wrong(errors.Conflict(sentence)))
@@ -365,6 +390,20 @@ def _published(groups: list[Group]) -> list[Group]:
 def _naming(request: Request) -> Callable[[list[Group]], list[Group]] | None:
     """Names are those of the base that the user gave, if one was given."""
     return _published if request.architecture is None else None
+
+
+_SECOND = ("transformer_2.", "pipe.dit2.", "dit2.", "pipe.vace2.")
+"""How keys begin that are for the second of two experts."""
+
+
+def _expert_told(adapter: Adapter, reading: Reading) -> Adapter:
+    if reading.prefix not in _SECOND:
+        return adapter
+    note = (
+        f"{reading.prefix}…: for the second expert of a pair (Wan 2.2's, for low noise); readers take a file an expert, and "
+        "diffusers this one with load_into_transformer_2=True"
+    )
+    return replace(adapter, provenance=replace(adapter.provenance, notes=(*adapter.provenance.notes, note)))
 
 
 def _renaming_told(adapter: Adapter) -> Adapter:

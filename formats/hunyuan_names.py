@@ -12,11 +12,14 @@ Sources: tdrussell/diffusion-pipe `models/hunyuan_video.py` (`save_adapter`); Co
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from adapterops.plugin import AlphaIn, Dialect, Place, Suffix
+from adapterops.plugin import AlphaIn, Dialect, LazyTensor, Place, Suffix
 
-_ONLY = frozenset({"hunyuan_video"})
+_ONLY = frozenset({"hunyuan_video", "hunyuan_video_1_5", "hunyuan_image"})
+_FIRST = frozenset({"hunyuan_video"})
+_OTHERS = _ONLY - _FIRST
+"""Those whose modules are of other sizes than Flux.1's."""
 _STREAMS = tuple(
     (f".{stream}_{authors}", f".{stream}_{comfys}")
     for stream in ("img", "txt")
@@ -46,6 +49,7 @@ _EMBEDDERS = tuple(
     for name, *own in (
         ("time_in", "mlp.0", "mlp.2"),
         ("guidance_in", "mlp.0", "mlp.2"),
+        ("time_r_in", "mlp.0", "mlp.2"),
         ("txt_in.t_embedder", "mlp.0", "mlp.2"),
         ("txt_in.c_embedder", "linear_1", "linear_2"),
     )
@@ -53,10 +57,14 @@ _EMBEDDERS = tuple(
 )
 _ALIKE = (
     *(".linear1", ".linear2", ".adaLN_modulation.1", ".norm1", ".norm2", "txt_in.input_embedder", "img_in.proj"),
-    *("vector_in.in_layer", "vector_in.out_layer", "final_layer.linear"),
+    *("vector_in.in_layer", "vector_in.out_layer", "final_layer.linear", "cond_type_embedding"),
+    *(f"byt5_in.{name}" for name in ("layernorm", "fc1", "fc2", "fc3")),
+    *(f"vision_in.proj.{number}" for number in (0, 1, 3, 4)),
 )
 TAILS = (*_STREAMS, *_SINGLE, *_REFINER, *_EMBEDDERS, *((name, name) for name in _ALIKE))
 """How the authors' names of modules end, and Comfy's."""
+
+_FLAT_TAILS = tuple((authors.replace(".", "_"), comfys.replace(".", "_")) for authors, comfys in TAILS)
 
 _OWN = (
     "double_blocks.",
@@ -67,6 +75,10 @@ _OWN = (
     "vector_in.",
     "final_layer.",
     "img_in.",
+    "byt5_in.",
+    "vision_in.",
+    "time_r_in.",
+    "cond_type_embedding.",
 )
 """How the authors' names begin, none of which diffusers has."""
 _BEHIND = tuple(f"transformer.{name}" for name in _OWN)
@@ -108,11 +120,33 @@ def comfys_own(usual: Dialect) -> Dialect:
         name=f"{usual.name}-hunyuan",
         format="comfy",
         title=f"{usual.title}, with Comfy's own names of HunyuanVideo",
-        places=(Place("transformer", place.prefix, place.suffixes, names="original", only=_ONLY, tails=TAILS),),
+        places=(
+            Place("transformer", place.prefix, place.suffixes, names="original", only=_ONLY, tails=TAILS),
+            Place("text_encoder_2", "text_encoders.clip_l.transformer.", place.suffixes, only=_FIRST),
+            *(
+                Place("text_encoder", f"text_encoders.llama.transformer.{stem}", place.suffixes, only=_FIRST)
+                for stem in ("model.", "")
+            ),
+        ),
         alpha=AlphaIn.TENSOR,
         convention="rank",
         unread=usual.unread,
         example="diffusion_model.double_blocks.19.img_attn.qkv" + place.suffixes[0].text,
+    )
+
+
+def flat(suffixes: tuple[Suffix, ...]) -> Dialect:
+    """Comfy's own names as Kohya writes names, with these suffixes: what scripts make of trainers' files for Comfy."""
+    return Dialect(
+        name="kohya-hunyuan",
+        format="kohya",
+        title="Kohya with Comfy's own names of HunyuanVideo",
+        places=(
+            Place("transformer", "lora_unet_", suffixes, names="original", flat=True, only=_OTHERS, tails=_FLAT_TAILS),
+        ),
+        alpha=AlphaIn.TENSOR,
+        convention="rank",
+        example="lora_unet_double_blocks_19_img_mlp_0.lora_down.weight",
     )
 
 
@@ -130,3 +164,27 @@ def among(keys: Iterable[str], dialects: Sequence[Dialect], behind: Dialect, own
     idle = [] if any(key.startswith(_BEHIND) for key in begun) else [behind]
     idle += [] if any(key.startswith(_BLOCKS) for key in begun) else own
     return [d for d in dialects if d not in idle]
+
+
+_FLAT_KEY = re.compile(r"lora_unet_double_blocks_\d+_(img|txt)_(attn_qkv|attn_proj|mlp_[02]|mod_lin)\.lora_down\.")
+_FLUX_WIDTHS = (3072, 12288)
+
+
+def may_be_flat(tensors: Mapping[str, LazyTensor]) -> bool:
+    """Whether a file of Kohya's keys may have Comfy's names of a model that is not of Flux.1's size."""
+    first = next((key for key in tensors if key.startswith("lora_unet_double_blocks_")), "")
+    if not first:
+        return False
+    own = next((key for key in tensors if _FLAT_KEY.match(key)), None)
+    return own is None or tensors[own].shape[-1] not in _FLUX_WIDTHS
+
+
+def unread_by_comfy(keys: Iterable[str]) -> tuple[str, ...]:
+    """What is to be said of keys of Comfy's prefix that Comfy's own model of HunyuanVideo 1.5 has in one."""
+    apart = [key for key in keys if re.search(r"double_blocks\.\d+\.(img|txt)_attn_[qkv]\.", key)]
+    if not apart:
+        return ()
+    return (
+        f"{len(apart)} tensors (first {apart[0]!r}) have the authors' names, where q, k and v are apart; ComfyUI's has them "
+        "in one, and reads --to comfy-hunyuan",
+    )

@@ -11,10 +11,13 @@ that train SDXL on a diffusers UNet write diffusers' names there too, which is t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from math import isfinite, sqrt
+from typing import ClassVar
 
-from adapterops_formats.lycoris_names import DOWN_UP, EMBEDDINGS, IA3, LYCORIS, UNREAD, unnamed
+from adapterops_formats.hunyuan_names import flat, may_be_flat
+from adapterops_formats.lycoris_names import DOWN_UP, EMBEDDINGS, IA3, LYCORIS, OFT, RENAMED, SCALE, UNREAD, unnamed
 from adapterops_formats.peft_config import refuse_scale
 
 from adapterops.plugin import (
@@ -32,6 +35,7 @@ from adapterops.plugin import (
     Reading,
     Request,
     Source,
+    Suffix,
     Target,
     Update,
     errors,
@@ -132,6 +136,57 @@ LYCORIS_FILE = Dialect(
     unread=UNREAD,
     example="lycoris_transformer_blocks_0_attn_to_q.lokr_w1",
 )
+# LyCORIS names what it wraps as the model does; a model of the authors' own code has their names.
+LYCORIS_ORIGINAL = Dialect(
+    name="lycoris-original",
+    format="kohya",
+    title="LyCORIS (lycoris_…) around the authors' own model",
+    places=(Place("transformer", "lycoris_", SUFFIXES, names="original", flat=True, only=frozenset(RENAMED)),),
+    alpha=AlphaIn.TENSOR,
+    convention="rank",
+    unread=UNREAD,
+    example="lycoris_double_blocks_0_img_attn_qkv.lokr_w1",
+)
+_A_B = (Suffix(".lora_A{adapter}.weight", "lora", "A"), Suffix(".lora_B{adapter}.weight", "lora", "B"))
+
+
+_A_ENDS = (".lora_A.weight", ".lora_A.default.weight")
+
+
+def _with_pefts_factors(usual: Dialect) -> Dialect:
+    """The dialect with peft's names for LoRA's factors, which ComfyUI (`comfy/weight_adapter/lora.py`) tries after any name."""
+    suffixes = {SUFFIXES: (*_A_B, *LYCORIS)}
+    return replace(
+        usual,
+        name=f"{usual.name}-peft",
+        title=f"{usual.title}, with peft's factors",
+        places=tuple(replace(p, suffixes=suffixes.get(p.suffixes, p.suffixes)) for p in usual.places),
+        example=usual.example.replace(".lora_down.", ".lora_A."),
+    )
+
+
+HUNYUAN = flat(SUFFIXES)
+# kohya-ss/sd-scripts `networks/oft.py` (`OFTNetwork`), which turns the UNet of Stable Diffusion alone.
+SD_SCRIPTS_OFT = Dialect(
+    name="sd-scripts-oft",
+    format="kohya",
+    title="OFT of sd-scripts",
+    places=(
+        Place(
+            "unet",
+            "oft_unet_",
+            (OFT[0], SCALE[0]),
+            names="original",
+            names_in=_AS_DIFFUSERS,
+            flat=True,
+            only=frozenset({"sd1", "sd2", "sdxl"}),
+        ),
+    ),
+    alpha=AlphaIn.TENSOR,
+    convention="rank",
+    example="oft_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.oft_blocks",
+)
+PEFTS = tuple(map(_with_pefts_factors, (KOHYA, KOHYA_DIFFUSERS)))
 
 _LATER = "this version does not convert it"
 
@@ -146,12 +201,22 @@ class Kohya(Format):
         "be told apart without its list.",
         "Modules saved whole, and soft prompts.",
     )
-    dialects = (KOHYA, KOHYA_DIFFUSERS, ONETRAINER, LYCORIS_FILE, TENCENT)
+    dialects = (
+        KOHYA,
+        KOHYA_DIFFUSERS,
+        ONETRAINER,
+        LYCORIS_FILE,
+        LYCORIS_ORIGINAL,
+        TENCENT,
+        HUNYUAN,
+        SD_SCRIPTS_OFT,
+        *PEFTS,
+    )
     file_name = "lora.safetensors"
     foreign = {
-        r"\.oft_blocks(\.\d+)?$|\.oft_diag$": f"is OFT or BOFT (LyCORIS or sd-scripts); {_LATER}",
+        r"\.oft_blocks\.\d+$|\.oft_diag$": f"is OFT of sd-scripts for Flux.1, or an old LyCORIS'; {_LATER}",
         r"\.oft_R\.(weight|scaled_oft)$": f"is OFT (OneTrainer); {_LATER}",
-        r"\.(a1|a2|b1|b2|bm)\.weight$": f"is GLoRA (LyCORIS); {_LATER}",
+        r"\.bm\.weight$": f"is a Tucker core of GLoRA (LyCORIS); {_LATER}",
         # What a module of LyCORIS saved as it stood has and its own `state_dict` folds into w1, w1_a or lora_up.
         r"\.scalar$": (
             "is a learnt factor on its module's update (LyCORIS, use_scalar), which no reader applies, LyCORIS 4.1.3 "
@@ -159,6 +224,10 @@ class Kohya(Format):
             "out with --allow-drop, and its module with it"
         ),
     }
+
+    # VideoX-Fun puts the name of the whole model, which is empty, before every module's, and ComfyUI reads it so:
+    # aigc-apps/VideoX-Fun `videox_fun/utils/lora_utils.py` (`LoRANetwork`), Comfy-Org/ComfyUI `comfy/lora_convert.py`.
+    variants: ClassVar = {"lora_unet_": ("lora_unet__",)}
 
     # Conversions by hand that replaced every dot, or put the prefix before a name that had its component already.
     botched = {
@@ -168,9 +237,22 @@ class Kohya(Format):
         r"^(lora_(?:unet|te\d?)_.+)_alpha$": r"\1.alpha",
     }
 
+    def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
+        """As for any format; what ends as peft's factors do is none of LyCORIS' (IA)³, whose tensor is called `weight`, too."""
+        if len(dialects) > 1:
+            usual, pefts = (sum(key.endswith(end) for key in source.tensors) for end in (".lora_down.weight", _A_ENDS))
+            shown = pefts > usual  # a stray key is no spelling
+            dialects = [dialect for dialect in dialects if (dialect in PEFTS) == shown]
+            if not may_be_flat(source.tensors):
+                dialects = [dialect for dialect in dialects if dialect is not HUNYUAN]
+        return super().recognise(source, dialects)
+
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
         refuse_scale(request.fields, "a Kohya file")
         adapter = read_by_table(reading, source, request)
+        if reading.dialect is SD_SCRIPTS_OFT:
+            for fault in sd_scripts_faults(adapter):
+                request.wrong(errors.BrokenAdapter(fault))
         read = [u for u in adapter if u.alpha is not None and u.alpha.certainty is Certainty.READ]
         other = _contradicted(adapter.with_updates(read), source.metadata)
         if other is not None and not isinstance(request.alpha, (str, float)):
@@ -185,6 +267,14 @@ class Kohya(Format):
         return adapter
 
     def write(self, adapter: Adapter, target: Target) -> Output:
+        if target.dialect is SD_SCRIPTS_OFT:
+            other = next((update for update in adapter if update.method != "lycoris_oft"), None)
+            if other is not None and not target.allow_drop:
+                raise errors.CannotRepresent(
+                    f"{other.name}: a file of sd-scripts' OFT has no place for {METHODS[other.method].title}; --to kohya holds it"
+                )
+            for fault in sd_scripts_faults(adapter):
+                raise errors.CannotRepresent(f"{fault}; --to kohya holds it as LyCORIS has it")
         spelled = self.spell(adapter, target)
         metadata, notes = header(spelled.adapter), [*spelled.notes, *unnamed(target)]
         if _contradicted(spelled.adapter, metadata) is not None:
@@ -217,6 +307,33 @@ def _contradicted(adapter: Adapter, metadata: Mapping[str, str]) -> Update | Non
         if rank and any(abs((value or 0.0) - said) <= abs(said) * 2**-7 for said in (stated, stated * sqrt(rank))):
             return None
     return next((update for update, rank in ranked if rank), None)
+
+
+def sd_scripts_faults(adapter: Adapter) -> Iterator[str]:
+    """Why sd-scripts would compute something else of these updates than LyCORIS does.
+
+    Its OFT is LyCORIS' without `rescale`, bounded by alpha · out_features even where that is zero, which leaves nothing of the
+    blocks; and it makes all modules with the first alpha and the first number of blocks in the file
+    (`create_network_from_weights`).
+    """
+    updates = [update for update in adapter if update.method == "lycoris_oft"]
+    for update in updates:
+        blocks, bound = update.tensors["blocks"], update.tensors.get("constraint")
+        if len(blocks.shape) != 3 or "rescale" in update.tensors:
+            yield f"{blocks.where}: sd-scripts has neither BOFT nor factors on the outputs ({update.name})"
+        elif bound is None or not bound.item() > 0:
+            yield (
+                f"{blocks.where}: without an alpha above zero, which bounds the blocks, sd-scripts' OFT does nothing "
+                f"({update.name})"
+            )
+        else:
+            first = updates[0].tensors
+            if (bound.item(), blocks.shape[0]) != (first["constraint"].item(), first["blocks"].shape[0]):
+                yield (
+                    f"{blocks.where}: alpha {bound.item():g} and {blocks.shape[0]} blocks, beside "
+                    f"{first['constraint'].item():g} and {first['blocks'].shape[0]} of {updates[0].name}: sd-scripts takes one "
+                    "of each for the whole file"
+                )
 
 
 FORMAT = Kohya()

@@ -28,7 +28,9 @@ DIFFERENCES = (
     Suffix(".b_norm", "diff", "bias", {"kind": "norm"}),
     *(Suffix(f".{role}", "diff", role) for role in ("bias_indices", "bias_values", "bias_size")),
 )
-LYCORIS = (*LOHA, *LOKR, *DIFFERENCES, *SCALE)
+OFT = (Suffix(".oft_blocks", "lycoris_oft", "blocks"), Suffix(".rescale", "lycoris_oft", "rescale"))
+GLORA = tuple(Suffix(f".{role}.weight", "lycoris_glora", role) for role in ("a1", "a2", "b1", "b2"))
+LYCORIS = (*LOHA, *LOKR, *OFT, *GLORA, *DIFFERENCES, *SCALE)
 """Every method that these files share but LoRA, whose names differ, and (IA)³, which only LyCORIS reads."""
 EMBEDDINGS = Place(
     "embeddings",
@@ -44,6 +46,28 @@ EMBEDDINGS = Place(
 )
 """Textual inversions in an adapter's file: OneTrainer puts them into each of its formats, `_out` for vectors that replace
 the encoder's output."""
+RENAMED = (
+    "flux",
+    "sd3",
+    "z_image",
+    "flux2_dev",
+    "wan_14b",
+    "wan_animate_2_14b",
+    "hunyuan_video",
+    "ltx_2b",
+    "ltx_2",
+    "lumina2",
+    "auraflow",
+    "anima",
+    "krea2",
+    "ideogram4",
+    "cogvideox_2b",
+    "mochi",
+    "pixart_alpha",
+    "hunyuan_video_1_5",
+    "hunyuan_image",
+)
+"""Every base with a transformer whose modules diffusers names otherwise than its authors."""
 UNREAD = (
     (
         "magnitude",
@@ -72,6 +96,24 @@ def embeddings_told(adapter: Adapter, sentence: str) -> tuple[str, ...]:
     """What to say of a file with embeddings in it, after their tokens' names; nothing where there are none."""
     tokens = sorted({update.module for update in adapter if update.method == "bundled"})
     return (f"bundled embeddings ({', '.join(tokens)[:80]}): {sentence}",) if tokens else ()
+
+
+def unlike_comfy(adapter: Adapter) -> tuple[str, ...]:
+    """What to say of rotations that ComfyUI makes otherwise than LyCORIS: its bound is the alpha alone, not alpha times the
+    outputs, and its OFT passes over `rescale` (Comfy-Org/ComfyUI `comfy/weight_adapter/oft.py`, `boft.py`)."""
+    odd = []
+    for update in adapter:
+        blocks, bound = update.tensors.get("blocks"), update.tensors.get("constraint")
+        if update.method == "lycoris_oft" and blocks is not None:
+            bounded = bound is not None and bound.item() > 0
+            if bounded or ("rescale" in update.tensors and len(blocks.shape) == 3):
+                odd.append(update.name)
+    if not odd:
+        return ()
+    return (
+        f"{len(odd)} modules (first {odd[0]}) have OFT with a constraint or with factors on the outputs, of which ComfyUI makes "
+        "something else than LyCORIS; adapterops to-lora --base-weights BASE makes a LoRA of them, which it reads",
+    )
 
 
 def unnamed(target: Target) -> tuple[str, ...]:

@@ -43,6 +43,8 @@ class Reading(NamedTuple):
     adapter_name: str = ""
     prefix: str | None = None
     """The prefix that stands in the file where the table's own is left out or doubled."""
+    stands_for: str = ""
+    """The place's own prefix, which that one stands for."""
     declared: bool = False
     """Whether another dialect reads the keys as well, and the base model that the header or the config names has decided."""
 
@@ -81,7 +83,8 @@ def read_keys(dialect: Dialect, keys: Iterable[str], variants: Mapping[str, tupl
     texts = (text for place in dialect.places if not place.whole for name in names for text in _table(place, name))
     if ends.present.isdisjoint(texts) and not any(_has_whole(place, keys) for place in dialect.places if place.whole):
         return Reading(dialect, (), keys)
-    ways = [(swap, adapter) for swap in _swaps(dialect, variants or {}) for adapter in names]
+    swaps = [swap for swap in _swaps(dialect, variants or {}) if swap is None or ends.any_begins(swap[1])]
+    ways = [(swap, adapter) for swap in swaps for adapter in names]
     if len(keys) >= _MANY:
         # A stranger's file may make each of them a long look; those that read nothing of a spread of keys are left.
         some = _Ends(keys[:: len(keys) // _SPREAD])
@@ -149,7 +152,9 @@ def _read(dialect: Dialect, ends: _Ends, adapter: str, swap: tuple[str, str] | N
             unclaimed.append(key)
         else:
             claims.append(claim)
-    return Reading(dialect, tuple(claims), tuple(unclaimed), adapter, swap[1] if swap else None)
+    return Reading(
+        dialect, tuple(claims), tuple(unclaimed), adapter, swap[1] if swap else None, swap[0] if swap else ""
+    )
 
 
 @lru_cache(maxsize=256)
@@ -350,7 +355,7 @@ def _scaled(
     """The scaled method of each module that has one: whose an alpha is.  Where it has two and an alpha, that is told."""
     methods: dict[tuple[Place, str], str] = {}
     used = {suffix.method for suffix in set(map(_SUFFIX, reading.claims))}
-    scaled = {method for method in used if method != ANY and METHODS[method].scaled}
+    scaled = {m for m in used if m != ANY and (METHODS[m].scaled or METHODS[m].alpha_role)}
     for claim in reading.claims:
         method = claim.suffix.method
         if method not in scaled:
@@ -385,13 +390,14 @@ def group(
                 (tell or _raise)(BrokenAdapter(text, keys=(claim.key,)))
                 continue
             tensor = tensor.transposed()
+        role = claim.suffix.role
         if method == ANY:
             method = scaled.get((claim.place, claim.name), "lora")
+            role = METHODS[method].alpha_role or role if role == "alpha" else role
         at = (claim.place, claim.name, method)
         entry = out.get(at)
         if entry is None:
             entry = out[at] = Group(*at, claim.stem, {}, {})
-        role = claim.suffix.role
         if role in entry.tensors:
             twins = (claim.key, entry.tensors[role].key)
             (tell or _raise)(

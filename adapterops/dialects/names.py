@@ -55,9 +55,25 @@ def spells(place: Place, architecture: Architecture, spec: ModuleSpec) -> bool:
     """Whether the column of `place` has this module."""
     if place.column(architecture.family) != "original":
         return not spec.joins
-    # A fused module that the tails leave out may have a part that they do not.
-    tailed = spec.partial or (spec.joins and place.tails)
-    return bool(spec.original) and (not tailed or spec.original.endswith(tuple(c for c, _ in place.tails)))
+    if not spec.original or not place.tails:
+        return bool(spec.original) and not spec.partial
+    # A fused module that the tails leave out may have a part that they do not, and the other way round.
+    if spec.partial or spec.joins:
+        return _tailed(place, spec)
+    return not _is_part(place, architecture, spec)
+
+
+def _is_part(place: Place, architecture: Architecture, spec: ModuleSpec) -> bool:
+    """Whether the tails have, instead of a module, one that dialects with tails alone know, and whose rows hold its own."""
+    component = architecture.components[place.among(architecture.components) or ""]
+    wholes = (whole for whole in component.fused.values() if whole.partial and _tailed(place, whole))
+    return any(part == spec.name for whole in wholes for part, _, _ in whole.joins)
+
+
+def _tailed(place: Place, spec: ModuleSpec) -> bool:
+    """Whether the authors' name of a module ends as one of the tails."""
+    name = spec.original.replace(".", "_") if place.flat else spec.original
+    return name.endswith(tuple(tail for tail, _ in place.tails))
 
 
 _books: dict[tuple[int, bool, bool, bool], NameBook] = {}

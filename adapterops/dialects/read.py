@@ -450,6 +450,8 @@ def _spelling(
         spelling["adapter_name"] = reading.adapter_name
     if reading.prefix is not None:
         spelling["prefix"] = reading.prefix
+        if not all(g.place.saved for g in groups if g.place.prefix == reading.stands_for):
+            spelling["prefix_for"] = reading.stands_for
     for place in {g.place for g in groups}:
         component = (place.among(architecture.components) if architecture is not None else None) or place.component
         usual = writing_place(reading.dialect, component, architecture)

@@ -74,8 +74,9 @@ def identify(
     # Those that have everything, or else everything that their tables tell of.
     level = [f for f in fits if f.whole] or [f for f in fits if f.told]
 
-    def worth(found: Fit) -> tuple[int, bool, int, bool, int]:
-        return found.shaped, found.told, found.named, found.architecture.name == hint, usual(found, lookup)
+    def worth(found: Fit) -> tuple[int, bool, int, int, bool, int]:
+        named = found.architecture.name == hint
+        return found.shaped, found.told, -found.untold, found.named, named, usual(found, lookup)
 
     best = max(fits, key=worth)
     named = _declared(level, hint, source) if level and level != [best] else []
@@ -141,7 +142,7 @@ def _declared(level: Sequence[Fit], hint: str | None, source: Source | None) -> 
 
 def _refusal(best: Fit, path: str, fits: Sequence[Fit]) -> UnknownArchitectureOfFile:
     """The error for a file that no known base model has half of the modules of."""
-    known = ", ".join(f.architecture.name for f in fits)
+    known = f"adapterops architectures lists all {len(fits)}" if len(fits) > 1 else fits[0].architecture.name
     if best.named and not best.shaped:
         entry = best.misshapen[0]
         tensor, *rest = sorted(entry.tensors.values(), key=lambda t: -t.numel)
@@ -152,7 +153,7 @@ def _refusal(best: Fit, path: str, fits: Sequence[Fit]) -> UnknownArchitectureOf
         )
     entry = (best.unknown or best.misshapen)[0]
     others = f" and {len(best.unknown) - 1} others are" if len(best.unknown) > 1 else " is"
-    likely = sorted(fits, key=lambda f: (-f.shaped, -f.named))[:_ASKED]
+    likely = sorted(fits, key=lambda f: (-f.shaped, f.untold, -f.named))[:_ASKED]
     near = ((f.architecture.name, n) for f in likely if applies(entry.place, f.architecture) for n in _near(entry, f))
     nearest = "".join(f"; the nearest known: {name!r} of {base}" for base, name in islice(near, 1))
     return UnknownArchitectureOfFile(
@@ -226,15 +227,28 @@ def _say(tell: Callable[[AdapterOpsError], None] | None, error: AdapterOpsError)
     tell(error)
 
 
+_COLUMNS = ("canonical", "original")
+
+
 def _elsewhere(entry: Group, others: int) -> str:
     """For a message: which built-in base model has a module of that name, in either of its spellings.
 
     `others` of the file's modules are the base's that was tried.
     """
     mixed = ": the file mixes two spellings, or two base models" if others else ""
-    for known in map(architectures.load, architectures.names()):
-        for column in ("canonical", "original") if applies(entry.place, known) else ():
-            module = book(known, replace(entry.place, names=column, names_in={})).table.get(entry.name)
+    known = [architectures.load(name) for name in architectures.names()]
+    for base in known:
+        for column in _COLUMNS if applies(entry.place, base) else ():
+            module = book(base, replace(entry.place, names=column, names_in={})).table.get(entry.name)
             if module is not None:
-                return f"; it names {module} of {known.name}{mixed}"
+                return f"; it names {module} of {base.name}{mixed}"
+    # Behind another beginning, which means another component, or none.
+    for base in sorted(known, key=lambda base: base.turn):
+        for component in base.components:
+            place = replace(entry.place, component=component, instead=(), only=frozenset())
+            for column in _COLUMNS:
+                module = book(base, replace(place, names=column, names_in={})).table.get(entry.name)
+                if module is not None:
+                    whose = "the authors" if column == "original" else "diffusers and transformers"
+                    return f"; {whose} call {module} in the {component} of {base.name} so, which stands behind another prefix"
     return ""

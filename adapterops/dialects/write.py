@@ -68,6 +68,9 @@ def write(
             for update in updates:
                 spelled |= _spell(dialect, placing.of(update), update, architecture, spelling)
         except CannotRepresent as error:
+            if all(update.method == "diff" and METHODS["diff"].is_nothing(update) for update in sources):
+                dropped.append(f"{sources[0].name}: zeros, which change nothing (left out: {_keys(sources, adapter)})")
+                continue
             if not allow_drop:
                 raise
             dropped.append(f"{error} (left out: {_keys(sources, adapter)})")
@@ -98,7 +101,8 @@ def _spell(
     name = spelling.get("names", {}).get(f"{update.component}.{update.module}") or _name(
         dialect, place, update, architecture
     )
-    prefix = spelling.get("prefix", place.prefix) if place.saved else place.prefix
+    swapped = place.saved or spelling.get("prefix_for") == place.prefix
+    prefix = spelling.get("prefix", place.prefix) if swapped else place.prefix
     stem = prefix + _tail(dialect, place, name, update)
     out = {}
     for role, tensor in update.tensors.items():
@@ -200,7 +204,10 @@ EXCHANGED = frozenset({"lora", "loha", "lokr", "ia3", "diff", "saved", "trainabl
 
 
 def _means(suffix: Suffix, method: str) -> bool:
-    return suffix.method == method or (suffix.method == ANY and METHODS[method].scaled)
+    own = METHODS[method]
+    return suffix.method == method or (
+        suffix.method == ANY and (own.scaled or (bool(own.alpha_role) and suffix.role == "alpha"))
+    )
 
 
 def _follows(suffix: Suffix, module: str) -> bool:
@@ -208,10 +215,14 @@ def _follows(suffix: Suffix, module: str) -> bool:
 
 
 def _suffix(dialect: Dialect, place: Place, update: Update, role: str) -> Suffix:
-    kind = update.options.get("kind")
+    kind, alpha = update.options.get("kind"), METHODS[update.method].alpha_role
     fallback = None
     for suffix in place.suffixes:
-        if suffix.role == role and _means(suffix, update.method) and _follows(suffix, update.module):
+        if (
+            suffix.role == ("alpha" if role == alpha else role)
+            and _means(suffix, update.method)
+            and _follows(suffix, update.module)
+        ):
             if any(update.options.get(k) != v for k, v in suffix.options.items() if k != "kind"):
                 continue
             if suffix.options.get("kind") == kind:

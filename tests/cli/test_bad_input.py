@@ -86,7 +86,7 @@ CASES: dict[str, tuple[Tensors, list[str]]] = {
     ),
     "another base": (
         kohya("lora_unet_towers_0_attend_query"),
-        ["'towers_0_attend_query'", "sd1, sd2, sdxl, sd3, flux", "--base CONFIG"],
+        ["'towers_0_attend_query'", "adapterops architectures lists all", "--base CONFIG"],
     ),
     "two dialects": (
         {**kohya(), **pair(f"unet.{Q}.lora_A.weight", f"unet.{Q}.lora_B.weight")},
@@ -105,8 +105,8 @@ CASES: dict[str, tuple[Tensors, list[str]]] = {
         ["does not know 'mystery.tensor'", "--allow-drop"],
     ),
     "OFT": (
-        {f"{FLAT}.oft_blocks": torch.ones(4, 4, 4), f"{FLAT}.alpha": torch.tensor(1.0)},
-        ["is OFT", f"{FLAT}.oft_blocks"],
+        {f"{FLAT}.oft_R.weight": torch.ones(4, 6), f"{FLAT}.oft_R.scaled_oft": torch.tensor(1.0)},
+        ["is OFT (OneTrainer)", f"{FLAT}.oft_R"],
     ),
     "LoKr factor without its other half": (
         {f"{FLAT}.lokr_w1": torch.ones(4, 4), f"{FLAT}.alpha": torch.tensor(1.0)},
@@ -213,10 +213,10 @@ def test_source_is_never_the_target(command: Callable[..., Outcome], tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--to", "kohja"], ["unknown format 'kohja'", "known: cloneofsimo, "]),
+        (["--to", "kohja"], ["unknown format 'kohja'", "known: adapterhub, cloneofsimo, "]),
         (["--to", "peft", "--from", "ggml"], ["unknown format 'ggml'"]),
         (["--to", "peft", "--from", "diffusers"], ["no key reads as diffusers"]),
-        (["--to", "peft", "--arch", "sd9"], ["sd9", "qwen_image, sd1, sd2, sd3, sd35_large, sd35_medium, sdxl"]),
+        (["--to", "peft", "--arch", "sd9"], ["sd9", "did you mean", "adapterops architectures"]),
         (["--to", "peft", "--arch", "sd1", "--base", "x"], ["give one of them"]),
         (["--to", "peft", "--alpha", "much"], ["neither a number"]),
         (["--to", "peft", "--set", "r"], ["not FIELD=VALUE"]),

@@ -139,10 +139,17 @@ def test_the_way_named_for_control_adapters_is_one_that_works(tmp_path: Path) ->
         "double_blocks.0.img_attn.norm.query_norm.scale": random(128),
     }
     source = write(tensors, tmp_path / "b.safetensors")
-    for to in ("kohya", "comfy", "bfl-peft"):
+    for to in ("kohya", "bfl-peft"):
         with pytest.raises(CannotRepresent, match="--to diffusers"):
             ao.convert(source, to, tmp_path / "out.safetensors")
     ao.convert(source, "diffusers", tmp_path / "d.safetensors")
+    # Comfy-Org/ComfyUI `comfy/lora_convert.py` (`convert_lora_bfl_control`) calls them so, too.
+    ao.convert(source, "comfy", tmp_path / "e.safetensors")
+    made, stem = load_file(tmp_path / "e.safetensors"), "diffusion_model.double_blocks.0.img_attn"
+    assert torch.equal(made[f"{stem}.proj.diff_b"], tensors["double_blocks.0.img_attn.proj.lora_B.bias"])
+    assert torch.equal(
+        made[f"{stem}.norm.query_norm.set_weight"], tensors["double_blocks.0.img_attn.norm.query_norm.scale"]
+    )
 
 
 def alphas(path: Path, **metadata: str) -> tuple[Path, Tensors]:

@@ -69,7 +69,7 @@ def holders(adapter: Adapter) -> set[str]:
     """The dialects that can hold an adapter, by what each of them can say (not by trying)."""
     out = {"peft"}
     parts = set(adapter.components)
-    flat = {"kohya", "kohya-diffusers", "comfy-down"}
+    flat = {"kohya", "kohya-diffusers", "kohya-peft", "kohya-diffusers-peft", "comfy-down"}
     bare = {"onetrainer-original"} if parts == {"unet"} else set()
     if parts == {"unet"}:
         flat.add("lycoris")

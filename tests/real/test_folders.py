@@ -123,7 +123,7 @@ def test_an_adapter_that_is_called_almost_so(name: str, tmp_path: Path) -> None:
 
 def test_diffsynths_keys_of_a_base_without_a_table(tmp_path: Path) -> None:
     """modelscope/DiffSynth-Studio `diffsynth/utils/lora/general.py`: scale 1 without an alpha; the message tells which X."""
-    path = write(tmp_path / "a.safetensors", pairs({f"vace_{name}": shape for name, shape in WAN.items()}, "", DEFAULT))
+    path = write(tmp_path / "a.safetensors", pairs({f"own_{name}": shape for name, shape in WAN.items()}, "", DEFAULT))
     with pytest.raises(ao.errors.UnknownFact, match=r"DiffSynth-Studio's, whose scale is 1: --alpha 4\)"):
         ao.convert(path, "peft", tmp_path / "peft")
     plain = {f"base_model.model.{key}": t for key, t in pairs(WAN, "", DEFAULT).items()}

@@ -151,7 +151,7 @@ MIXTURES: dict[str, tuple[Tensors, type[errors.AdapterOpsError], str]] = {
     "one prefix": (
         comfy(AUTHORS) | comfy(COMFYS),
         errors.UnknownModule,
-        r"hunyuan_video: the file mixes two spellings",
+        r"hunyuan_(video|image): the file mixes two spellings",
     ),
     "one prefix, the last block": (
         comfy(AUTHORS) | comfy(COMFYS_LAST),

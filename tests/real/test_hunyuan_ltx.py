@@ -431,9 +431,8 @@ def test_what_ltx_2_and_the_13b_share_is_told(tmp_path: Path) -> None:
 
 
 OTHERS: dict[str, Modules] = {
-    "HunyuanImage": {f"double_blocks.{i}.img_attn_qkv": (10752, 3584) for i in range(20)},
-    "HunyuanVideo 1.5": {f"double_blocks.{i}.img_attn_q": (2048, 2048) for i in range(54)},
-    "CogVideoX": {f"transformer_blocks.{i}.attn1.to_q": (3072, 3072) for i in range(42)},
+    "another width": {f"double_blocks.{i}.img_attn_qkv": (9600, 3200) for i in range(20)},
+    "Allegro": {f"transformer_blocks.{i}.attn1.to_q": (2304, 2304) for i in range(32)},
 }
 
 

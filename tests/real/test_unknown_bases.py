@@ -91,15 +91,15 @@ def test_a_header_out_of_date_does_not_hide_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("target", "told"), [("comfy", True), ("kohya", True), ("peft", False), ("diffusers", False)])
 def test_names_that_only_diffusers_uses_are_told_of(target: str, told: bool, tmp_path: Path) -> None:
-    """The authors of PixArt call `attn1.to_q` otherwise: Comfy would pass over it without a word."""
+    """The authors of DiT call `attn1.to_q` otherwise: Comfy would pass over it without a word."""
     config = {
-        "_class_name": "PixArtTransformer2DModel",
+        "_class_name": "DiTTransformer2DModel",
         "num_attention_heads": 2,
         "attention_head_dim": 8,
         "num_layers": 1,
     }
     base = tmp_path / "config.json"
-    base.write_text(json.dumps({**config, "cross_attention_dim": 16, "caption_channels": 16, "sample_size": 8}))
+    base.write_text(json.dumps({**config, "in_channels": 4, "out_channels": 4, "sample_size": 8}))
     path = write(tmp_path / "a.safetensors", pairs({"transformer_blocks.0.attn1.to_q": (16, 16)}, "transformer."))
     done = ao.convert(path, target, tmp_path / "out", base=base)
     assert any("no table has the authors' names" in note for note in done.notes) is told
