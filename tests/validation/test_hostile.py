@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
-import select
+import selectors
 import struct
 import subprocess
 import sys
@@ -70,7 +70,11 @@ def examined(server: subprocess.Popen[str], path: Path) -> dict[str, Any]:
     assert server.stdout is not None
     server.stdin.write(json.dumps(str(path)) + "\n")
     server.stdin.flush()
-    assert select.select([server.stdout], [], [], SECONDS)[0], "it hangs"
+    with (
+        selectors.DefaultSelector() as waiting
+    ):  # `select` knows no descriptor above 1023, and earlier tests keep files open
+        waiting.register(server.stdout, selectors.EVENT_READ)
+        assert waiting.select(SECONDS), "it hangs"
     result = dict(json.loads(server.stdout.readline()))
     assert "failed" not in result, result["failed"]
     return result
