@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from adapterops_formats.peft_config import PeftConfig, kind_named
 from adapterops_formats.peft_kinds import KINDS
@@ -33,7 +33,7 @@ class View:
     """The config of an adapter, and the modules that its keys name, whether their tensors are sound or not."""
 
     def __init__(self, subject: Subject) -> None:
-        self.subject = subject
+        self._subject = ref(subject)
         self.where = subject.config_path
         self.weights = subject.weights
         recognised = subject.recognised
@@ -42,6 +42,13 @@ class View:
         is_own = self.is_peft or (recognised is None and config is not None and "peft_type" in config)
         self.config: Mapping[str, Any] | None = config if is_own else None
         """The config as it stands in the file; None where there is none, or one of something else (MLX calls its so, too)."""
+
+    @property
+    def subject(self) -> Subject:
+        """The adapter, which is not kept alive by this: it would hold its files open for as long as the process runs."""
+        found = self._subject()
+        assert found is not None  # a view is asked for by who has the subject
+        return found
 
     @cached_property
     def parsed(self) -> PeftConfig | None:
