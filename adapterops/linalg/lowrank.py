@@ -71,6 +71,8 @@ class Several(NamedTuple):
     energies: list[float]
     cancels: list[bool]
     """Whether the terms of each cancel."""
+    lengths: tuple[torch.Tensor, torch.Tensor]
+    """Those of u's columns and of vh's rows, (N, k) each."""
 
     @property
     def kept(self) -> list[float]:
@@ -83,18 +85,15 @@ class Several(NamedTuple):
         those have lengths that make u·vh the first k singular values' part of M.
 
         What was left out and what rounding changed are at right angles, but for the product of two roundings; so the factors
-        of M, with all their ranks, need not be gone through again.  The sums are of differences, so that float32 does where
-        u and vh are that; factors out of `_TAME`'s range are made as large as 1 first, for that of their squares.
+        of M, with all their ranks, need not be gone through again, nor u and vh multiplied by themselves: their columns and
+        rows are at right angles too.  The sums are of differences, so that float32 does where u and vh are that; factors out
+        of `_TAME`'s range are made as large as 1 first, for that of their squares.
         """
         squares = self.s.square().sum(dim=1).tolist()
-        # b·a - u·vh = du·a + u·dv, with a = vh + dv.  One side after the other, since they are large.
-        u, du, left = _changes(self.u, b)
-        sides = [(one.mT @ two).double() for one, two in ((du, du), (du, u), (u, u))]
-        del u, du
-        vh, dv, right = _changes(self.vh.mT, a.mT)
-        given = vh + dv
-        other = [(one.mT @ two).double() for one, two in ((given, given), (given, dv), (dv, dv))]
-        sums = (sides[0] * other[0] + 2 * sides[1] * other[1] + sides[2] * other[2]).sum(dim=(1, 2)).clamp_min(0)
+        # b·a - u·vh = du·(vh + dv) + u·dv.  One side after the other, since they are large.
+        uu, ud, dd, left = _changes(self.u, b, self.lengths[0])
+        vv, ve, ee, right = _changes(self.vh.mT, a.mT, self.lengths[1])
+        sums = (dd * (vv + ve + ve.mT + ee) + 2 * ud.mT * (ve + ee) + uu * ee).sum(dim=(1, 2)).clamp_min(0)
         out = []
         for energy, kept, change in zip(self.energies, squares, (sums * (left * right) ** 2).tolist(), strict=True):
             square = max(0.0, energy - kept) + change
@@ -111,13 +110,18 @@ class Stacked:
 
     `b` (N, m, Σr) and `a` (N, Σr, n), float64, hold each module's B's and A's side by side, `ranks` of them each; the k-th
     matrix of a module is its `scales[k]` times its B times its A.  Small steps are taken for all modules at once, and no
-    module's numbers depend on the others.
+    module's numbers depend on the others.  `single` is b and a in float32, of who has them so.
     """
 
     def __init__(
-        self, b: torch.Tensor, a: torch.Tensor, ranks: Sequence[int], scales: Sequence[Sequence[float]]
+        self,
+        b: torch.Tensor,
+        a: torch.Tensor,
+        ranks: Sequence[int],
+        scales: Sequence[Sequence[float]],
+        single: Pair | None = None,
     ) -> None:
-        self.b, self.a, self.ranks, self.scales = b, a, ranks, scales
+        self.b, self.a, self.ranks, self.scales, self.single = b, a, ranks, scales, single
 
     @classmethod
     def of(cls, pairs: Sequence[Pair], scales: Sequence[float] | None = None) -> Stacked:
@@ -131,11 +135,11 @@ class Stacked:
     @cached_property
     def _left(self) -> torch.Tensor:
         """The B's Gram matrices, (N, Σr, Σr)."""
-        return self.b.mT @ self.b
+        return _products(self.b.mT)
 
     @cached_property
     def _right(self) -> torch.Tensor:
-        return self.a @ self.a.mT
+        return _products(self.a)
 
     @property
     def is_finite(self) -> bool:
@@ -200,10 +204,11 @@ class Stacked:
         one, two = self._left * (d[:, :, None] * d[:, None, :]), self._right * (e[:, :, None] * e[:, None, :])
         core = _cores(one, two, w.sign(), rank)
         # While they are small.
-        left, right = _of_length(core.s * top[:, None], lengths)
+        left, right = sides = _of_length(core.s * top[:, None], lengths)
         to_u, to_vh = d[:, :, None] * core.u * left[:, None, :], right[:, :, None] * core.vh * e[:, None, :]
         if single:
-            u, vh = self.b.float() @ to_u.float(), to_vh.float() @ self.a.float()
+            b, a = self.single or (self.b.float(), self.a.float())
+            u, vh = b @ to_u.float(), to_vh.float() @ a
             for n, fine in enumerate(_tame(d, e, left, right).tolist()):
                 if not fine:
                     u[n], vh[n] = self.b[n] @ to_u[n], to_vh[n] @ self.a[n]
@@ -216,10 +221,29 @@ class Stacked:
             if cancels[n]:
                 found = _by_qr(self.b[n] * (d[n] * w[n].sign()), self.a[n] * e[n, :, None], rank)
                 core.s[n], core.energies[n] = found.s, found.energy
-                left, right = _of_length(found.s * top[n], lengths)
-                u[n], vh[n] = found.u * left, right[:, None] * found.vh
+                sides[0][n], sides[1][n] = own = _of_length(found.s * top[n], lengths)
+                u[n], vh[n] = found.u * own[0], own[1][:, None] * found.vh
         energies = [energy * size * size for energy, size in zip(core.energies, top.tolist(), strict=True)]
-        return Several(u, core.s * top[:, None], vh, energies, cancels)
+        return Several(u, core.s * top[:, None], vh, energies, cancels, sides)
+
+
+def _products(rows: torch.Tensor) -> torch.Tensor:
+    """Of rows (N, r, n), each with each, (N, r, r).
+
+    On the CPU the first half with all, the others with the others, and mirrored; elsewhere calls cost more than that saves.
+    """
+    import torch
+
+    if rows.device.type != "cpu":
+        return rows @ rows.mT
+    r = rows.shape[1]
+    half = (r + 1) // 2
+    out = rows.new_empty((len(rows), r, r))
+    for own, room in zip(rows, out, strict=True):
+        torch.mm(own[:half], own.T, out=room[:half])
+        torch.mm(own[half:], own[half:].T, out=room[half:, half:])
+    out[:, half:, :half] = out[:, :half, half:].mT
+    return out
 
 
 def _of_length(s: torch.Tensor, lengths: Lengths | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -234,18 +258,26 @@ def _tame(*sizes: torch.Tensor) -> torch.Tensor:
     return torch.stack(each).all(dim=0)
 
 
-def _changes(values: torch.Tensor, rounded: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Values (N, m, k) and what rounding added to them, divided by the sizes (N,) that come with them: ones, but where the
-    squares would leave float32's range."""
+def _changes(
+    values: torch.Tensor, rounded: torch.Tensor, lengths: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The products (N, k, k), float64, of the columns of values (N, m, k), which are at right angles and of these lengths
+    (N, k), and of what rounding added to them: of the first with the first, first with second, second with second.
+
+    All were divided by the sizes (N,) that come with them first: ones, but where squares would leave float32's range.
+    """
     import torch
 
-    largest = values.abs().amax(dim=(1, 2))
     change = torch.sub(rounded.to(values), values)
-    if bool(_tame(largest[:, None]).all()):
-        return values, change, torch.ones_like(largest, dtype=torch.float64)
-    largest = torch.where(largest > 0, largest, 1.0)
-    by = largest[:, None, None]
-    return values / by, change.div_(by), largest.double()
+    top = lengths.amax(dim=1)
+    if not bool(_tame(top[:, None]).all()):
+        top = torch.where(top > 0, top, 1.0)
+        values, change = values / top[:, None, None], change / top[:, None, None]
+        lengths = lengths / top[:, None]
+    else:
+        top = torch.ones_like(top)
+    across = (values.mT @ change).double()
+    return lengths.square().diag_embed(), across, (change.mT @ change).double(), top
 
 
 def stacked(pairs: Sequence[Pair], weights: Sequence[float]) -> Pair:
@@ -303,7 +335,7 @@ def _cores(left: torch.Tensor, right: torch.Tensor, signs: torch.Tensor, rank: i
     for n, fine in enumerate(sound.tolist()):
         if not fine:
             u[n], s[n], vh[n], energies[n] = _dependent_core(left[n], right[n], signs[n], rank)
-    return Several(u, s, vh, energies, [])
+    return Several(u, s, vh, energies, [], _of_length(s, None))
 
 
 def _dependent_core(left: torch.Tensor, right: torch.Tensor, signs: torch.Tensor, rank: int | None) -> Svd:

@@ -284,12 +284,13 @@ def is_low(p: MatrixPlan) -> bool:
 
 
 class Likeness(NamedTuple):
-    """The sizes of a module's sum: its weight's, the rank that comes out, and those that go in."""
+    """The sizes of a module's sum: its weight's, the rank that comes out, and those that go in; and the type of what goes in."""
 
     rows: int
     columns: int
     rank: int | None
     ranks: tuple[int | None, ...]
+    dtype: str
 
     @property
     def numbers(self) -> int:
@@ -302,19 +303,20 @@ def likeness(p: MatrixPlan) -> Likeness | None:
     take so little that a module is mostly calls."""
     if not is_low(p) or not is_simple(p.terms):
         return None
-    return Likeness(p.shape.rows, p.shape.columns, p.rank, tuple(term.exact_rank for term in p.terms))
+    dtype = p.terms[0].update.tensors["A"].dtype
+    return Likeness(p.shape.rows, p.shape.columns, p.rank, tuple(term.exact_rank for term in p.terms), dtype)
 
 
 def compute_alike(
     plans: Sequence[MatrixPlan], settings: Settings, device: torch.device, dtype: torch.dtype
 ) -> list[tuple[Tensors, ModuleReport]]:
     """`compute` for modules of one likeness; what becomes of one does not depend on the others."""
-    whole = together([p.terms for p in plans], device)
+    # Sixteen bits hold less than what float32 rounds off.
+    single = dtype.itemsize == 2 and all(is_single(p.terms) for p in plans)
+    whole = together([p.terms for p in plans], device, single)
     assert whole is not None
     inner = whole.inner
     coefficients = [_coefficients(p, own, [t.weight for t in p.terms]) for p, own in zip(plans, inner, strict=True)]
-    # Sixteen bits hold less than what float32 rounds off.
-    single = dtype.itemsize == 2 and all(is_single(p.terms) for p in plans)
     found = whole.decompose(coefficients, plans[0].rank, lambda s: _sides(s, settings.split), single)
     out: Tensors = {"A": found.vh.to("cpu", dtype), "B": found.u.to("cpu", dtype)}
     errors = found.errors(out["B"], out["A"])

@@ -29,11 +29,14 @@ def is_single(terms: Sequence[Term]) -> bool:
     return is_simple(terms) and terms[0].update.tensors["A"].dtype != "F64"
 
 
-def together(modules: Sequence[Sequence[Term]], device: torch.device) -> Stacked | None:
+def together(modules: Sequence[Sequence[Term]], device: torch.device, single: bool = False) -> Stacked | None:
     """The terms of each module with their scales, weights aside; None where one has no factors.
 
-    Several modules are all of the same sizes and ranks, and simple.  Raises `BrokenAdapter` for NaN and infinity.
+    Several modules are all of the same sizes and ranks, and simple.  `single`, which `is_single` must hold for, keeps their
+    factors in float32 too.  Raises `BrokenAdapter` for NaN and infinity.
     """
+    import torch
+
     from adapterops.linalg.lowrank import Stacked
 
     if not all(is_simple(terms) for terms in modules):
@@ -43,15 +46,17 @@ def together(modules: Sequence[Sequence[Term]], device: torch.device) -> Stacked
         return Stacked.of(moved, [term.scale for term in terms]) if len(moved) == len(pairs) else None
     updates = [[term.update for term in terms] for terms in modules]
     ranks = [update.tensors["B"].shape[1] for update in updates[0]]
-    a = _raw([update.tensors["A"] for own in updates for update in own], device).double()
-    raw = _raw([update.tensors["B"] for own in updates for update in own], device).view(len(modules), -1)
-    b = a.new_empty((len(modules), raw.shape[1] // sum(ranks), sum(ranks)))
+    count, rank = len(modules), sum(ranks)
+    raw = _raw([update.tensors["A"] for own in updates for update in own], device).view(count, rank, -1)
+    left = _raw([update.tensors["B"] for own in updates for update in own], device).view(count, -1)
+    rows = left.shape[1] // rank
+    b = left.new_empty((count, rows, rank), dtype=torch.float32 if single else torch.float64)
     at = 0
-    for rank in ranks:
-        part = raw[:, at * b.shape[1] : (at + rank) * b.shape[1]]
-        b[:, :, at : at + rank].copy_(part.view(len(b), b.shape[1], rank))
-        at += rank
-    whole = Stacked(b, a.view(len(modules), sum(ranks), -1), ranks, [[term.scale for term in own] for own in modules])
+    for own in ranks:
+        b[:, :, at : at + own].copy_(left[:, at * rows : (at + own) * rows].view(count, rows, own))
+        at += own
+    scales = [[term.scale for term in terms] for terms in modules]
+    whole = Stacked(b.double(), raw.double(), ranks, scales, (b, raw.float()) if single else None)
     if not whole.is_finite:
         for term in (term for terms in modules for term in terms):
             term.pair()  # which says where

@@ -64,6 +64,25 @@ def test_each_as_alone(name: str, method: str, dtype: str, tmp_path: Path, monke
     assert all(torch.equal(tensor, alone[key]) for key, tensor in found.items())
 
 
+@pytest.mark.parametrize(("one", "other"), [("float16", "bfloat16"), ("float32", "float16")])
+def test_modules_of_one_size_and_two_types(one: str, other: str, tmp_path: Path) -> None:
+    """Of adapters that share one layer, whose others are alike in all but the type of their numbers; both at a scale of 2."""
+    left = {key: tensor for key, tensor in tensors(0, one).items() if int(key.split(".")[1]) <= 3}
+    right = {key: tensor for key, tensor in tensors(1, other).items() if int(key.split(".")[1]) >= 3}
+    merged([peft(tmp_path / "left", left), peft(tmp_path / "right", right)], tmp_path / "out", rank=8, dtype="float32")
+    found = load_file(weights_of(tmp_path / "out"))
+    for layer in range(LAYERS):
+        for name in SIZES:
+            key = f"l.{layer}.{name}.lora_"
+            expected = sum(
+                (weight * own[f"{key}B.weight"].double() @ own[f"{key}A.weight"].double())
+                for own, weight in ((left, 2 * 0.75), (right, 2 * 0.5))
+                if f"{key}A.weight" in own
+            )
+            b, a = (found[f"base_model.model.{key}{side}.weight"].double() for side in "BA")
+            torch.testing.assert_close(b @ a, expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
 @pytest.mark.parametrize("kind", ["float32", "float16", "bfloat16", "float64"])
 def test_the_one_that_is_broken_is_named(kind: str, bad: float, tmp_path: Path) -> None:
