@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -10,6 +11,10 @@ from adapterops.cli.main import print_json
 from adapterops.cli.options import Reading, Writing, reading, writing
 from adapterops.cli.progress import bar
 from adapterops.cli.text import bytes_text, listing, plural
+from adapterops.cli.written import closing, proof_line
+
+if TYPE_CHECKING:
+    from adapterops.api import Result
 
 
 @click.command(short_help="Convert an adapter to another format, with proof.")
@@ -79,25 +84,24 @@ def convert(
         print_json(_as_dict(result))
         return
     titles = {d.name: d.title for f in registry.formats().values() for d in f.dialects}
-    arch_text = f", {result.architecture.value}" if result.architecture.value else ""
-    click.echo(
-        f"{result.source} ({titles[result.source_dialect]}{arch_text}) → {result.path} ({titles[result.dialect]})"
-    )
-    click.echo(f"  {plural(result.modules, 'module')}, {plural(result.tensors, 'tensor')}, {bytes_text(result.bytes)}")
-    if result.proof is not None:
-        click.echo(f"  {click.style('proved', fg='green')}: {result.proof}")
-    else:
-        click.echo(f"  {click.style('not proved', fg='yellow')} (--no-verify)")
+    for line in _lines(result, titles, verbose):
+        click.echo(line)
+
+
+def _lines(result: Result, titles: Mapping[str, str], verbose: bool) -> list[str]:
+    arch = f", {result.architecture.value}" if result.architecture.value else ""
+    out = [
+        f"{result.source} ({titles[result.source_dialect]}{arch}) → {result.path} ({titles[result.dialect]})",
+        f"  {plural(result.modules, 'module')}, {plural(result.tensors, 'tensor')}, {bytes_text(result.bytes)}",
+        proof_line(result.proof, str(result.proof)),
+    ]
     if result.folded:
         shown = None if verbose else 2
-        click.echo(f"  folded: {listing(result.folded, shown, 'an alpha each, now part of the scale; -v lists all')}")
-    for line in result.dropped:
-        click.echo(f"  {click.style('dropped', fg='yellow')}: {line}")
-    for note in result.notes:
-        click.echo(f"  note: {note}")
+        out.append(f"  folded: {listing(result.folded, shown, 'an alpha each, now part of the scale; -v lists all')}")
+    return [*out, *closing(result.dropped, result.notes)]
 
 
-def _as_dict(result: Any) -> dict[str, Any]:
+def _as_dict(result: Result) -> dict[str, Any]:
     proof = result.proof
     return {
         "source": result.source,

@@ -106,8 +106,21 @@ def _merged(found: Inspection) -> list[str]:
 
 
 def _lines(found: Inspection, show_metadata: bool) -> list[str]:
+    lines = [*_heading(found), "", *_components(found)]
+    if found.norms:
+        rows = [[b, str(int(n["modules"])), f"{n['norm']:.4g}", f"{n['largest']:.4g}"] for b, n in found.norms.items()]
+        lines += ["", *table(["block", "modules", "‖ΔW‖", "largest"], rows)]
+    lines += [*_hashes(found), *_metadata(found, show_metadata)]
+    if found.dropped:
+        lines += ["", "left out (--allow-drop): " + ", ".join(found.dropped)]
+    if found.notes:
+        lines += ["", *(f"note: {note}" for note in found.notes)]
+    return lines
+
+
+def _heading(found: Inspection) -> list[str]:
     arch = found.architecture
-    lines = [
+    return [
         click.style(found.path, bold=True),
         f"format        {found.title} ({found.dialect})",
         f"architecture  {arch.value} ({arch.certainty}: {arch.source})"
@@ -116,8 +129,10 @@ def _lines(found: Inspection, show_metadata: bool) -> list[str]:
         f"size          {bytes_text(found.size)}, {plural(found.tensors, 'tensor')}, {plural(found.modules, 'module')}",
         "dtypes        " + ", ".join(f"{name} ({count})" for name, count in found.dtypes.items()),
         *_merged(found),
-        "",
     ]
+
+
+def _components(found: Inspection) -> list[str]:
     rows = [
         [
             c.name,
@@ -130,23 +145,24 @@ def _lines(found: Inspection, show_metadata: bool) -> list[str]:
         ]
         for c in found.components
     ]
-    lines += table(["component", "modules", "method", "rank", "alpha", "scale", "besides"], rows)
-    if found.norms:
-        rows = [[b, str(int(n["modules"])), f"{n['norm']:.4g}", f"{n['largest']:.4g}"] for b, n in found.norms.items()]
-        lines += ["", *table(["block", "modules", "‖ΔW‖", "largest"], rows)]
+    return table(["component", "modules", "method", "rank", "alpha", "scale", "besides"], rows)
+
+
+def _hashes(found: Inspection) -> list[str]:
     if "sshs_model_hash" in found.metadata and not found.hashes:
-        lines += ["", f"sshs hash     {found.metadata['sshs_model_hash']} (as recorded; --hash recomputes it)"]
+        return ["", f"sshs hash     {found.metadata['sshs_model_hash']} (as recorded; --hash recomputes it)"]
+    lines = []
     for path, entry in found.hashes.items():
         verdict = {None: "none recorded", True: "as recorded", False: f"recorded: {entry['recorded']}"}[entry["agree"]]
         lines += ["", f"sshs_model_hash of {path}: {entry['computed']} ({verdict})"]
-    if show_metadata:
-        lines += ["", *(f"{k}: {v}" for k, v in sorted(found.metadata.items()))]
-    elif found.metadata:
-        names = sorted(found.metadata)
-        shown = ", ".join(names[:6]) + (f", … {len(names)} entries" if len(names) > 6 else "")
-        lines += ["", f"metadata      {shown} (--metadata shows them)"]
-    if found.dropped:
-        lines += ["", "left out (--allow-drop): " + ", ".join(found.dropped)]
-    if found.notes:
-        lines += ["", *(f"note: {note}" for note in found.notes)]
     return lines
+
+
+def _metadata(found: Inspection, whole: bool) -> list[str]:
+    if whole:
+        return ["", *(f"{k}: {v}" for k, v in sorted(found.metadata.items()))]
+    if not found.metadata:
+        return []
+    names = sorted(found.metadata)
+    shown = ", ".join(names[:6]) + (f", … {len(names)} entries" if len(names) > 6 else "")
+    return ["", f"metadata      {shown} (--metadata shows them)"]

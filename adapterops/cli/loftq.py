@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -9,7 +10,8 @@ import click
 from adapterops.cli.main import print_json
 from adapterops.cli.options import Reading, Writing, reading, writing
 from adapterops.cli.progress import counting
-from adapterops.cli.text import bytes_text, listing, plural, spread, table
+from adapterops.cli.text import listing, plural, spread, table
+from adapterops.cli.written import closing, heading, last_entries, proof_line
 
 if TYPE_CHECKING:
     from adapterops.operations.loftq import LoftqModule, LoftqResult
@@ -107,17 +109,12 @@ def loftq(
 
 def _lines(result: LoftqResult, verbose: bool) -> list[str]:
     written = result.written
-    out = [
-        f"{click.style(written.path, bold=True)}: LoRA, {written.dialect}, {plural(written.modules, 'module')}, "
-        f"{plural(written.tensors, 'tensor')}, {bytes_text(written.bytes)}"
-    ]
+    out = [heading(written, f"LoRA, {written.dialect}")]
     if result.base_path:
         out.append(f"{click.style(result.base_path, bold=True)}: the base that goes with it, dequantised")
     new = [m for m in result.modules if m.replaced]
-    ranks: dict[object, int] = {}
-    for module in sorted(new, key=lambda m: m.rank or 0):
-        ranks[module.rank] = ranks.get(module.rank, 0) + 1
     if new:
+        ranks: Counter[object] = Counter(sorted(m.rank or 0 for m in new))
         out.append(f"  {result.quant}: {plural(len(new), 'module')} replaced, rank {spread(ranks)}")
         fall = 1 - result.after / result.before
         out.append(f"  ‖W − Q‖ {result.before:.4g}, ‖W − Q − s·B·A‖ {result.after:.4g} over all ({fall:.2%} less)")
@@ -125,13 +122,8 @@ def _lines(result: LoftqResult, verbose: bool) -> list[str]:
     if verbose:
         rows = [_row(m) for m in result.modules]
         out += ["", *table(["module", "rank", "‖W − Q‖", "‖W − Q − s·B·A‖", ""], rows), ""]
-    if written.proof is None:
-        out.append(f"  {click.style('not proved', fg='yellow')} (--no-verify)")
-    else:
-        out.append(f"  {click.style('proved', fg='green')}: read back, it holds what was computed ({written.proof})")
-    out += [f"  {click.style('dropped', fg='yellow')}: {line}" for line in written.dropped]
-    out += [f"  note: {note}" for note in dict.fromkeys(written.notes)]
-    return out
+    out.append(proof_line(written.proof, f"read back, it holds what was computed ({written.proof})"))
+    return [*out, *closing(written.dropped, dict.fromkeys(written.notes))]
 
 
 def _left(result: LoftqResult, verbose: bool) -> list[str]:
@@ -154,7 +146,7 @@ def _row(module: LoftqModule) -> list[str]:
 
 
 def _as_dict(result: LoftqResult) -> dict[str, Any]:
-    written, proof = result.written, result.written.proof
+    written = result.written
     return {
         "source": written.source,
         "output": written.path,
@@ -172,9 +164,5 @@ def _as_dict(result: LoftqResult) -> dict[str, Any]:
             }
             for m in result.modules
         ],
-        "tensors": written.tensors,
-        "bytes": written.bytes,
-        "proof": None if proof is None else {"modules": proof.modules, "exact": proof.exact},
-        "dropped": list(written.dropped),
-        "notes": list(dict.fromkeys(written.notes)),
+        **last_entries(written, written.dropped),
     }  # fmt: skip

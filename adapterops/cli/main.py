@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from itertools import pairwise
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -83,7 +83,10 @@ def main(debug: bool) -> None:
 
 
 def run(arguments: list[str] | None = None) -> None:
-    """The console script.  Every expected error becomes one message; exit status 0, 1 or 2 (130 after Ctrl-C)."""
+    """The command with these arguments, or the process's own.
+
+    Every expected error becomes one message; exit status 0, 1 or 2 (130 after Ctrl-C).
+    """
     # A command makes tens of thousands of small objects and ends; collecting among them costs a twentieth of its time.
     gc.set_threshold(50_000, 20, 50)
     arguments = sys.argv[1:] if arguments is None else arguments
@@ -115,17 +118,14 @@ def run(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except Exception as error:
-        # A bug of ours: still no traceback, but what to send us.
+        if isinstance(error, OSError) and _was_printing(error):
+            # The disk that the output goes to is full; what a command has written elsewhere by then stays.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            click.echo(f"error: the standard output cannot be written: {error.strerror}", err=True)
+            sys.exit(2)
         if debug:
             raise
-        if wants_json:
-            print_json({"error": {"kind": type(error).__name__, "message": str(error)}})
-        click.echo(
-            f"error: {type(error).__name__}: {error}\nThis is a fault of adapterops. Please report it with the output "
-            "of the same command under --debug.",
-            err=True,
-        )
-        sys.exit(2)
+        _confess(error, wants_json)
 
 
 def script() -> None:
@@ -139,10 +139,19 @@ def script() -> None:
         run()
     except SystemExit as stop:
         code = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    with contextlib.suppress(BrokenPipeError):  # the reader of a pipe has had enough
-        sys.stdout.flush()
-        sys.stderr.flush()
+    except OSError:  # not even a message can be written
+        code = 2
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:  # as where a service was started with its outputs closed
+            with contextlib.suppress(OSError):  # the reader of a pipe has had enough, or the disk is full
+                stream.flush()
     os._exit(code)
+
+
+def _was_printing(error: OSError) -> bool:
+    import traceback  # only ever needed for a message
+
+    return any(frame.f_code is click.echo.__code__ for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _color() -> bool | None:
@@ -150,16 +159,28 @@ def _color() -> bool | None:
     return False if os.environ.get("NO_COLOR") else None
 
 
-def _stop() -> None:
+def _stop() -> NoReturn:
     click.echo("stopped; nothing was written", err=True)
     sys.exit(130)
 
 
-def _fail(error: AdapterOpsError, wants_json: bool, code: int) -> None:
+def _fail(error: AdapterOpsError, wants_json: bool, code: int) -> NoReturn:
     if wants_json:
         print_json({"error": {"kind": type(error).__name__, "message": str(error)}})
     click.echo(f"{click.style('error:', fg='red', bold=True)} {error}", err=True, color=_color())
     sys.exit(code)
+
+
+def _confess(error: Exception, wants_json: bool) -> NoReturn:
+    """A bug of ours: still no traceback, but what to send us."""
+    if wants_json:
+        print_json({"error": {"kind": type(error).__name__, "message": str(error)}})
+    click.echo(
+        f"error: {type(error).__name__}: {error}\nThis is a fault of adapterops. Please report it with the output "
+        "of the same command under --debug.",
+        err=True,
+    )
+    sys.exit(2)
 
 
 def print_json(value: Any) -> None:

@@ -129,10 +129,10 @@ def merge(
       adapterops merge model skill --method subtract -o without
       adapterops merge --recipe recipe.yaml --device cuda
     """
+    from adapterops.merging.arguments import recipe_of
     from adapterops.merging.merge import merge as run_merge
-    from adapterops.merging.merge import recipe_of
 
-    options = _as_recipes_say(read_with)
+    options = _as_in_recipes(read_with)
     if print_recipe:
         stated = {
             "to": to, "dtype": write_with.dtype, "fold_alpha": fold_alpha or None, "path": write_with.output
@@ -167,9 +167,7 @@ def merge(
         click.echo(line)
 
 
-def _as_recipes_say(read_with: Reading) -> dict[str, Any]:
-    names = {"format": "from", "fields": "set"}
-    options = {names.get(name, name): value for name, value in read_with.given.items()}
-    if "rename" in options:
-        options["rename"] = list(options["rename"])
+def _as_in_recipes(read_with: Reading) -> dict[str, Any]:
+    """The options of reading that say something, of types that a recipe can hold."""
+    options = {name: list(value) if name == "rename" else value for name, value in read_with.given.items()}
     return {**options, "allow_drop": True} if read_with.allow_drop else options

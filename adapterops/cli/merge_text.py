@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adapterops.cli.text import bytes_text, plural, table
+from adapterops.cli.text import plural, table
+from adapterops.cli.written import closing, heading, proof_line
 from adapterops.merging.registry import METHODS, Kind, find
 
 if TYPE_CHECKING:
@@ -26,10 +27,7 @@ def lines(result: MergeResult, verbose: bool) -> list[str]:
     written = result.written
     step = result.recipe.steps[-1]
     arch = f" ({written.architecture.value})" if written.architecture.value else ""
-    out = [
-        f"{click.style(written.path, bold=True)}: {step.method}, {written.dialect}{arch}, "
-        f"{plural(written.modules, 'module')}, {plural(written.tensors, 'tensor')}, {bytes_text(written.bytes)}"
-    ]
+    out = [heading(written, f"{step.method}, {written.dialect}{arch}")]
     signs = find(step.method, step.space)[0].signs or (1.0, 1.0)
     for number, ref in enumerate(step.sources):
         out.append(f"    × {_weight(ref, signs[min(number, 1)]):<5} {ref.path or f'step {ref.step}'}")
@@ -39,16 +37,11 @@ def lines(result: MergeResult, verbose: bool) -> list[str]:
     if verbose:
         rows = [_row(m) for _, modules in (*result.earlier, ("", result.modules)) for m in modules]
         out += ["", *table(["module", "method", "rank", "energy kept", "error"], rows), ""]
-    if written.proof is None:
-        out.append(f"  {click.style('not proved', fg='yellow')} (--no-verify)")
-    elif written.proof.exact:
-        what = f"read back, it holds what was computed, bit for bit ({plural(written.proof.modules, 'update')})"
-        out.append(f"  {click.style('proved', fg='green')}: {what}")
-    else:
-        out.append(f"  {click.style('proved', fg='green')}: {written.proof}")
-    out += [f"  {click.style('dropped', fg='yellow')}: {line}" for line in written.dropped]
-    out += [f"  note: {note}" for note in dict.fromkeys((*result.notes, *written.notes))]
-    return out
+    proved = str(written.proof)
+    if written.proof is not None and written.proof.exact:
+        proved = f"read back, it holds what was computed, bit for bit ({plural(written.proof.modules, 'update')})"
+    out.append(proof_line(written.proof, proved))
+    return [*out, *closing(written.dropped, dict.fromkeys((*result.notes, *written.notes)))]
 
 
 def _weight(ref: SourceRef, sign: float) -> str:

@@ -45,6 +45,13 @@ class Writing(NamedTuple):
     as_json: bool
 
 
+def parse_output(context: click.Context, parameter: click.Parameter, value: str | None) -> str | None:
+    """`--output`: a place on disk, where what was written can be read back before it appears."""
+    if value == "-":
+        raise click.BadParameter("an adapter is not written to the standard output; name a file or a folder")
+    return value
+
+
 def parse_alpha(context: click.Context, parameter: click.Parameter, value: str | None) -> float | str | None:
     """`--alpha`: a number, the source to believe, or the scale of the training."""
     if value is None or value in ("tensors", "header", "config", "trained"):
@@ -119,7 +126,14 @@ def reading(command: Callable[..., Any]) -> Callable[..., Any]:
 def writing(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options of every command that writes an adapter, which takes them as `write_with`, a `Writing`."""
     options = (
-        click.option("-o", "--output", metavar="OUT", type=click.Path(), help="File or folder to write."),
+        click.option(
+            "-o",
+            "--output",
+            metavar="OUT",
+            type=click.Path(),
+            callback=parse_output,
+            help="File or folder to write.",
+        ),
         click.option("--dtype", metavar="TYPE", help="Round the tensors to float32, float16, bfloat16 or float64."),
         click.option("--overwrite", is_flag=True, help="Replace an existing output."),
         click.option("--no-verify", is_flag=True, help="Skip the proof (reading the output back and comparing)."),

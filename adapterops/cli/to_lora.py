@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,8 @@ import click
 from adapterops.cli.main import print_json
 from adapterops.cli.options import Reading, Writing, reading, writing
 from adapterops.cli.progress import counting
-from adapterops.cli.text import bytes_text, plural, spread, table
+from adapterops.cli.text import spread, table
+from adapterops.cli.written import closing, heading, last_entries, proof_line
 
 if TYPE_CHECKING:
     from adapterops.operations.lora_maker import ModuleReport
@@ -116,26 +118,16 @@ def to_lora(
 def _lines(result: ToLoraResult, verbose: bool) -> list[str]:
     written = result.written
     arch = f" ({written.architecture.value})" if written.architecture.value else ""
-    out = [
-        f"{click.style(written.path, bold=True)}: LoRA, {written.dialect}{arch}, {plural(written.modules, 'module')}, "
-        f"{plural(written.tensors, 'tensor')}, {bytes_text(written.bytes)}"
-    ]
+    out = [heading(written, f"LoRA, {written.dialect}{arch}")]
     made = [m for m in result.modules if m.rank is not None]
-    ranks: dict[object, int] = {}
-    for module in sorted(made, key=lambda m: m.rank or 0):
-        ranks[module.rank] = ranks.get(module.rank, 0) + 1
+    ranks: Counter[object] = Counter(sorted(m.rank or 0 for m in made))
     out.append(f"  rank {spread(ranks)}")
     out += [f"  {line}" for line in _losses(made)]
     if verbose:
         rows = [_row(m) for m in result.modules]
         out += ["", *table(["module", "method", "rank", "energy kept", "error"], rows), ""]
-    if written.proof is None:
-        out.append(f"  {click.style('not proved', fg='yellow')} (--no-verify)")
-    else:
-        out.append(f"  {click.style('proved', fg='green')}: read back, it holds what was computed ({written.proof})")
-    out += [f"  {click.style('dropped', fg='yellow')}: {line}" for line in (*result.dropped, *written.dropped)]
-    out += [f"  note: {note}" for note in dict.fromkeys(written.notes)]
-    return out
+    out.append(proof_line(written.proof, f"read back, it holds what was computed ({written.proof})"))
+    return [*out, *closing((*result.dropped, *written.dropped), dict.fromkeys(written.notes))]
 
 
 def _losses(made: Sequence[ModuleReport]) -> list[str]:
@@ -157,7 +149,7 @@ def _row(module: ModuleReport) -> list[str]:
 
 
 def _as_dict(result: ToLoraResult) -> dict[str, Any]:
-    written, proof = result.written, result.written.proof
+    written = result.written
     return {
         "source": written.source,
         "output": written.path,
@@ -171,9 +163,5 @@ def _as_dict(result: ToLoraResult) -> dict[str, Any]:
             }
             for m in result.modules
         ],
-        "tensors": written.tensors,
-        "bytes": written.bytes,
-        "proof": None if proof is None else {"modules": proof.modules, "exact": proof.exact},
-        "dropped": [*result.dropped, *written.dropped],
-        "notes": list(dict.fromkeys(written.notes)),
+        **last_entries(written, (*result.dropped, *written.dropped)),
     }  # fmt: skip

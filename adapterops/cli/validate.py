@@ -136,12 +136,8 @@ def validate(
     if as_json and output_format not in (None, "json"):
         raise click.UsageError(f"--json and --format {output_format} contradict each other; give one of them")
     output_format = "json" if as_json else output_format
-    if statistics and output_format not in (None, "text"):
-        raise click.UsageError(f"--statistics is a table of text; --format {output_format} has a summary of its own")
-    if statistics and diff:
-        raise click.UsageError("--statistics counts findings and --diff shows changes; give one of them")
-    if diff and (output_format not in (None, "text") or output is not None):
-        raise click.UsageError("--diff shows differences; it takes no --format and no -o")
+    output = None if output == "-" else output
+    _insist_on_one_report(output_format, output, diff, statistics)
     if write_baseline is not None and (fix or diff):
         raise click.UsageError("--write-baseline accepts findings and --fix mends them; do one after the other")
     settings = configuration.Settings() if isolated else configuration.load(config)
@@ -178,6 +174,15 @@ def validate(
     for note in run.notes:
         click.echo(f"note: {note}", err=True)
     raise SystemExit(0 if exit_zero else report.exit_code(strict))
+
+
+def _insist_on_one_report(output_format: str | None, output: str | None, diff: bool, statistics: bool) -> None:
+    if statistics and output_format not in (None, "text"):
+        raise click.UsageError(f"--statistics is a table of text; --format {output_format} has a summary of its own")
+    if statistics and diff:
+        raise click.UsageError("--statistics counts findings and --diff shows changes; give one of them")
+    if diff and (output_format not in (None, "text") or output is not None):
+        raise click.UsageError("--diff shows differences; it takes no --format and no -o")
 
 
 @dataclass(slots=True)

@@ -27,11 +27,13 @@ def common_base(adapters: Sequence[Adapter]) -> tuple[Fact[str | None], Architec
     # One that was trained on few modules may fit two tables alike; the base that another one shows serves all.  Canonical
     # names alone do not tell: how a file spells them and where its blocks end may have ruled a base out.
     certain = [a for a in known if a.architecture.certainty is not Certainty.ASSUMED]
-    first = (certain or known)[0]
+    # A variant has all that its base has.
+    first = next((a for a in certain if a.base is not None and a.base.variant), (certain or known)[0])
     for other in known:
         if other.architecture.value == first.architecture.value:
             continue
-        alike = first.architecture.value in other.architecture.others
+        varied = first.base is not None and first.base.variant and first.base.family == other.architecture.value
+        alike = varied or first.architecture.value in other.architecture.others
         if not alike or not _is_of(other, first.base):
             raise UsageError(
                 f"{other.provenance.path} is for {other.architecture.value} ({other.architecture.source}), and "

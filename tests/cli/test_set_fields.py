@@ -130,3 +130,55 @@ def test_fields_remember_what_took_them() -> None:
 def test_what_reading_took_is_recorded(sources: dict[str, Path]) -> None:
     assert ao.load(sources["peft"], fields={"lora_alpha": 1}).provenance.given == ("lora_alpha",)
     assert ao.load(KOHYA, fields={"task_type": "CAUSAL_LM"}).provenance.given == ()
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("lora_dropout=hello", 'lora_dropout is "hello", not a number'),
+        ("lora_dropout=null", "lora_dropout is null, not a number"),
+        ("inference_mode=maybe", 'inference_mode is "maybe", not true or false'),
+        ("base_model_name_or_path=5", "base_model_name_or_path is 5, not a name"),
+        ("auto_mapping=3", "auto_mapping is 3, not a table"),
+        ("revision=1", "revision is 1, not a name"),
+        ("trainable_token_indices=[1]", "the file holds no trained rows"),
+        ("layers_to_transform=[0]", "a target_modules that is a pattern, which peft refuses"),
+    ],
+)
+def test_a_config_that_peft_would_refuse_is_not_written(
+    field: str, said: str, command: Command, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    """What `validate` calls an error (C203, C245, C256) is not what `convert` makes."""
+    out = tmp_path / "out"
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes((sources["peft"] / weights.name).read_bytes())
+    outcome = command("convert", weights, "--to", "peft", "--alpha", "4", "--set", field, "-o", out)
+    assert outcome.code == 2
+    assert said in outcome.err
+    assert not out.exists()
+
+
+def test_a_config_with_a_list_of_layers_is_written_and_loads(
+    command: Command, sources: dict[str, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    fields = ["--set", "layers_to_transform=[0]", "--set", 'target_modules=["q_proj"]', "--set", "lora_dropout=0.1"]
+    outcome = command("convert", sources["peft"], "--to", "peft", "-o", out, *fields)
+    assert outcome.code == 0
+    assert "derived anew" not in outcome.err + outcome.out
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["layers_to_transform"], config["target_modules"], config["lora_dropout"]) == ([0], ["q_proj"], 0.1)
+    peft = pytest.importorskip("peft")
+    assert peft.PeftConfig.from_pretrained(out).layers_to_transform == [0]
+
+
+def test_two_alphas_that_differ_are_refused(command: Command, sources: dict[str, Path], tmp_path: Path) -> None:
+    weights = tmp_path / "adapter_model.safetensors"
+    weights.write_bytes((sources["peft"] / weights.name).read_bytes())
+    options = ["--to", "peft", "-o", tmp_path / "out", "--set", "lora_alpha=16"]
+    for source in (weights, sources["peft"]):
+        outcome = command("convert", source, *options, "--alpha", "8")
+        assert outcome.code == 2
+        assert "--alpha 8 and --set lora_alpha=16" in outcome.err
+    assert not (tmp_path / "out").exists()
+    assert command("convert", weights, *options, "--alpha", "16").code == 0

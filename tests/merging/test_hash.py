@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from small_adapters import Numbers, peft, weights_of
 
 import adapterops as ao
-from adapterops.merging.merge import content_hash
+from adapterops.merging.content import content_hash
 from adapterops.storage.tensor import CHUNK
 
 
