@@ -5,7 +5,6 @@ from __future__ import annotations
 SPELLING = "the format is spelled so, and is read"
 NO_FAULT = "no fault"
 REMARK = "a remark on the collection, not on the file"
-SKELETON = "keys and shapes only, filled with random numbers"
 
 ODDITIES: dict[tuple[str, str], tuple[str, ...] | str] = {
     ("cloneofsimo-analog-svd-rank4", "keys are positional indices"): SPELLING,

@@ -37,22 +37,15 @@ from diffusers.utils import (
 from fixture_tools import PublishedClip, fill, settle, training_metadata, values
 from lycoris.kohya import LycorisNetworkKohya
 from lycoris_fixtures import lycoris_folders
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
+from peft_folder_fixtures import peft_folders
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
 )
 
 Tensors = dict[str, Tensor]
@@ -127,19 +120,6 @@ SDXL_MODULES = {
     "up_blocks.1.upsamplers.0.conv": "output_blocks.5.2.conv",
     "up_blocks.2.resnets.2.conv_shortcut": "output_blocks.8.0.skip_connection",
 }
-
-
-class SmallNet(nn.Module):
-    """A base that no library knows, with every kind of layer that LoRA adapts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(50, 16)
-        self.conv1 = nn.Conv1d(16, 24, 3)
-        self.conv2 = nn.Conv2d(24, 32, (3, 5))
-        self.conv3 = nn.Conv3d(32, 16, 2)
-        self.linear = nn.Linear(16, 8)
-        self.head = nn.Linear(8, 4)
 
 
 def on_meta(build: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
@@ -326,122 +306,6 @@ def diffusers_attention_processors(folder: Path) -> None:
             key = f"{attention}.processor.{layer}_lora.{part}.weight"
             tensors[key] = values(shape, key).half()
     torch.save(tensors, folder / "diffusers-attn-procs.bin")
-
-
-def tiny(build: Callable[[Any], PreTrainedModel], config: PretrainedConfig) -> PreTrainedModel:
-    model = build(config)
-    fill(model)
-    return model
-
-
-def save_peft(folder: Path, model: nn.Module, config: LoraConfig, *, safe: bool = True) -> None:
-    """get_peft_model and save_pretrained; without the model card, which is prose."""
-    wrapped: PeftModel = get_peft_model(model, config)
-    fill(wrapped, only="lora_")
-    with torch.no_grad():
-        for name, parameter in wrapped.named_parameters():
-            if "lora_magnitude" in name:  # its start is the norm of the base weight; training moves it
-                parameter.mul_(1 + values(parameter.shape, name, 0.1))
-            if "modules_to_save" in name or "token_adapter" in name or name.endswith(("lora_A", "lora_B")):
-                parameter.copy_(values(parameter.shape, name))
-    wrapped.save_pretrained(folder, safe_serialization=safe, save_embedding_layers=False)
-    (folder / "README.md").unlink()
-    if safe:
-        settle(folder / "adapter_model.safetensors")
-    path = folder / "adapter_config.json"
-    fields = json.loads(path.read_text())
-    for key in ("target_modules", "modules_to_save"):  # sets, written in a new order every time
-        if isinstance(fields[key], list):
-            fields[key].sort()
-    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-
-
-def peft_folders(folder: Path) -> None:
-    llama = LlamaConfig(
-        vocab_size=128,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        attention_bias=True,
-    )
-    bert = BertConfig(
-        vocab_size=128, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_labels=3
-    )
-    gpt2 = GPT2Config(vocab_size=128, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0)
-    for name, config, architecture in (
-        ("llama", llama, LlamaForCausalLM),
-        ("bert", bert, BertForSequenceClassification),
-        ("gpt2", gpt2, GPT2LMHeadModel),
-    ):
-        config.architectures = [architecture.__name__]
-        (folder / "bases" / name).mkdir(parents=True)
-        (folder / "bases" / name / "config.json").write_text(config.to_json_string())
-
-    projections = ["q_proj", "k_proj", "v_proj", "o_proj", "down_proj"]
-    save_peft(
-        folder / "peft-llama",
-        tiny(LlamaForCausalLM, llama),
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=4,
-            lora_alpha=8,
-            target_modules=projections,
-            rank_pattern={"layers.0.mlp.down_proj": 2, "k_proj": 6},
-            alpha_pattern={"layers.0.mlp.down_proj": 3, "layers.1.self_attn.q_proj": 16},
-        ),
-    )
-    save_peft(
-        folder / "peft-rslora-bias",
-        tiny(LlamaForCausalLM, llama),
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=4,
-            lora_alpha=8,
-            target_modules=["q_proj", "v_proj"],
-            use_rslora=True,
-            lora_bias=True,
-        ),
-    )
-    save_peft(
-        folder / "peft-trainable-tokens",
-        tiny(LlamaForCausalLM, llama),
-        LoraConfig(
-            task_type="CAUSAL_LM",
-            r=2,
-            lora_alpha=4,
-            target_modules=["gate_proj"],
-            trainable_token_indices={"embed_tokens": [3, 64, 127]},
-        ),
-    )
-    save_peft(
-        folder / "peft-dora",
-        tiny(LlamaForCausalLM, llama),
-        LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=4, target_modules=["q_proj", "up_proj"], use_dora=True),
-    )
-    save_peft(
-        folder / "peft-bert-classifier",
-        tiny(BertForSequenceClassification, bert),
-        LoraConfig(
-            task_type="SEQ_CLS", r=4, lora_alpha=8, target_modules=["query", "value"], modules_to_save=["classifier"]
-        ),
-    )
-    save_peft(
-        folder / "peft-gpt2-bin",
-        tiny(GPT2LMHeadModel, gpt2),
-        LoraConfig(task_type="CAUSAL_LM", r=4, lora_alpha=8, target_modules=["c_attn", "c_proj"], fan_in_fan_out=True),
-        safe=False,
-    )
-    net = SmallNet()
-    fill(net)
-    save_peft(
-        folder / "peft-embedding-conv",
-        net,
-        LoraConfig(
-            r=3, lora_alpha=5, target_modules=["embed", "conv1", "conv2", "conv3", "linear"], modules_to_save=["head"]
-        ),
-    )
 
 
 def main() -> None:
