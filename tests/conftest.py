@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,3 +22,22 @@ def corpus() -> Path:
     if not folder.is_dir():
         pytest.skip("the corpus of published adapters (../shared/corpus) is not here")
     return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For models too small to be shared out between threads, which only wait for each other."""
+    import torch  # which most tests do without
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def quiet() -> Iterator[None]:
+    """For tests of libraries that warn of what the tests are about."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -4,7 +4,7 @@ what comes out."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,8 @@ import adapterops as ao
 from adapterops.cli.main import run
 from adapterops.linalg.random import Draw
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Printed = tuple[int, str, str]
 PREFIX = "base_model.model."
 LOKR = (
@@ -38,14 +40,6 @@ LOKR = (
 )
 CONVOLUTIONS = ("lora_unet_down_blocks_0_attentions_0_proj", "lora_unet_down_blocks_0_resnets_1_conv1")
 KOHYA = {"unet": "lora_unet", "text_encoder": "lora_te"}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

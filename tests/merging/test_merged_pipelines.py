@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +15,14 @@ pytest.importorskip("peft")
 sys.path.append(str(Path(__file__).parents[1] / "integrations"))
 
 import tiny
-import torch
 from diffusers.configuration_utils import ConfigMixin
 
 import adapterops as ao
 from adapterops.integrations.diffusers import load_into
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 Raws = Mapping[tuple[str, str], tiny.Raw]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def ranks(*adapters: Raws) -> int:

@@ -9,11 +9,12 @@ import peft_merges as pm
 import pytest
 import torch
 from peft.utils import merge_utils
-from peft_merges import one_thread  # noqa: F401  (a fixture)
 
 import adapterops as ao
 from adapterops.errors import UsageError
 from adapterops.linalg.random import Draw
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 FACTORS = ["linear", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 DELTAS = ["svd", "ties_svd", "dare_linear_svd", "dare_ties_svd", "magnitude_prune_svd"]

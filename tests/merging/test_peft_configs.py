@@ -11,11 +11,12 @@ import peft_merges as pm
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
-from peft_merges import one_thread  # noqa: F401  (a fixture)
 from small_adapters import pair, peft
 from torch import nn
 
 import adapterops as ao
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LINE = ["line"]
 

@@ -12,12 +12,13 @@ from typing import Any
 import peft_merges as pm
 import pytest
 import torch
-from peft_merges import one_thread  # noqa: F401  (a fixture)
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import adapterops as ao
 from adapterops.errors import CannotRepresent, UsageError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 LINE = ["line"]
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,17 +22,9 @@ import adapterops as ao
 from adapterops import errors
 from adapterops.methods import METHODS
 
+pytestmark = pytest.mark.usefixtures("one_thread", "quiet")
+
 TOKENS = torch.arange(24).reshape(2, 12) % 32
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_num_threads(before)
 
 
 def llama() -> nn.Module:

@@ -6,8 +6,7 @@ import inspect
 import json
 import re
 import sys
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -29,20 +28,12 @@ from adapterops.linalg.loftq import split
 from adapterops.linalg.quant import BLOCK_SIZES, Quantiser, quantiser
 from adapterops.methods import METHODS
 
+pytestmark = pytest.mark.usefixtures("one_thread", "quiet")
+
 bnb = pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed (the extra `quant`)")
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 TOKENS = torch.arange(24).reshape(2, 12) % 32
 NF4 = Quantiser("nf4", 64)
-
-
-@pytest.fixture(autouse=True)
-def _quiet() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_num_threads(before)
 
 
 def llama(tied: bool = False) -> nn.Module:
