@@ -13,7 +13,7 @@ from typing import Any
 from adapterops.adapter import Adapter, Update
 from adapterops.dialects.given import Given
 from adapterops.dialects.read import Request
-from adapterops.errors import AdapterOpsError
+from adapterops.errors import AdapterOpsError, NotAnAdapter
 from adapterops.loading import PathLike, read_source, renamed_source
 from adapterops.registry import find
 
@@ -42,7 +42,7 @@ def look(
     Its modules are called as the file calls them where no table knows them, and a note says why it was refused: it is to be
     looked at, not to be converted.
 
-    Raises `refusal` where more than the base model or the header's alpha is in doubt.
+    Raises `refusal` where more than the base model or the header's alpha is in doubt, or no update is left to look at.
     """
     # A format that knows such files by name says so instead of the search that failed.
     if not _harmless(refusal) and not _harmless(refusal.__context__):
@@ -50,7 +50,10 @@ def look(
     told: list[AdapterOpsError] = []
     said = Given(fields)
     request = Request(None, alpha, said, allow_drop, tell=told.append)
-    adapter = read_source(renamed_source(path, tuple(rename)), format, request)
+    try:
+        adapter = read_source(renamed_source(path, tuple(rename)), format, request)
+    except NotAnAdapter:
+        raise refusal from None
     if not told or not all(map(_harmless, told)):
         raise refusal
     if adapter.base is None:

@@ -25,11 +25,15 @@ from adapterops.plugin import (
 )
 
 USUAL = {
-    "unet": (("CrossAttention", "Attention", "GEGLU"), ("ResnetBlock2D", "CrossAttention", "Attention", "GEGLU")),
+    "unet": (
+        ("CrossAttention", "Attention", "GEGLU"),
+        ("ResnetBlock2D", "CrossAttention", "Attention", "GEGLU"),
+        ("CrossAttention", "Attention"),
+    ),
     "text_encoder": (("CLIPAttention",),),
 }
-"""The trainer's own targets: `UNET_DEFAULT_TARGET_REPLACE`, `UNET_EXTENDED_TARGET_REPLACE` and
-`TEXT_ENCODER_DEFAULT_TARGET_REPLACE`."""
+"""The trainer's own targets: `UNET_DEFAULT_TARGET_REPLACE`, `UNET_EXTENDED_TARGET_REPLACE`, what `inject_trainable_lora`
+had up to its version 0.0.6, and `TEXT_ENCODER_DEFAULT_TARGET_REPLACE`."""
 
 
 @dataclass(slots=True)
@@ -64,13 +68,14 @@ class _Pair(NamedTuple):
 
 
 class _Assigned(NamedTuple):
-    """What the positions of one component are in one order, and how many of them, from the first on, have the right
-    shape."""
+    """What the positions of one component are in one order, how many of them, from the first on, have the right shape,
+    and how many modules the walk meets."""
 
     modules: tuple[ModuleSpec, ...]
     targets: tuple[str, ...]
     fitting: int
     whole: bool
+    met: int = 0
 
 
 def named(groups: list[Group], source: Source, request: Request, said: Mapping[str, tuple[str, ...]]) -> Found:
@@ -163,7 +168,7 @@ def _assign(
         kinds = {spec.kind for spec in modules}
         every = [spec for spec in steps if spec.kind in kinds]
         whole = fitting == len(pairs) == len(every) and len({s.name for s in every}) == len(every)
-        made = _Assigned(tuple(modules), tuple(targets), fitting, whole)
+        made = _Assigned(tuple(modules), tuple(targets), fitting, whole, len(every))
         best = max(best, made, key=lambda one: (one.whole, one.fitting))
     return best
 
@@ -209,7 +214,7 @@ def _misfit(
             f"whose weight is {list(spec.shape)}"
         )
     else:
-        what = f"it has {len(pairs)} pairs, and {len(found.modules)} of the modules can take one"
+        what = f"it has {len(pairs)} pairs, and {found.met} modules could take one"
     return errors.UnknownArchitectureOfFile(
         f"{source.path}: {component} is no walk over the modules of {names}{known}; on {architecture.name}, the "
         f"nearest, {what}. If the "

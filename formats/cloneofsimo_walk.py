@@ -8,7 +8,8 @@ modules of a class are called.
 diffusers up to 0.14 defines a transformer block as attn1, ff, attn2; from 0.15 on, which also calls `CrossAttention`
 `Attention`, as attn1, attn2, ff.  The U-Net's middle stands after both its halves, and CLIP's attention begins with k.
 Sources: diffusers 0.11.1 to 0.18.2 `models/attention.py`, `models/unet_2d_condition.py`, `models/unet_2d_blocks.py`,
-`models/resnet.py`; transformers `models/clip/modeling_clip.py`.
+`models/resnet.py`; transformers `models/clip/modeling_clip.py`, which in 4.4x had a class of CLIP's attention for each
+way to compute it (`CLIP_ATTENTION_CLASSES`), with the same layers.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ CLASSES: Mapping[str, Mapping[str, str]] = {
     "text_encoder": {
         "CLIPEncoderLayer": r"\.layers\.\d+$",
         "CLIPAttention": r"\.self_attn$",
+        "CLIPSdpaAttention": r"\.self_attn$",
+        "CLIPFlashAttention2": r"\.self_attn$",
         "CLIPMLP": r"\.mlp$",
     },
 }

@@ -303,6 +303,43 @@ def test_lists_are_read_where_the_user_says_what_they_are(component: str, tmp_pa
         ao.load(tmp_path / "odd.pt", format="cloneofsimo")
 
 
+@pytest.mark.parametrize("cross", [768, 1024])
+def test_lists_of_the_first_versions_have_attention_alone(cross: int, tmp_path: Path) -> None:
+    """`inject_trainable_lora` up to 0.0.6: `target_replace_module=["CrossAttention", "Attention"]`."""
+    tensors, _, expected = trained({"unet": unet(True, cross=cross)}, {"unet": ("Attention",)}, LINEAR)
+    pairs = [tensors[f"unet:{n}:{half}"] for n in range(len(tensors) // 2) for half in ("up", "down")]
+    assert len(pairs) == 256
+    torch.save(pairs, tmp_path / "lora.pt")
+    adapter = ao.load(tmp_path / "lora.pt", format="cloneofsimo-list")
+    assert adapter.architecture.value == ("sd1" if cross == 768 else "sd2")
+    ao.convert(tmp_path / "lora.pt", "diffusers", tmp_path / "d.safetensors", format="cloneofsimo-list")
+    agree(dotted_deltas(tmp_path / "d.safetensors"), expected)
+
+
+@pytest.mark.parametrize("name", ["CLIPSdpaAttention", "CLIPFlashAttention2"])
+def test_other_classes_of_clips_attention(name: str, tmp_path: Path) -> None:
+    """transformers 4.4x calls CLIP's attention by how it computes it, and the trainer is given that name."""
+    with torch.device("meta"):
+        model = CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_attention_heads=12))
+    for module in model.modules():
+        if type(module).__name__ == "CLIPAttention":
+            module.__class__ = type(name, (type(module),), {})
+    models: dict[str, nn.Module] = {"unet": unet(False), "text_encoder": model}
+    tensors, header, expected = trained(models, {"unet": UNET, "text_encoder": (name,)}, LINEAR)
+    assert len(expected) == 192
+    path = stored(tmp_path / "x.safetensors", tensors, header)
+    ao.convert(path, "diffusers", tmp_path / "d.safetensors")
+    agree(dotted_deltas(tmp_path / "d.safetensors"), expected)
+    ao.convert(tmp_path / "d.safetensors", "cloneofsimo-0.15", tmp_path / "back.safetensors")
+    assert {k: v for k, v in header_of(tmp_path / "back.safetensors").items() if k != "format"} == header
+    # What comes from elsewhere is found by the trainer's reader whatever the class is called.
+    kohya_file(tmp_path / "k.safetensors", False, UNET, TEXT, 2.0)
+    ao.convert(tmp_path / "k.safetensors", "cloneofsimo-0.15", tmp_path / "c.safetensors")
+    deltas = loaded(tmp_path / "c.safetensors", models)
+    assert deltas.keys() == expected.keys()
+    agree(deltas, loaded(tmp_path / "c.safetensors", {"unet": unet(False), "text_encoder": encoder()}))
+
+
 def test_a_header_without_classes(tmp_path: Path) -> None:
     tensors, header, expected = trained({"unet": unet(True)}, {"unet": UNET}, LINEAR)
     del header["unet"], header["unet:3:rank"]
@@ -330,7 +367,13 @@ def test_files_that_are_no_walk(tmp_path: Path) -> None:
     swapped = {f"unet:{a}:{half}": tensors[f"unet:{b}:{half}"] for a, b in ((5, 6), (6, 5)) for half in ("up", "down")}
     refused(errors.UnknownArchitectureOfFile, r"'unet:5:up'.*'unet:5:down' \[2, 768\].*attn2\.to_q", swapped)
     last = len(tensors) // 2 - 1
-    refused(errors.UnknownArchitectureOfFile, "has 143 pairs", {f"unet:{last}:up": none, f"unet:{last}:down": none})
+    refused(
+        errors.UnknownArchitectureOfFile,
+        "has 143 pairs, and 144 modules could",
+        {f"unet:{last}:up": none, f"unet:{last}:down": none},
+    )
+    with pytest.raises(errors.UnknownArchitectureOfFile, match="has 143 pairs"):
+        ao.inspect(path)
     refused(errors.InvalidHeader, "no JSON list", unet="CrossAttention")
     refused(errors.UnknownArchitectureOfFile, "Mystery is none of the classes", unet='["Mystery"]')
     refused(errors.UnsupportedFormat, "vae:0:up", {"vae:0:up": torch.ones(2, 2)})
