@@ -67,6 +67,7 @@ from adapterops.plugin import (
     component_by_names,
     errors,
     header,
+    maths,
     read_by_table,
 )
 
@@ -239,7 +240,8 @@ class Peft(Format):
         return super().spelling(adapter, target) | ({"names": names} if names else {})
 
     def prepared(self, adapter: Adapter) -> Adapter:
-        return adapter.with_updates(KINDS[KIND_OF[u.method]].fitted(u) if u.method in KIND_OF else u for u in adapter)
+        updates = (_turning_as_peft(u, adapter) for u in adapter)
+        return adapter.with_updates(KINDS[KIND_OF[u.method]].fitted(u) if u.method in KIND_OF else u for u in updates)
 
     def fitted(self, adapter: Adapter, target: Target, rounding: Rounding) -> Fitted:
         return fitted(adapter, target, rounding)
@@ -510,6 +512,16 @@ def _is_other(shown: PeftMethod, kind: PeftMethod, reading: Reading) -> bool:
     return kind.targeted or not all(c.place.whole for c in own)
 
 
+def _turning_as_peft(update: Update, adapter: Adapter) -> Update:
+    """OneTrainer's OFT as peft's; other updates as they are.  Raises `CannotRepresent` where peft's does not do the same."""
+    if update.method != "onetrainer_oft":
+        return update
+    component = adapter.base.components.get(update.component) if adapter.base is not None else None
+    spec = component.spec(update.module) if component is not None else None
+    turned: Update = maths("onetrainer_oft").as_peft(update, spec.shape if spec is not None else None)
+    return turned
+
+
 def _collected(part: Adapter, component: str, method: PeftMethod) -> Adapter:
     """The adapter with what the file holds once as an update of its own."""
     own = [u for u in part if u.method in method.methods]
@@ -544,6 +556,7 @@ def _config_of(
     Where the user names the type, what a config of another type says besides is left out; that goes to `said`.
     """
     own = source.config
+    _one_alpha(request, method)
     if own is None:
         check_given(request.fields, method)
     elif request.tell is not None:
@@ -570,6 +583,15 @@ def _config_of(
         alpha = {method.alpha: number(given)} if method.alpha and isinstance(given, float) else {}
         return replace(PeftConfig.parse({**alpha, **request.fields}, "--set", method), certainty=Certainty.GIVEN)
     return None
+
+
+def _one_alpha(request: Request, method: PeftMethod) -> None:
+    """Raise `UsageError` where `--alpha` and `--set` say two alphas."""
+    said = request.fields.get(method.alpha) if method.alpha else None
+    if isinstance(request.alpha, float) and said is not None and said != request.alpha:
+        raise errors.UsageError(
+            f"--alpha {request.alpha:g} and --set {method.alpha}={said}: two alphas for the same modules; leave one out"
+        )
 
 
 def _unknown_facts(adapter: Adapter, method: PeftMethod) -> list[str]:

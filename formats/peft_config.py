@@ -41,6 +41,14 @@ _CHOICES = {
     "task_type": (*(None, "SEQ_CLS", "SEQ_2_SEQ_LM", "CAUSAL_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"),),
     "peft_type": tuple(KINDS),
 }
+_TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "base_model_name_or_path": ((str, NoneType), "a name, or null"),
+    "revision": ((str, NoneType), "a name, or null"),
+    "auto_mapping": ((dict, NoneType), "a table, or null"),
+    "inference_mode": ((bool, NoneType), "true or false"),
+    "lora_dropout": ((int, float), "a number"),
+}
+"""Fields that reading has no use for: their types, and those in words; null is no dropout."""
 _OF_CLASSES = frozenset(
     {
         *("runtime_config", "megatron_config", "megatron_core", "loftq_config", "peft_version", "unsloth_fixed"),
@@ -49,6 +57,14 @@ _OF_CLASSES = frozenset(
 )
 """Fields that say how a class runs or trains an adapter, and never what its tensors mean (the last four are of ms-swift's own
 tuners, modelscope/ms-swift `swift/tuners/lora.py`, whose `use_merged_linear` and `use_qa_lora` do mean something)."""
+
+
+def mistyped(fields: Config) -> Iterator[tuple[str, str]]:
+    """The fields whose types reading has no use for and that peft would fail with, and what each must be."""
+    for name, (types, wanted) in _TYPES.items():
+        value = fields.get(name)
+        if name in fields and (not isinstance(value, types) or (isinstance(value, bool) and bool not in types)):
+            yield name, wanted
 
 
 def check_given(fields: Config, method: PeftMethod = LORA, removed: Collection[str] = ()) -> None:
@@ -74,6 +90,8 @@ def check_given(fields: Config, method: PeftMethod = LORA, removed: Collection[s
         choices = ("none", "all", method.bias_only) if name == "bias" else _CHOICES.get(name, (value,))
         if value not in choices:
             raise errors.UsageError(f"--set {name}={value}: must be one of {', '.join(map(str, choices))}")
+    for name, wanted in mistyped(fields):
+        raise errors.UsageError(f"--set: {name} is {json.dumps(fields[name], default=str)[:80]}, not {wanted}")
 
 
 def refuse_scale(fields: Config, title: str) -> None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from adapterops_formats.peft_config import MUTATING, unknown_fields
+from adapterops_formats.peft_config import MUTATING, mistyped, unknown_fields
 from adapterops_formats.peft_kinds import KINDS
 from adapterops_formats.peft_rules_view import CONFIG_NAME, View, view
 
@@ -237,14 +237,6 @@ _WITHOUT_OWNER = re.compile(
     r"|xlnet-(?:base|large)-cased)$"
 )
 """The models on the Hub that have no owner in their names; no others can be added."""
-_KINDS: tuple[tuple[str, tuple[type, ...], str], ...] = (
-    ("base_model_name_or_path", (str,), "a name, or null"),
-    ("revision", (str,), "a name, or null"),
-    ("auto_mapping", (dict,), "a table, or null"),
-    ("inference_mode", (bool,), "true or false"),
-    ("lora_dropout", (int, float), "a number"),
-)
-"""Fields, their types, and those in words; null is no dropout."""
 _INITS = ("gaussian", "eva", "olora", "mica", "orthogonal", "lora_ga")
 _WEIGHTS = "adapter_model"
 
@@ -297,11 +289,8 @@ def general(subject: Subject) -> Iterator[Finding]:
 
 def _types(seen: View, config: Mapping[str, Any]) -> Iterator[Finding]:
     """Fields whose types reading has no use for."""
-    for name, kinds, wanted in _KINDS:
-        value = config.get(name)
-        absent = value is None and (name != "lora_dropout" or name not in config)
-        if not absent and (not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds)):
-            yield TYPE.found(seen.where, f"{name} is {_short(value)}, not {wanted}", field=name)
+    for name, wanted in mistyped(config):
+        yield TYPE.found(seen.where, f"{name} is {_short(config[name])}, not {wanted}", field=name)
     dropout = config.get("lora_dropout")
     if isinstance(dropout, int | float) and not isinstance(dropout, bool) and not dropout <= 1:
         yield TYPE.found(

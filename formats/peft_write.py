@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from adapterops_formats.peft_config import (
@@ -87,7 +87,7 @@ def write_config(adapter: Adapter, component: str, target: Target) -> tuple[dict
             config |= _used_targets(own, config, updates, method, {*(base.names or ()), *dropped})
             config = _own_words(own, config, updates, method, base)
             config = {**{name: value for name, value in before.items() if value in _LEAST}, **config}
-        elif made := [n for n, value in own.items() if config.get(n) != value and value not in _LEAST]:
+        elif made := _made_anew(own, config, target.fields):
             notes.append(
                 "config fields that do not fit the tensors or the names of their modules are derived anew: "
                 + ", ".join(made)
@@ -234,6 +234,11 @@ def _excluded(
     return {name: own[name]} if all(view.targets(u.module) for u in adapted(updates, method)) else {}
 
 
+def _made_anew(own: Mapping[str, Any], config: Mapping[str, Any], given: Collection[str]) -> list[str]:
+    """The fields of a config that came along which say something else now; what the user gave goes back to what it was."""
+    return [n for n, value in own.items() if n not in given and config.get(n) != value and value not in _LEAST]
+
+
 def _agrees(
     config: Mapping[str, Any], updates: list[Update], base: Base, given: Mapping[str, Any], method: PeftMethod
 ) -> None:
@@ -255,6 +260,17 @@ def _agrees(
     absent = [m for m in given.get("modules_to_save") or () if not _is_saved(m, updates)]
     if absent:
         raise errors.Conflict(f"{where}: modules_to_save names {absent[0]}, of which the file holds no tensor")
+    if given.get("trainable_token_indices") and not any(u.method == "trainable_tokens" for u in updates):
+        raise errors.Conflict(
+            f"{where}: trainable_token_indices names tokens, and the file holds no trained rows: peft would fail with a "
+            "KeyError; leave it out"
+        )
+    layers = [n for n in ("layers_to_transform", "layers_pattern") if given.get(n) is not None]
+    if layers and isinstance(config.get("target_modules"), str):
+        raise errors.Conflict(
+            f"{where}: {layers[0]} beside a target_modules that is a pattern, which peft refuses; leave it out (the pattern "
+            "names the layers), or give the modules, too: --set target_modules='[\"q_proj\", …]'"
+        )
 
 
 def conflict(sentence: str) -> None:
