@@ -12,7 +12,7 @@ from functools import cache
 
 from adapterops.architectures import Architecture, load, names
 from adapterops.carried import Carried
-from adapterops.dialects.fitting import best_fits, names_known
+from adapterops.dialects.fitting import best_fits, names_known, whole_fits
 from adapterops.dialects.match import Reading, bare, group, sample
 from adapterops.dialects.names import needs_table
 from adapterops.dialects.table import Dialect
@@ -197,6 +197,10 @@ def _of_ties(ties: list[tuple[Format, Reading]], source: Source, given: Architec
     hinted = [max((best_fits([some[n]], load(name))[0] for name in named), default=0) for n in left]
     best = max(range(len(left)), key=lambda n: (hinted[n], not any(map(needs_table, ties[left[n]][1].dialect.places))))
     form, reading = ties[left[best]]
+    if given is None and max(hinted) == 0:
+        others = [ties[n][1] for n in left if n != left[best] and ties[n][0] is form]
+        rivals = (base for other in others for base in whole_fits(group(other, source.tensors)))
+        return form, reading._replace(rivals=tuple(dict.fromkeys(rivals)))
     return form, reading._replace(declared=recorded not in names() and min(hinted) < hinted[best] == max(counts))
 
 
@@ -280,7 +284,10 @@ def _what_is_it(source: Source) -> str:
     """The message for a file without any adapter key that is known."""
     keys = list(source.tensors)
     if not keys:
-        return f"{source.path}: holds no tensors"
+        return (
+            f"{source.path}: holds no tensors: whatever saved it had none of the adapter's, as one process of a sharded "
+            "training, or a model without an adapter"
+        )
     if keys == [NAMELESS]:
         what = f"a bare Tensor {list(source.tensors[NAMELESS].shape)}"
         return (

@@ -42,8 +42,11 @@ class Spool:
         return tensor
 
     def fill(self) -> None:
-        """Zeros wherever nothing has been written: what is planned can be looked at."""
-        os.ftruncate(self._file.fileno(), self.size)
+        """Zeros wherever nothing has been written: what is planned can be looked at.  Raises `OutputFailed`."""
+        try:
+            os.ftruncate(self._file.fileno(), self.size)
+        except OSError as error:
+            raise OutputFailed(f"{self.path}: {error.strerror}: {self.size} bytes are needed for it") from error
 
     def write(self, tensor: LazyTensor, data: memoryview) -> None:
         """Fill a tensor's room.  Safe in several threads at a time.  Raises `OutputFailed`."""

@@ -115,8 +115,8 @@ class Subject:
     @cached_property
     def recognised(self) -> tuple[Format, Reading] | None:
         """The format and what its table reads of the keys; None where no format knows them."""
-        if self.source is None or not self.source.tensors:
-            return None
+        if self.source is None or (self.leftover and not self.source.tensors):
+            return None  # an optimizer's state alone is told of as such
         try:
             found = registry.recognise(self.source, None, self.options.architecture, allow_drop=True)
             if {claim.suffix.method for claim in found[1].claims} <= {"*", "ia3"}:
