@@ -60,6 +60,13 @@ def built_in() -> list[Architecture]:
     return sorted(map(architectures.load, architectures.names()), key=lambda known: known.turn)
 
 
+def built_in_named(name: str) -> Architecture:
+    """The built-in base model of that name."""
+    from adapterops import architectures
+
+    return architectures.load(name)
+
+
 def maths(module: str) -> Any:
     """The module of `adapterops.methods` that has this name, for functions on updates that only it knows."""
     return import_module(f"adapterops.methods.{module}")
@@ -351,6 +358,7 @@ __all__ = [
     "Update",
     "as_lora",
     "built_in",
+    "built_in_named",
     "columns",
     "component_by_names",
     "errors",

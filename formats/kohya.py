@@ -13,12 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from math import isfinite, sqrt
 from typing import ClassVar
 
 from adapterops_formats.hunyuan_names import flat, may_be_flat
 from adapterops_formats.lycoris_names import DOWN_UP, EMBEDDINGS, IA3, LYCORIS, OFT, RENAMED, SCALE, UNREAD, unnamed
 from adapterops_formats.peft_config import refuse_scale
+from adapterops_formats.sd_scripts_oft import SD_SCRIPTS_OFT_FLUX, lists, parts_of
 
 from adapterops.plugin import (
     METHODS,
@@ -40,6 +42,7 @@ from adapterops.plugin import (
     Update,
     errors,
     header,
+    no_config,
     read_by_table,
 )
 
@@ -61,6 +64,7 @@ ENCODERS = (
     Place("text_encoder_2", "lora_te2_", SUFFIXES, flat=True),
     EMBEDDINGS,
 )
+_ACE = frozenset({"ace_step_1_5"})
 # sd-scripts names a denoiser's modules as the authors do, but those of SD 1 and 2, Qwen-Image's being the same anyway.
 _AS_DIFFUSERS = {"sd1": "canonical", "sd2": "canonical"}
 KOHYA = Dialect(
@@ -70,7 +74,17 @@ KOHYA = Dialect(
     places=(
         # Anima's conditioner is a part of its authors' transformer.
         Place("text_conditioner", "lora_unet_llm_adapter_", SUFFIXES, flat=True),
-        Place("unet", "lora_unet_", SUFFIXES, ("transformer",), names="original", names_in=_AS_DIFFUSERS, flat=True),
+        # ACE-Step's transformer is a part of its authors' model.
+        Place("transformer", "lora_unet_decoder_", SUFFIXES, names="original", flat=True, only=_ACE, usual=_ACE),
+        Place(
+            "unet",
+            "lora_unet_",
+            SUFFIXES,
+            ("transformer", "prior"),
+            names="original",
+            names_in=_AS_DIFFUSERS,
+            flat=True,
+        ),
         *ENCODERS,
     ),
     alpha=AlphaIn.TENSOR,
@@ -82,19 +96,22 @@ KOHYA_DIFFUSERS = Dialect(
     name="kohya-diffusers",
     format="kohya",
     title="Kohya with diffusers' block names",
-    places=(Place("unet", "lora_unet_", SUFFIXES, ("transformer",), flat=True), *ENCODERS),
+    places=(Place("unet", "lora_unet_", SUFFIXES, ("transformer", "prior"), flat=True), *ENCODERS),
     alpha=AlphaIn.TENSOR,
     convention="rank",
     unread=UNREAD,
     example="lora_unet_down_blocks_1_attentions_0_proj_in.lora_down.weight",
 )
+_CASCADE = frozenset({"stable_cascade"})
 ONETRAINER = Dialect(
     name="onetrainer",
     format="kohya",
     title="OneTrainer (legacy)",
     places=(
         Place("transformer", "lora_transformer_", SUFFIXES, flat=True),
-        Place("prior", "lora_prior_unet_", SUFFIXES, flat=True),
+        # Stable Cascade's, whose attention is called so by OneTrainer and Comfy (`comfy/lora.py`, model_lora_keys_unet).
+        Place("prior", "lora_prior_unet_", SUFFIXES, names="original", flat=True),
+        Place("text_encoder", "lora_prior_te_", SUFFIXES, flat=True, only=_CASCADE, usual=_CASCADE),
         Place("text_encoder", "lora_te1_", SUFFIXES, flat=True),
         # So only where it saves Chroma, whose one encoder has no number.
         Place("text_encoder", "lora_te_", SUFFIXES, flat=True, usual=frozenset({"chroma"})),
@@ -141,7 +158,9 @@ LYCORIS_ORIGINAL = Dialect(
     name="lycoris-original",
     format="kohya",
     title="LyCORIS (lycoris_…) around the authors' own model",
-    places=(Place("transformer", "lycoris_", SUFFIXES, names="original", flat=True, only=frozenset(RENAMED)),),
+    places=(
+        Place("transformer", "lycoris_", SUFFIXES, ("prior",), names="original", flat=True, only=frozenset(RENAMED)),
+    ),
     alpha=AlphaIn.TENSOR,
     convention="rank",
     unread=UNREAD,
@@ -186,6 +205,7 @@ SD_SCRIPTS_OFT = Dialect(
     convention="rank",
     example="oft_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.oft_blocks",
 )
+_SD_SCRIPTS = (SD_SCRIPTS_OFT, SD_SCRIPTS_OFT_FLUX)
 PEFTS = tuple(map(_with_pefts_factors, (KOHYA, KOHYA_DIFFUSERS)))
 
 _LATER = "this version does not convert it"
@@ -210,12 +230,15 @@ class Kohya(Format):
         TENCENT,
         HUNYUAN,
         SD_SCRIPTS_OFT,
+        SD_SCRIPTS_OFT_FLUX,
         *PEFTS,
     )
     file_name = "lora.safetensors"
     foreign = {
-        r"\.oft_blocks\.\d+$|\.oft_diag$": f"is OFT of sd-scripts for Flux.1, or an old LyCORIS'; {_LATER}",
-        r"\.oft_R\.(weight|scaled_oft)$": f"is OFT (OneTrainer); {_LATER}",
+        r"\.oft_diag$": (
+            "is the rotation itself that LyCORIS 2.0.0 saved of its OFT, from which no later version and no other reader takes "
+            f"it up; {_LATER}"
+        ),
         r"\.bm\.weight$": f"is a Tucker core of GLoRA (LyCORIS); {_LATER}",
         # What a module of LyCORIS saved as it stood has and its own `state_dict` folds into w1, w1_a or lora_up.
         r"\.scalar$": (
@@ -249,8 +272,9 @@ class Kohya(Format):
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
         refuse_scale(request.fields, "a Kohya file")
-        adapter = read_by_table(reading, source, request)
-        if reading.dialect is SD_SCRIPTS_OFT:
+        apart = partial(parts_of, request=request) if reading.dialect is SD_SCRIPTS_OFT_FLUX else None
+        adapter = read_by_table(reading, source, request, no_config, None, apart)
+        if reading.dialect in _SD_SCRIPTS:
             for fault in sd_scripts_faults(adapter):
                 request.wrong(errors.BrokenAdapter(fault))
         read = [u for u in adapter if u.alpha is not None and u.alpha.certainty is Certainty.READ]
@@ -267,7 +291,7 @@ class Kohya(Format):
         return adapter
 
     def write(self, adapter: Adapter, target: Target) -> Output:
-        if target.dialect is SD_SCRIPTS_OFT:
+        if target.dialect in _SD_SCRIPTS:
             other = next((update for update in adapter if update.method != "lycoris_oft"), None)
             if other is not None and not target.allow_drop:
                 raise errors.CannotRepresent(
@@ -275,14 +299,16 @@ class Kohya(Format):
                 )
             for fault in sd_scripts_faults(adapter):
                 raise errors.CannotRepresent(f"{fault}; --to kohya holds it as LyCORIS has it")
-        spelled = self.spell(adapter, target)
+        listed, lists_of_them = lists(adapter, target) if target.dialect is SD_SCRIPTS_OFT_FLUX else ([], {})
+        listed_keys = {update.key for update in listed}
+        spelled = self.spell(adapter.with_updates(u for u in adapter if u.key not in listed_keys), target)
         metadata, notes = header(spelled.adapter), [*spelled.notes, *unnamed(target)]
         if _contradicted(spelled.adapter, metadata) is not None:
             notes.append(
                 f"the header's ss_network_alpha, {metadata.pop('ss_network_alpha')[:40]}, is no module's: left out"
             )
-        file = OutputFile("", spelled.tensors, metadata)
-        return Output((file,), tuple(spelled.kept), tuple(spelled.dropped), tuple(notes))
+        file = OutputFile("", {**spelled.tensors, **lists_of_them}, metadata)
+        return Output((file,), (*spelled.kept, *listed), tuple(spelled.dropped), tuple(notes))
 
 
 def _contradicted(adapter: Adapter, metadata: Mapping[str, str]) -> Update | None:

@@ -30,7 +30,11 @@ DIFFERENCES = (
 )
 OFT = (Suffix(".oft_blocks", "lycoris_oft", "blocks"), Suffix(".rescale", "lycoris_oft", "rescale"))
 GLORA = tuple(Suffix(f".{role}.weight", "lycoris_glora", role) for role in ("a1", "a2", "b1", "b2"))
-LYCORIS = (*LOHA, *LOKR, *OFT, *GLORA, *DIFFERENCES, *SCALE)
+ONETRAINER_OFT = (
+    Suffix(".oft_R.weight", "onetrainer_oft", "R"),
+    Suffix(".oft_R.scaled_oft", "onetrainer_oft", "scaled"),
+)
+LYCORIS = (*LOHA, *LOKR, *OFT, *GLORA, *ONETRAINER_OFT, *DIFFERENCES, *SCALE)
 """Every method that these files share but LoRA, whose names differ, and (IA)³, which only LyCORIS reads."""
 EMBEDDINGS = Place(
     "embeddings",
@@ -66,6 +70,12 @@ RENAMED = (
     "pixart_alpha",
     "hunyuan_video_1_5",
     "hunyuan_image",
+    "flux3_klein",
+    "qwen_image_2_1",
+    "minimax_h3",
+    "hunyuan_dit",
+    "stable_cascade",
+    "ace_step_1_5",
 )
 """Every base with a transformer whose modules diffusers names otherwise than its authors."""
 UNREAD = (

@@ -60,6 +60,7 @@ NOT_FROM_TABLES = {
     "mlx",
     "sam-lora",
     "sd-scripts-oft",
+    "sd-scripts-oft-flux",
     "tgis",
 }
 """Dialects that number modules, or stand in containers of their own: what is damaged of them are fixtures."""

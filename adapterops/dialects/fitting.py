@@ -95,20 +95,35 @@ def fits(update: Update, spec: ModuleSpec) -> bool:
     return bool(inputs) and inputs[0] > spec.shape[1] and method.fits(update, (spec.shape[0], inputs[0]))
 
 
-def contenders(groups: Sequence[Group]) -> list[Fit]:
+def contenders(groups: Sequence[Group], said: str = "") -> list[Fit]:
     """How well the built-in architectures explain a file, the oldest first.
 
     Only those count that have everything.  Where none has, those do that have every component of it, or lack nothing but text
-    encoders (few tables have these); where no architecture does, all are tried.
+    encoders (few tables have these); where no architecture does, all are tried.  Variants of a base that has everything do not
+    count, unless their word is in `said`, which is what the file says of its base.
     """
-    return _whole(groups) or [fit(architecture, groups) for architecture in _able(groups)]
+    fits = _whole(groups, said) or [fit(architecture, groups) for architecture in _able(groups)]
+    shaped = {found.architecture.name: found.shaped for found in fits}
+    idle = (f for f in fits if _idle(f.architecture, said) and f.shaped <= shaped.get(f.architecture.family, -1))
+    left = {found.architecture.name for found in idle}
+    return [found for found in fits if found.architecture.name not in left]
 
 
-def _whole(groups: Sequence[Group]) -> list[Fit]:
+def _idle(architecture: Architecture, said: str) -> bool:
+    """Whether it is a variant that only what its base lacks can tell."""
+    return bool(architecture.variant) and architecture.variant not in said
+
+
+def _whole(groups: Sequence[Group], said: str = "") -> list[Fit]:
     """Of the built-in architectures that have everything, the oldest first."""
     spread = _spread(groups)
-    likely = (a for a in _known(groups) if _may_be_whole(a, spread))
-    return [found for architecture in likely if (found := fit(architecture, groups)).whole]
+    out: dict[str, Fit] = {}
+    for architecture in _known(groups):
+        if _idle(architecture, said) and architecture.family in out:
+            continue
+        if _may_be_whole(architecture, spread) and (found := fit(architecture, groups)).whole:
+            out[architecture.name] = found
+    return list(out.values())
 
 
 def _known(groups: Sequence[Group], encoders: bool = True) -> list[Architecture]:
@@ -196,6 +211,13 @@ def best_fits(readings: Sequence[Sequence[Group]], given: Architecture | None = 
     if not any(fits):
         fits = [[fit(architecture, groups) for architecture in _able(groups)] for groups in readings]
     return [max((found.shaped for found in own), default=0) for own in fits]
+
+
+def whole_fits(groups: Sequence[Group]) -> list[str]:
+    """The built-in architectures that have everything, but for variants of one that has."""
+    found = _whole(groups)
+    families = {f.architecture.name for f in found}
+    return [f.architecture.name for f in found if not f.architecture.variant or f.architecture.family not in families]
 
 
 def component_by_names(groups: Sequence[Group], given: Architecture | None = None) -> str | None:

@@ -47,6 +47,8 @@ class Reading(NamedTuple):
     """The place's own prefix, which that one stands for."""
     declared: bool = False
     """Whether another dialect reads the keys as well, and the base model that the header or the config names has decided."""
+    rivals: tuple[str, ...] = ()
+    """The base models by whose names another dialect of the format reads the keys as well, where nothing has decided."""
 
     def under(self, dialect: Dialect) -> Reading | None:
         """The reading as `dialect`'s, where its rows read keys as this one's do (only modules' names may differ)."""

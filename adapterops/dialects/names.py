@@ -92,7 +92,7 @@ def book(architecture: Architecture, place: Place) -> NameBook:
 
 def applies(place: Place, architecture: Architecture) -> bool:
     """Whether the table's row is meant for this architecture."""
-    if place.among(architecture.components) is None:
+    if place.among(architecture.components) is None or (architecture.prefixed and place.bare):
         return False
     return not place.only or bool(place.only & traits(architecture))
 

@@ -106,6 +106,7 @@ def read(
         request.tell,
         source,
         reading.declared,
+        reading.rivals,
     )
     architecture = found.architecture
     notes += found.notes
@@ -121,6 +122,7 @@ def read(
     stated: dict[tuple[str, str, str], str] = {}
     components: dict[Place, str | None] = {}
     books: dict[Place, NameBook] = {}
+    earlier: dict[str, str] = {}
     for entry in groups:
         stored = entry.tensors.get("alpha")
         if architecture is not None and entry.place not in books:
@@ -130,6 +132,8 @@ def read(
             module = canonical(architecture, entry, books.get(entry.place))
             component = components.get(entry.place) or entry.place.component
             update = _sized(_checked(entry, component, module, reading.dialect), architecture)
+            update, said_of_it = METHODS[entry.method].today(update)
+            earlier.setdefault(said_of_it, update.name)
             if METHODS[entry.method].scaled:
                 update = _settle(update, stored, reading.dialect, request, scale_of, entry.stated or module)
         except AdapterOpsError as error:
@@ -143,6 +147,7 @@ def read(
         updates.append(update)
         sound.append(entry)
     groups = sound
+    notes += [f"{name} and modules like it: {said_of_it}" for said_of_it, name in earlier.items() if said_of_it]
     if refine is not None:
         updates = refine(updates)
     if any(not METHODS[update.method].scaled for update in updates):

@@ -45,11 +45,13 @@ def identify(
     tell: Callable[[AdapterOpsError], None] | None = None,
     source: Source | None = None,
     declared: bool = False,
+    rivals_by_name: Sequence[str] = (),
 ) -> Identified:
     """The architecture of a file.
 
     `hint` is the one that a conversion recorded; it decides where modules alone fit several, and without it what the header or
     the config of `source` calls the base; `declared` says that this has decided already how the names are read.
+    `rivals_by_name` are base models by whose names they can be read otherwise, where nothing has decided.
     With `allow_drop` modules that the architecture has not are returned in `unknown` instead of raised; with `tell`, all that
     is wrong is told to it, and such modules, and those of other shapes, are in `unknown`.
 
@@ -70,7 +72,7 @@ def identify(
         unknown = _insist(found, path, allow_drop, tell)
         return Identified(given, Fact(given.name, Certainty.GIVEN, "--arch or --base"), unknown=unknown)
     lookup = [g for g in groups if g.method != "saved"] or list(groups)
-    fits = contenders(lookup)
+    fits = contenders(lookup, _said(hint, source))
     # Those that have everything, or else everything that their tables tell of.
     level = [f for f in fits if f.whole] or [f for f in fits if f.told]
 
@@ -103,6 +105,7 @@ def identify(
         recorded: Fact[str | None] = Fact(name, Certainty.READ, "recorded by the conversion that wrote the file")
         return Identified(best.architecture, recorded, unknown=unknown)
     others = [f.architecture.name for f in rivals if usual(f, lookup) == usual(best, lookup)]
+    otherwise = [other for other in rivals_by_name if other != name and other not in others]
     if others and reaches_the_end(best.architecture, lookup):
         # It ends where this base does: nobody trains just as many blocks of one that has more.
         longer = {f.architecture.name for f in rivals if not reaches_the_end(f.architecture, lookup)}
@@ -110,6 +113,8 @@ def identify(
         if not others:
             why = "module names and shapes, and the number of blocks"
             return Identified(best.architecture, Fact(name, Certainty.DERIVED, why), unknown=unknown)
+    # A file that ends where the base does is of that base.
+    others += otherwise if best.whole and not reaches_the_end(best.architecture, lookup) else []
     if others:
         assumed = oldest(name, others)
         return Identified(best.architecture, assumed, (noted(assumed),), unknown)
@@ -126,6 +131,14 @@ def oldest(name: str, others: Sequence[str]) -> Fact[str | None]:
 def noted(assumed: Fact[str | None]) -> str:
     """The note that tells of a base model that was assumed."""
     return f"architecture: {assumed.source}"
+
+
+def _said(hint: str | None, source: Source | None) -> str:
+    """All that a file, or a config beside it, calls its base, in lower case."""
+    from adapterops.architectures.declared import values  # as below
+
+    stated = values(source.metadata, source.config) if source is not None else []
+    return " ".join([hint or "", *stated]).lower()
 
 
 def _declared(level: Sequence[Fit], hint: str | None, source: Source | None) -> list[Fit]:

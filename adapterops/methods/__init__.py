@@ -29,6 +29,7 @@ _CLASSES = {
     "glora": "glora:Glora",
     "lycoris_oft": "lycoris_oft:LycorisOft",
     "lycoris_glora": "lycoris_glora:LycorisGlora",
+    "onetrainer_oft": "onetrainer_oft:OneTrainerOft",
     "diff": "difference:Difference",
     "saved": "saved:Saved",
     "trainable_tokens": "saved:TrainableTokens",

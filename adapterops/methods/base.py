@@ -75,6 +75,11 @@ class Method:
     def check(self, update: Update) -> None:
         """Raise `BrokenAdapter` where the tensors cannot belong together."""
 
+    def today(self, update: Update) -> tuple[Update, str]:
+        """The update with its tensors as they are called today, where an earlier version called them otherwise, and what is to
+        be said of that; itself and "" where there is nothing to do."""
+        return update, ""
+
     def rank(self, update: Update) -> int | None:
         """The rank, for methods that have one."""
         return None

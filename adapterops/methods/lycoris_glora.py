@@ -6,14 +6,23 @@ kernel.
 - `a1` (in, r), `a2` (r, in): ones behind them where the module is a convolution
 - `b1` (out, r), `b2` (r, in, *kernel)
 
+Before LyCORIS 3.0 the four were called the other way round: `a1` (r, in), `a2` (in, r), `b1` (r, in), `b2` (out, r),
+ΔW = W · a2 · a1 + b2 · b1.  ComfyUI tells them by their shapes, too, and multiplies by γ; LyCORIS itself did so twice while it
+trained them.
+
+rsLoRA's γ = alpha / √r leaves no trace in the tensors, and no reader applies it, LyCORIS included.
+
 peft's GLoRA is another method of the same name.  LyCORIS' code would write a Tucker core `bm` for kernels above one only, and
 asks for kernels of one, so that no file has any.
 
-Sources: https://arxiv.org/abs/2306.07967; KohakuBlueleaf/LyCORIS 4.1.3 `lycoris/modules/glora.py`.
+Sources: https://arxiv.org/abs/2306.07967; KohakuBlueleaf/LyCORIS 4.1.3 and 1.9.0 `lycoris/modules/glora.py`;
+Comfy-Org/ComfyUI `comfy/weight_adapter/glora.py`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from adapterops.adapter import Update
@@ -28,6 +37,8 @@ if TYPE_CHECKING:
     import torch
 
 _ROLES = ("a1", "a2", "b1", "b2")
+_EARLIER = {"a1": "a2", "a2": "a1", "b1": "b2", "b2": "b1"}
+"""What the tensors were called before LyCORIS 3.0."""
 
 
 class LycorisGlora(OfTheWeight):
@@ -41,8 +52,19 @@ class LycorisGlora(OfTheWeight):
     scaled = True
     rows = frozenset({"b1"})
 
+    def today(self, update: Update) -> tuple[Update, str]:
+        if not _is_earlier(update.tensors):
+            return update, ""
+        tensors = {role: update.tensors[old] for role, old in _EARLIER.items()}
+        return (
+            replace(update, tensors=tensors),
+            "their GLoRA is of LyCORIS before 3.0, which called its factors the other way round and applied alpha / rank twice "
+            "where it trained; they are taken as ComfyUI takes them, with alpha / rank once",
+        )
+
     def check(self, update: Update) -> None:
         need(update, *_ROLES)
+        update, _ = self.today(update)
         stray = next((t for role, t in update.tensors.items() if role not in _ROLES), None)
         if stray is not None:
             raise BrokenAdapter(f"{stray.where}: is no part of LyCORIS' GLoRA ({update.name})")
@@ -74,6 +96,7 @@ class LycorisGlora(OfTheWeight):
         return alpha_over_rank(update, self.rank(update))
 
     def fits(self, update: Update, shape: tuple[int, ...]) -> bool:
+        update, _ = self.today(update)
         a2, b1, b2 = (update.tensors.get(role) for role in ("a2", "b1", "b2"))
         if a2 is None or b1 is None or b2 is None or min(len(t.shape) for t in (a2, b1, b2)) < 2:
             return True  # `check` says it better than a shape could
@@ -121,6 +144,19 @@ class LycorisGlora(OfTheWeight):
                 return float("inf")
             errors.append(product_error(*found))
         return worst(errors)
+
+
+def _is_earlier(tensors: Mapping[str, LazyTensor]) -> bool:
+    """Whether the shapes are those of the names of before LyCORIS 3.0.
+
+    Those of a module with as many outputs as inputs could be of either: nobody gives a module a rank above its size.
+    """
+    if any(role not in tensors or len(tensors[role].shape) < 2 for role in _ROLES):
+        return False
+    a1, a2, b1, b2 = (tensors[role].shape[:2] for role in _ROLES)
+    earlier = a1[0] == a2[1] == b1[0] == b2[1] and a1[1] == a2[0] == b1[1]
+    today = a2[0] == a1[1] == b1[1] == b2[0] and a2[1] == a1[0] == b2[1]
+    return earlier and (not today or a1[0] < a1[1])
 
 
 def _matrix(tensor: LazyTensor) -> torch.Tensor:

@@ -292,6 +292,8 @@ def _units(update: Update) -> dict[str, int] | None:
         # Row i of w1 makes the rows of block i, which w2 shapes: parts that share w2 are joined by their rows of w1.
         second = update.tensors["w2" if "w2" in update.tensors else "w2_a"]
         return {"w1" if "w1" in update.tensors else "w1_a": second.shape[0], "magnitude": 1}
+    if update.method == "onetrainer_oft":
+        return {}  # it turns the inputs, of every row alike
     if update.method == "ia3":
         vector = update.tensors["vector"]
         if update.options["on_input"]:
@@ -304,7 +306,7 @@ def _may_lack_parts(update: Update) -> bool:
     """Whether rows of zeros leave a part as it is: not where they replace its weight, or multiply it."""
     if update.method == "ia3":
         return not update.options["on_input"] and not update.options["initial"]
-    return update.method != "saved"
+    return update.method not in ("saved", "onetrainer_oft")
 
 
 def _no_join(update: Update, spec: ModuleSpec) -> CannotRepresent:
