@@ -28,6 +28,7 @@ MODULES = {
     "chroma": ("transformer", "transformer_blocks.0.attn.to_out.0", "single_transformer_blocks.0.proj_out"),
     "flux2_klein_4b": ("transformer", "transformer_blocks.0.attn.to_out.0", "single_transformer_blocks.0.attn.to_out"),
     "hunyuan_video": ("transformer", "transformer_blocks.19.attn.to_out.0", "single_transformer_blocks.39.proj_out"),
+    "hunyuan_video_1_5": ("transformer", "transformer_blocks.0.attn.to_q", "transformer_blocks.0.ff.net.2"),
     "ltx_2b": ("transformer", "transformer_blocks.0.attn1.to_q", "transformer_blocks.0.ff.net.0.proj"),
     "wan_1_3b": ("transformer", "blocks.0.attn1.to_q", "blocks.0.ffn.net.2"),
     "z_image": ("transformer", "layers.0.feed_forward.w1", "layers.1.feed_forward.w2"),

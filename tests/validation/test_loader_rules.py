@@ -30,6 +30,23 @@ _LOHA = dict.fromkeys((".hada_w1_a", ".hada_w2_a"), (1280, 4)) | dict.fromkeys((
 _LOKR = {".lokr_w1": (16, 16), ".lokr_w2_a": (80, 4), ".lokr_w2_b": (4, 80)}
 _TUCKER = {".lora_down.weight": (4, 640, 1, 1), ".lora_mid.weight": (4, 4, 3, 3), ".lora_up.weight": (640, 4, 1, 1)}
 _EMBEDDING = {"bundle_emb.ohwx.clip_l": (2, 768)}
+_OFT = {".oft_blocks": (4, 320, 320)}
+
+
+def _only_turned(tmp_path: Path) -> Path:
+    """OFT of sd-scripts."""
+    path = with_method(_kohya(tmp_path), "oft_unet_mid_block_attentions_0_proj_in", _OFT, 0.5)
+    return edit(path, lambda t: {key: value for key, value in t.items() if key.startswith("oft_unet_")})
+
+
+def _sparse(tmp_path: Path) -> Path:
+    """What LyCORIS extracts with use_sparse_bias."""
+    sparse = {
+        "bias_indices": torch.tensor([[0, 7], [5, 8]]),
+        "bias_values": torch.tensor([0.5, -0.25], dtype=torch.float16),
+        "bias_size": torch.tensor([320, 320]),
+    }
+    return edit(_kohya(tmp_path), lambda t: t.update({f"{_TO_Q}.{role}": tensor for role, tensor in sparse.items()}))
 
 
 def _kohya(tmp_path: Path) -> Path:
@@ -227,6 +244,14 @@ BROKEN: dict[str, Callable[[Path], Made]] = {
     "L537": lambda p: (_ia3(p), "comfy"),
     "L538": lambda p: (with_method(_kohya(p), "", _EMBEDDING), "comfy"),
     "L539": lambda p: (_flux_extra(".lora_B.bias", 3072)(p), "comfy"),
+    "L540": lambda p: (with_method(_kohya(p), _Q, _OFT, 0.5), "comfy"),
+    "L541": lambda p: (with_method(_kohya(p), _Q, {**_OFT, ".rescale": (1280, 1)}, 0.0), "comfy"),
+    "L542": lambda p: (with_method(_kohya(p), _Q, {".oft_blocks": (2, 4, 320, 320)}), "comfy"),
+    "L543": lambda p: (with_method(_kohya(p), _Q, {".oft_R.weight": (40, 496)}), "comfy"),
+    "L544": lambda p: (_only_turned(p), "comfy"),
+    "L555": lambda p: (with_method(_kohya(p), _TO_Q, {".diff": (320, 320)}), "comfy"),
+    "L556": lambda p: (converted(p, "hunyuan_video_1_5", "comfy"), "comfy"),
+    "L557": lambda p: (_sparse(p), "comfy"),
     "L545": lambda p: (_kohya(p), "vllm"),
     "L547": lambda p: (_loha_folder(p), "vllm"),
     "L548": lambda p: (_dora_folder(p), "vllm"),
@@ -325,6 +350,9 @@ SOUND: dict[str, Callable[[Path], tuple[Path, tuple[str, ...]]]] = {
     "processors sd1": lambda p: (converted(p, "sd1", "diffusers-attn"), ("diffusers", "comfy")),
     "loha": lambda p: (_with_loha(p), ("comfy",)),
     "dora per input": lambda p: (_magnitude(1, 768)(p), ("comfy",)),
+    "oft": lambda p: (with_method(_kohya(p), _Q, _OFT, 0.0), ("comfy",)),
+    "boft": lambda p: (with_method(_kohya(p), _Q, {".oft_blocks": (2, 4, 320, 320)}, 0.0), ("comfy",)),
+    "comfy's hunyuan 1.5": lambda p: (converted(p, "hunyuan_video_1_5", "comfy-hunyuan"), ("comfy",)),
     "tucker": lambda p: (with_method(_kohya(p), _CONV, _TUCKER, 2.0), ("comfy",)),
     "peft": lambda p: (peft_folder(p), ("peft", "vllm", "gguf")),
     "rslora": lambda p: (set_config(peft_folder(p), use_rslora=True), ("peft", "vllm")),

@@ -67,15 +67,18 @@ _CARD_BASE = re.compile(r"^base_model:[ \t]*(?:\n[ \t]*-[ \t]*)?[\"']?([^\s\"'#]
 def declared(subject: Subject) -> Iterator[Finding]:
     """The identified base model against every declaration."""
     adapter = subject.adapter
-    if adapter is None or adapter.architecture.certainty is not Certainty.DERIVED or not adapter.architecture.value:
-        return  # the user's word, or one of several that fit
-    found = adapter.architecture.value
+    if adapter is None or not adapter.architecture.value:
+        return
+    fact = adapter.architecture
+    if fact.certainty is not Certainty.DERIVED and not (fact.certainty is Certainty.ASSUMED and fact.others):
+        return  # the user's word, or nothing but a guess
+    found = [fact.value or "", *(other or "" for other in fact.others)]
     for place, file, value in _declarations(subject):
         said = named(value)
-        if said and found not in said and not any(_spelled_for(subject, name) for name in said):
+        if said and not set(found) & set(said) and not any(_spelled_for(subject, name) for name in said):
             yield OTHER_BASE.found(
                 file,
-                f"{place} is {value[:80]!r} ({said[0]}), but the modules and their shapes are those of {found}",
+                f"{place} is {value[:80]!r} ({said[0]}), but the modules and their shapes are those of {' or '.join(found)}",
                 field=place,
             )
             return

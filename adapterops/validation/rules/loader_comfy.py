@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from adapterops.adapter import Update
+from adapterops.methods.difference import SPARSE
 from adapterops.validation.rules.loader_facts import (
     Effect,
     Fact,
@@ -18,8 +20,10 @@ from adapterops.validation.rules.scale import scaled_by_header
 from adapterops.validation.subject import Subject
 
 _SD = ("sd1", "sd2", "sdxl")
+_SD_SCRIPTS_OFT = ("sd-scripts-oft", "sd-scripts-oft-flux")
 _KEYS = "comfy/lora.py (model_lora_keys_unet)"
 _UNET_ATTENTION = re.compile(r"unet\..*\.(to_[qkv]|to_out\.0)\.(lora_[AB]\.weight|lora\.(down|up)\.weight)$")
+_HUNYUAN_APART = re.compile(r".*double_blocks[._]\d+[._](img|txt)_attn_[qkv]\.")
 _USO = ("single_blocks.37.processor.qkv_lora.up.weight", "double_blocks.18.processor.qkv_lora2.up.weight")
 _CONTROL = ("img_in.lora_A.weight", "single_blocks.0.norm.key_norm.scale")
 
@@ -47,6 +51,30 @@ def _output_magnitudes(subject: Subject) -> list[str]:
     keys = [u.tensors["magnitude"].key for u in subject.updates if u.options.get("dora_axis") == "out"]
     return [k for k in keys if k.endswith(".dora_scale") and len(subject.tensors[k].shape) > 1]
 
+
+def _turned(subject: Subject, dimensions: int) -> list[Update]:
+    """LyCORIS' OFT (three dimensions) or BOFT (four)."""
+    own = (u for u in subject.updates if u.method == "lycoris_oft" and "blocks" in u.tensors)
+    return [update for update in own if len(update.tensors["blocks"].shape) == dimensions]
+
+
+def _bounded(subject: Subject) -> list[str]:
+    if subject.dialect in _SD_SCRIPTS_OFT:
+        return []
+    bounds = (u.tensors.get("constraint") for d in (3, 4) for u in _turned(subject, d))
+    return [tensor.key for tensor in bounds if tensor is not None and tensor.item() > 0]
+
+
+def _overwritten(subject: Subject) -> list[str]:
+    """The factors of modules whose weight has a difference, or is replaced, too."""
+    if subject.dialect in ("peft", "miss", "loralib"):
+        return []
+    both = {(u.component, u.module) for u in subject.updates if u.method in _WHOLE and "weight" in u.tensors}
+    factors = (u for u in subject.updates if u.method not in _WHOLE and (u.component, u.module) in both)
+    return [tensor.key for update in factors for tensor in update.tensors.values()]
+
+
+_WHOLE = ("diff", "saved")
 
 FACTS: tuple[Fact, ...] = (
     fact(
@@ -187,5 +215,113 @@ FACTS: tuple[Fact, ...] = (
         fires="transformer.….lora_B.bias",
         passes="transformer.….lora_B.weight alone",
         source="ComfyUI comfy/weight_adapter/lora.py (LoRAAdapter.load)",
+    ),
+    fact(
+        "L540",
+        "comfy",
+        "oft-bound",
+        Effect.MISREADS,
+        _bounded,
+        "ComfyUI shortens the rotations of {n module} ({keys}) to their alpha, not to alpha times their outputs",
+        why="The alpha of LyCORIS' OFT and BOFT bounds all blocks of a module together, at alpha times its outputs; ComfyUI's "
+        "bound is the alpha alone, which leaves next to nothing of them.",
+        remedy="Run adapterops to-lora FILE --base-weights BASE, which makes a LoRA of it, or train without a constraint.",
+        fires="lora_unet_….oft_blocks with alpha 0.01",
+        passes="lora_unet_….oft_blocks with alpha 0, which is no bound",
+        source="ComfyUI comfy/weight_adapter/oft.py, boft.py (calculate_weight); LyCORIS lycoris/modules/diag_oft.py (get_r)",
+    ),
+    fact(
+        "L541",
+        "comfy",
+        "oft-rescale",
+        Effect.MISREADS,
+        lambda s: [u.tensors["rescale"].key for u in _turned(s, 3) if "rescale" in u.tensors],
+        "ComfyUI turns the outputs of {n module} and does not multiply them ({keys})",
+        why="ComfyUI loads the factors beside an OFT, so that it warns of nothing, and uses them beside a BOFT only.",
+        remedy="Run adapterops to-lora FILE --base-weights BASE, which makes a LoRA of it, or train with rescaled=False.",
+        fires="lora_unet_….oft_blocks (4, 320, 320), lora_unet_….rescale (1280, 1)",
+        passes="lora_unet_….oft_blocks (4, 320, 320)",
+        source="ComfyUI comfy/weight_adapter/oft.py (OFTAdapter.calculate_weight)",
+    ),
+    fact(
+        "L542",
+        "comfy",
+        "boft-alpha",
+        Effect.DROPS,
+        lambda s: [u.tensors["blocks"].key for u in _turned(s, 4) if "constraint" not in u.tensors],
+        "ComfyUI fails on {n BOFT} without an alpha ({keys}), logs it and goes on without",
+        why="ComfyUI compares the alpha of a BOFT with zero, and None cannot be; of an OFT it takes 0.",
+        remedy="Add a tensor alpha of 0 beside the blocks, as LyCORIS saves it.",
+        fires="lora_unet_….oft_blocks (2, 4, 320, 320) alone",
+        passes="lora_unet_….oft_blocks (2, 4, 320, 320), lora_unet_….alpha 0",
+        source="ComfyUI comfy/weight_adapter/boft.py (BOFTAdapter.calculate_weight)",
+    ),
+    fact(
+        "L543",
+        "comfy",
+        "onetrainer-oft",
+        Effect.DROPS,
+        lambda s: in_files(s, "onetrainer_oft"),
+        "ComfyUI has no rotations of the inputs and leaves out {n tensor} ({keys})",
+        why="ComfyUI's OFT is LyCORIS', which turns outputs and has other tensors; OneTrainer's needs an extension of it.",
+        remedy="Run adapterops to-lora FILE --base-weights BASE, which makes a LoRA of it.",
+        fires="lora_unet_….oft_R.weight",
+        passes="lora_unet_….oft_blocks",
+        source="ComfyUI comfy/weight_adapter/__init__.py (adapters)",
+    ),
+    fact(
+        "L544",
+        "comfy",
+        "sd-scripts-oft",
+        Effect.DROPS,
+        lambda s: spelled(s, _SD_SCRIPTS_OFT),
+        "ComfyUI knows no oft_unet_ and leaves out all {n tensor} ({keys})",
+        why="ComfyUI reads the OFT that LyCORIS writes, behind lora_unet_; that of sd-scripts is called otherwise.",
+        remedy="Run adapterops to-lora FILE --base-weights BASE: under another name ComfyUI would read it, and bound it "
+        "otherwise (L540).",
+        fires="oft_unet_….oft_blocks",
+        passes="lora_unet_….oft_blocks",
+        source=f"ComfyUI {_KEYS}; ComfyUI#5230",
+    ),
+    fact(
+        "L555",
+        "comfy",
+        "overwritten",
+        Effect.DROPS,
+        _overwritten,
+        "ComfyUI takes the whole weights of modules that have factors, too, and leaves out {n tensor} ({keys})",
+        why="ComfyUI keeps one patch for a weight: a difference (.diff) or a new weight (.set_weight) takes the place of the "
+        "LoRA that it has read before.",
+        remedy="Add the LoRA's product to the difference, or split the two into two files and load both.",
+        fires="lora_unet_….lora_up.weight and lora_unet_….diff of one module",
+        passes="lora_unet_….lora_up.weight and lora_unet_….diff_b",
+        source="ComfyUI comfy/lora.py (load_lora)",
+    ),
+    fact(
+        "L556",
+        "comfy",
+        "hunyuan-apart",
+        Effect.DROPS,
+        lambda s: [key for key in s.tensors if _HUNYUAN_APART.match(key)],
+        "ComfyUI has q, k and v of HunyuanVideo in one and leaves out {n tensor} ({keys})",
+        why="The authors of HunyuanVideo 1.5 keep q, k and v apart; ComfyUI's model has them in one weight, under other names.",
+        remedy="Run adapterops convert FILE --to comfy-hunyuan.",
+        fires="diffusion_model.double_blocks.0.img_attn_q.lora_A.weight",
+        passes="diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight",
+        source="ComfyUI comfy/lora.py (model_lora_keys_unet), comfy/ldm/hunyuan_video/model.py",
+    ),
+    fact(
+        "L557",
+        "comfy",
+        "sparse-part",
+        Effect.DROPS,
+        lambda s: [key for role in SPARSE for key in of_role(s, role, "diff")],
+        "ComfyUI leaves out the sparse part of weights ({keys})",
+        why="What a LoRA extracted by LyCORIS lacks, it can keep as indices and values (bias_indices …), which ComfyUI does not "
+        "read.",
+        remedy="Extract it anew without use_sparse_bias, at a higher rank.",
+        fires="lora_unet_….bias_indices, bias_values, bias_size",
+        passes="lora_unet_….lora_up.weight at a higher rank",
+        source="ComfyUI comfy/lora.py (load_lora); LyCORIS lycoris/utils/__init__.py (extract_diff)",
     ),
 )
