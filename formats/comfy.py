@@ -59,6 +59,9 @@ _EMBEDDINGS_APART = (
 """Source: Comfy-Org/ComfyUI `comfy/lora.py` (`load_lora`), `comfy/sd1_clip.py` (`load_embed`, `bundled_embed`)."""
 
 
+_ACE = frozenset({"ace_step_1_5"})
+
+
 def _dialect(name: str, title: str, pair: tuple[Suffix, ...], example: str, *canonical: str) -> Dialect:
     """A dialect whose denoiser's modules are called as the authors do, but of the `canonical` bases as diffusers does."""
     suffixes = (*pair, *LYCORIS, *_SET, MODULATION)
@@ -74,7 +77,17 @@ def _dialect(name: str, title: str, pair: tuple[Suffix, ...], example: str, *can
         places=(
             # Anima's conditioner is a part of its authors' transformer.
             Place("text_conditioner", "diffusion_model.llm_adapter.", suffixes),
-            Place("unet", "diffusion_model.", suffixes, ("transformer",), names="original", names_in=called),
+            # ACE-Step's transformer is a part of its authors' model.
+            Place(
+                "transformer",
+                "diffusion_model.decoder.",
+                suffixes,
+                names="original",
+                names_in=called,
+                only=_ACE,
+                usual=_ACE,
+            ),
+            Place("unet", "diffusion_model.", suffixes, ("transformer", "prior"), names="original", names_in=called),
             encoder("text_encoder", "clip_l", "sd1", "sdxl", "sd3", "flux"),
             encoder("text_encoder", "clip_h", "sd2"),
             encoder("text_encoder", "qwen3_06b", "anima", stem="model."),

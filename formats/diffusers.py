@@ -161,6 +161,19 @@ BARE_PROCESSORS = Dialect(
     example="mid_block.attentions.0.transformer_blocks.0.attn1.processor.to_q_lora.down.weight",
 )
 
+# guoyww/AnimateDiff (`animatediff/utils/convert_lora_safetensor_to_diffusers.py`, load_diffusers_lora), the same by its
+# authors' names; kosinkadink/ComfyUI-AnimateDiff-Evolved reads it.
+MOTION = replace(
+    BARE_PROCESSORS,
+    name="animatediff",
+    title="AnimateDiff (motion LoRA)",
+    places=(
+        Place("unet", "", _PROCESSOR_PAIR, names="original", tails=_PROCESSOR_TAILS, only=frozenset({"animatediff"})),
+    ),
+    example="down_blocks.0.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks.0.processor.to_q_lora."
+    "down.weight",
+)
+
 WITHOUT_PREFIX = Dialect(
     name="diffusers-down",
     format="diffusers",
@@ -283,6 +296,7 @@ class Diffusers(Format):
         MIXED,
         PROCESSORS,
         BARE_PROCESSORS,
+        MOTION,
         WITHOUT_PREFIX,
         WITH_ALPHA,
         DIFFSYNTH,

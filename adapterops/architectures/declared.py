@@ -36,6 +36,21 @@ _NAMES = (
     (r"stabilityai/stable-diffusion-3\.5-medium\S*", "sd35_medium"),
     (r"stabilityai/stable-diffusion-3\.5-large\S*", "sd35_large"),
     (r"black-forest-labs/FLUX\.1-\S+", "flux"),
+    # OneTrainer's names of variants, and the Hub's.
+    (r"stable-diffusion-v1-inpainting(/.*)?", "sd1_inpainting"),
+    (
+        r"(runwayml|sd-legacy|stable-diffusion-v1-5|benjamin-paine)/stable-diffusion(-v1-5)?-inpainting",
+        "sd1_inpainting",
+    ),
+    (r"timbrooks/instruct-pix2pix", "sd1_instruct_pix2pix"),
+    (r"stable-diffusion-v2-inpainting(/.*)?", "sd2_inpainting"),
+    (r"(stabilityai|sd2-community)/stable-diffusion-2-inpainting", "sd2_inpainting"),
+    (r"stable-diffusion-v2-depth(/.*)?|(stabilityai|sd2-community)/stable-diffusion-2-depth", "sd2_depth"),
+    (
+        r"stable-diffusion-xl-v1-base-inpainting(/.*)?|diffusers/stable-diffusion-xl-1\.0-inpainting-0\.1",
+        "sdxl_inpainting",
+    ),
+    (r"kolors(-[^/]*)?(/.*)?|(Kwai-Kolors/|terminusresearch/kwai-)kolors\S*", "kolors"),
     # What musubi-tuner (utils/sai_model_spec.py), ai-toolkit (flux2_model.py, flux2_klein_model.py) and OneTrainer say.
     (r"(flux\.?2-|flux_2_)dev(/.*)?", "flux2_dev"),
     *((rf"(flux\.?2-klein-|flux_?2_klein_){size}(/.*)?", f"flux2_klein_{size}") for size in ("4b", "9b")),
@@ -45,11 +60,37 @@ _NAMES = (
     # sd-scripts and ai-toolkit; OneTrainer.
     (r"chroma(1|-(base|hd|flash))?(/.*)?", "chroma"),
     (r"lodestones/Chroma(1-\S+)?", "chroma"),
-    (r"Qwen/Qwen-Image\S*|qwen[-_]image([-_][^/]*)?(/.*)?", "qwen_image"),
+    (r"Qwen/Qwen-Image(?!-2\.)\S*|qwen[-_]image(?![-_]2\.)([-_][^/]*)?(/.*)?", "qwen_image"),
+    (r"Qwen/Qwen-Image-2\.1\S*|qwen[-_]image[-_]2\.1(/.*)?", "qwen_image_2_1"),
+    (r"black-forest-labs/flux-3-image-klein\S*", "flux3_klein"),
+    (r"MiniMaxAI/MiniMax-H3\S*|minimax_h3(_ref2va)?", "minimax_h3"),  # the latter: ai-toolkit
+    (r"Tencent-Hunyuan/(HunyuanDiT|Distillation)\S*", "hunyuan_dit"),
+    (
+        r"stable-cascade-v1-prior(/.*)?|stable_cascade-stage-c(/.*)?|stabilityai/stable-cascade\S*",
+        "stable_cascade",
+    ),  # the former: OneTrainer
+    (r"ACE-Step/(Ace-Step1\.5|acestep-v15-(?!xl)\S+)", "ace_step_1_5"),
+    (r"ACE-Step/acestep-v15-xl\S*", "ace_step_1_5_xl"),
     (r"Wan-AI/Wan2\.1-T2V-1\.3B\S*", "wan_1_3b"),
     (r"Wan-AI/Wan2\.\d-T2V-A?14B\S*", "wan_14b"),
     (r"Wan-AI/Wan2\.1-I2V-14B\S*", "wan_14b_i2v"),
     (r"Wan-AI/Wan2\.2-TI2V-5B\S*", "wan_5b"),
+    (r"Wan-AI/Wan2\.1-FLF2V-14B\S*", "wan_14b_flf2v"),
+    *((rf"Wan-AI/Wan2\.1-VACE-{said}\S*", f"wan_vace_{size}") for said, size in (("14B", "14b"), (r"1\.3B", "1_3b"))),
+    (r"alibaba-pai/Wan2\.2-VACE-Fun-A14B\S*", "wan_vace_14b"),
+    (r"Wan-AI/Wan2\.2-Animate-14B\S*", "wan_animate_14b"),
+    # Alibaba-PAI's models with controls, and SkyReels V2, have the modules of Wan's.
+    (r"alibaba-pai/Wan2\.1-Fun-(V1\.1-)?1\.3B-InP", "wan_1_3b_i2v"),
+    (r"alibaba-pai/Wan2\.1-Fun-(V1\.1-)?14B-InP", "wan_14b_i2v"),
+    (r"alibaba-pai/Wan2\.2-Fun-A14B-InP", "wan_14b"),
+    *(
+        (rf"Skywork/SkyReels-V2-(DF|T2V)-{said}-\S+", name)
+        for said, name in (("14B", "wan_14b"), (r"1\.3B", "wan_1_3b"))
+    ),
+    *(
+        (rf"Skywork/SkyReels-V2-I2V-{said}-\S+", f"wan_{size}_i2v")
+        for said, size in (("14B", "14b"), (r"1\.3B", "1_3b"))
+    ),
     # musubi-tuner says the same of every Wan; the image-to-video model of 2.2 has no modules of its own.
     *((r"wan_?2\.1(/.*)?", either) for either in ("wan_1_3b", "wan_14b", "wan_14b_i2v", "wan_5b")),
     (r"Wan-AI/Wan2\.2-I2V-A14B\S*|wan_2\.2_14b", "wan_14b"),
@@ -124,6 +165,11 @@ def named(value: str) -> list[str]:
 
 def in_file(metadata: Mapping[str, str], config: Mapping[str, Any] | None = None) -> frozenset[str]:
     """The built-in architectures that a header names, or a config beside the file."""
+    return frozenset(name for value in values(metadata, config) for name in named(value))
+
+
+def values(metadata: Mapping[str, str], config: Mapping[str, Any] | None = None) -> list[str]:
+    """What a header, or a config beside the file, calls the base."""
     said = [metadata.get(field, "") for field in FIELDS]
     base = (config or {}).get(IN_CONFIG)
-    return frozenset(name for value in (*said, base) if isinstance(value, str) for name in named(value))
+    return [value for value in (*said, base) if isinstance(value, str)]

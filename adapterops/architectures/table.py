@@ -79,6 +79,12 @@ class Architecture(NamedTuple):
     """The built-in architecture that this one is a later release of, with the same names for what both have."""
     yields: bool = False
     """Whether others that are younger are taken before it: far more adapters are theirs."""
+    variant: str = ""
+    """The word by which headers call a variant of `release_of` with the same modules, and others or wider ones: it is taken
+    only where that base has not all of a file, or where a file calls its base so."""
+
+    prefixed: bool = False
+    """Whether language models have such names, too, so that they tell something only behind a prefix."""
 
     @property
     def turn(self) -> tuple[bool, str]:
@@ -117,14 +123,13 @@ def load(name: str) -> Architecture:
     with open(path, encoding="utf-8") as file:
         text = file.read()
     title, released = (found[1] for found in (_TITLE.search(text), _RELEASED.search(text)) if found)
-    family = _FAMILY.search(text)
+    family, variant = (found[1] if found else "" for found in (_FAMILY.search(text), _VARIANT.search(text)))
     components = _Components(path, text)
-    return Architecture(
-        name, title, components, True, released, family[1] if family else "", bool(_YIELDS.search(text))
-    )
+    yields, prefixed = (bool(line.search(text)) for line in (_YIELDS, _PREFIXED))
+    return Architecture(name, title, components, True, released, family, yields, variant, prefixed)
 
 
-_TITLE, _RELEASED, _FAMILY, _COMPONENT, _YIELDS = (
+_TITLE, _RELEASED, _FAMILY, _COMPONENT, _YIELDS, _VARIANT, _PREFIXED = (
     re.compile(line, re.MULTILINE)
     for line in (
         r'^title = "([^"\\]+)"$',
@@ -132,6 +137,8 @@ _TITLE, _RELEASED, _FAMILY, _COMPONENT, _YIELDS = (
         r'^family = "([^"\\]+)"$',
         r"^\[components\.(\w+)\]$",
         r"^yields = true$",
+        r'^variant = "([^"\\]+)"$',
+        r"^prefixed = true$",
     )
 )
 """The lines of an architecture's file that tell whether it is worth parsing."""
@@ -151,10 +158,7 @@ class _Components(Mapping[str, Component]):
             document = _read(self._path)
             templates, tables = _templates(document), document["components"]
             self._made = {
-                # The same model as another architecture's.
-                own: load(table["of"]).components[own]
-                if "of" in table
-                else _component(own, table, templates, table["config"])
+                own: _taken_over(own, table) if "of" in table else _component(own, table, templates, table["config"])
                 for own, table in tables.items()
             }
         return self._made[name]
@@ -203,6 +207,15 @@ class _Components(Mapping[str, Component]):
     def _templates(self) -> Mapping[str, list[BareRow]]:
         own = self._lines
         return {**{key: rows for path in own.include for key, rows in _shared(path).items()}, **own.templates}
+
+
+def _taken_over(name: str, table: Mapping[str, Any]) -> Component:
+    """The component of another architecture: the same model, or (`config`) one of other numbers."""
+    if "config" not in table:
+        return load(table["of"]).components[name]
+    document = _read(os.path.join(_FOLDER, f"{table['of']}.toml"))
+    theirs = document["components"][name]
+    return _component(name, theirs, _templates(document), {**theirs["config"], **table["config"]})
 
 
 def beginnings_of(architecture: Architecture, component: str, column: str) -> frozenset[str]:

@@ -13,6 +13,7 @@ A row describes one module, or a family of them:
     conv       (out, in, kernel height, kernel width)
     embedding  (num_embeddings, dim)
     norm       (channels,)
+    other      of what is none of these, as torch stores it (a transposed convolution)
     parameter  of a bare parameter, which has no `weight`: `canonical` and `original` end with its own name
     bias       whether the module has a bias; by default all but embeddings have
     joins      for a module that only the authors have: the canonical modules whose rows make up its own, in order; a
@@ -29,7 +30,8 @@ The component's globals are the numbers of its config, its `vars`, and four tabl
     counts     names for the lengths of lists: { vace_blocks = "vace_layers" }
     others     names for the numbers below a count that a list leaves out: { single = ["num_layers", "dual_layers"] }
 
-A component that another architecture has, too, has only `of`, the name of that architecture.
+A component that another architecture has, too, has only `of`, the name of that architecture, and in `config` the numbers of
+its own that differ from that one's.
 
 A template sees its loop variables, its `with` arguments and the component's globals, not its caller's scope.
 """
@@ -42,7 +44,7 @@ from typing import Any
 from adapterops.architectures.expression import Scope, Value, evaluate, evaluate_integer, fill
 from adapterops.architectures.spec import ModuleSpec, Piece
 
-KINDS = ("linear", "conv", "embedding", "norm", "parameter")
+KINDS = ("linear", "conv", "embedding", "norm", "other", "parameter")
 _COLUMNS = frozenset(
     {"for", "canonical", "original", "use", "with", "bias", "joins", "partial", "widens", "tied_to", *KINDS}
 )

@@ -18,6 +18,12 @@ ONETRAINER = {
     "stable-diffusion-v3-medium/lora": {"sd3"},
     "stable-diffusion-xl-v1-base/lora": {"sdxl"},
     "Z-Image/lora": {"z_image"},
+    "stable-diffusion-v1/lora": {"sd1"},
+    "stable-diffusion-v1-inpainting/lora": {"sd1_inpainting"},
+    "stable-diffusion-v2-inpainting/lora": {"sd2_inpainting"},
+    "stable-diffusion-v2-depth/lora": {"sd2_depth"},
+    "stable-diffusion-xl-v1-base-inpainting/lora": {"sdxl_inpainting"},
+    "stable-cascade-v1-prior/lora": {"stable_cascade"},
 }
 """Nerogar/OneTrainer `resources/sd_model_spec/*-lora.json`."""
 MUSUBI = {
@@ -45,6 +51,8 @@ AI_TOOLKIT = {
     "qwen_image": {"qwen_image"},
     "zimage": {"z_image"},
     "ltx2": {"ltx_2", "ltx_2_3"},
+    "minimax_h3": {"minimax_h3"},
+    "minimax_h3_ref2va": {"minimax_h3"},
     "chroma_radiance": set(),
     "zeta_chroma": set(),
 }
@@ -63,11 +71,36 @@ SIMPLETUNER = {
     "qwen_image-v1.0/lora": {"qwen_image"},
     "ltxvideo-0.9.5/lora": {"ltx_2b"},
     "ltxvideo2-dev/lora": {"ltx_2"},
+    "kolors-1.0/lora": {"kolors"},
+    "stable_cascade-stage-c/lora": {"stable_cascade"},
+    "stable_cascade-stage-c-lite/lora": set(),
 }
 """bghira/SimpleTuner `simpletuner/helpers/training/save_hooks.py` (`_derive_modelspec_architecture`): family and flavour."""
+HUB = {
+    "Qwen/Qwen-Image-Edit-2511": {"qwen_image"},
+    "Qwen/Qwen-Image-2512": {"qwen_image"},
+    "Qwen/Qwen-Image-2.1": {"qwen_image_2_1"},
+    "black-forest-labs/flux-3-image-klein-base": {"flux3_klein"},
+    "MiniMaxAI/MiniMax-H3": {"minimax_h3"},
+    "ACE-Step/acestep-v15-turbo-diffusers": {"ace_step_1_5"},
+    "ACE-Step/acestep-v15-xl-turbo-diffusers": {"ace_step_1_5_xl"},
+    "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers": {"hunyuan_dit"},
+    "stabilityai/stable-cascade-prior": {"stable_cascade"},
+    "Kwai-Kolors/Kolors-diffusers": {"kolors"},
+    "timbrooks/instruct-pix2pix": {"sd1_instruct_pix2pix"},
+    "stable-diffusion-v1-5/stable-diffusion-inpainting": {"sd1_inpainting"},
+    "diffusers/stable-diffusion-xl-1.0-inpainting-0.1": {"sdxl_inpainting"},
+    "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": {"wan_14b_flf2v"},
+    "Wan-AI/Wan2.1-VACE-1.3B-diffusers": {"wan_vace_1_3b"},
+    "Wan-AI/Wan2.2-Animate-14B-Diffusers": {"wan_animate_14b"},
+    "alibaba-pai/Wan2.1-Fun-V1.1-14B-InP": {"wan_14b_i2v"},
+    "Skywork/SkyReels-V2-DF-1.3B-540P": {"wan_1_3b"},
+    "Skywork/SkyReels-V2-I2V-14B-720P-Diffusers": {"wan_14b_i2v"},
+}
+"""Repositories of the models themselves, as PEFT configs and trainers name them."""
 
 
-@pytest.mark.parametrize("said", [ONETRAINER, MUSUBI, AI_TOOLKIT, SIMPLETUNER])
+@pytest.mark.parametrize("said", [ONETRAINER, MUSUBI, AI_TOOLKIT, SIMPLETUNER, HUB])
 def test_names_in_headers(said: dict[str, set[str]]) -> None:
     assert {value: set(named(value)) for value in said} == said
     assert set().union(*said.values()) <= set(names())

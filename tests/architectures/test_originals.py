@@ -200,6 +200,51 @@ def test_diffusers_converts_ideogram_4_as_the_rows_say() -> None:
     assert differences(made, {f"transformer.{key}": rows for key, rows in expected.items()}) == []
 
 
+def test_diffusers_converts_flux_3_as_the_rows_say() -> None:
+    component = small("flux3_klein", num_layers=2, num_single_layers=2)
+    checkpoint, expected = numbered(component)
+    norms = [key for key in checkpoint if "_norm." in key]
+    checkpoint |= {key.removesuffix("weight") + "scale": checkpoint.pop(key) for key in norms}
+    assert differences(convert("flux3", checkpoint), expected) == []
+    assert not checkpoint
+    assert {key.rpartition(".")[0] for key in expected} == set(component.modules)
+
+
+def test_diffusers_converts_qwen_image_2_1_as_the_rows_say() -> None:
+    component = small("qwen_image_2_1", num_layers=2)
+    checkpoint, expected = numbered(component)
+    assert differences(convert("qwen_image21", checkpoint), expected) == []
+    assert not checkpoint
+    assert {key.rpartition(".")[0] for key in expected} == set(component.modules)
+
+
+def test_diffusers_converts_minimax_h3_as_the_rows_say() -> None:
+    component = small("minimax_h3", num_layers=2)
+    checkpoint, expected = numbered(component)
+    conversion: Any = importlib.import_module("diffusers.loaders.single_file_utils")
+    converted = conversion.convert_minimax_h3_transformer_checkpoint_to_diffusers(checkpoint, component.config)
+    assert differences(converted, expected) == []
+    assert not checkpoint
+    assert {key.rpartition(".")[0] for key in expected} == set(component.modules)
+
+
+def test_hunyuan_dits_rows_are_those_of_diffusers_script() -> None:
+    """Spot checks against huggingface/diffusers `scripts/convert_hunyuandit_to_diffusers.py`, which no package has."""
+    component = load("hunyuan_dit").components["transformer"]
+    originals = {spec.original: spec for spec in (*component.modules.values(), *component.fused.values())}
+    assert originals["blocks.0.attn1.Wqkv"].joins == tuple((f"blocks.0.attn1.to_{p}", 0, 1408) for p in "qkv")
+    assert originals["blocks.39.attn2.kv_proj"].joins == tuple((f"blocks.39.attn2.to_{p}", 0, 1408) for p in "kv")
+    assert originals["blocks.7.norm2"].name == "blocks.7.norm3"
+    assert originals["blocks.7.norm3"].name == "blocks.7.norm2"
+    assert originals["blocks.7.default_modulation.1"].name == "blocks.7.norm1.linear"
+    assert originals["final_layer.adaLN_modulation.1"].joins == (
+        ("norm_out.linear", 1408, 2816),
+        ("norm_out.linear", 0, 1408),
+    )
+    assert {"blocks.21.skip_linear", "blocks.39.skip_linear"} <= originals.keys()
+    assert "blocks.20.skip_linear" not in originals
+
+
 def test_diffusers_converts_auraflow_as_the_rows_say() -> None:
     component = small("auraflow", num_mmdit_layers=2, num_single_dit_layers=2)
     checkpoint, expected = numbered(component)

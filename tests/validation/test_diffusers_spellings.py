@@ -50,7 +50,7 @@ DEPTH: Mapping[str, int | list[int]] = {
     "transformer_layers_per_block": [1, 1, 1],
 }
 """How deep the models are: the last block of some differs from the others."""
-_NUMBERED = re.compile(r"(?:blocks|layers)\.(\d+)\.")
+_NUMBERED = re.compile(r"(?:blocks|layers)\.(?:image\.|image_cond\.)?(\d+)\.")
 _ATTENTION = re.compile(r"(attn\d?|attention)\.(to_|add_)")
 
 
@@ -98,13 +98,17 @@ def test_every_base_has_its_loader() -> None:
 
 
 def test_pipelines_without_a_loader_have_none() -> None:
-    """PixArt's, nor the class of its transformer; HunyuanVideo 1.5's and HunyuanImage's."""
+    """PixArt's, HunyuanDiT's and Stable Cascade's, nor the classes of their models; HunyuanVideo 1.5's and HunyuanImage's."""
     diffusers: Any = importlib.import_module("diffusers")
     for pipelines in ("HunyuanVideo15Pipeline", "HunyuanVideo15ImageToVideoPipeline", "HunyuanImagePipeline"):
         assert not hasattr(getattr(diffusers, pipelines), "load_lora_weights")
     assert not hasattr(diffusers.PixArtSigmaPipeline, "load_lora_weights")
     assert not hasattr(diffusers.PixArtAlphaPipeline, "load_lora_weights")
     assert not hasattr(diffusers.PixArtTransformer2DModel, "load_lora_adapter")
+    for pipelines in ("HunyuanDiTPipeline", "StableCascadePriorPipeline", "StableCascadeCombinedPipeline"):
+        assert not hasattr(getattr(diffusers, pipelines), "load_lora_weights")
+    assert not hasattr(diffusers.HunyuanDiT2DModel, "load_lora_adapter")
+    assert not hasattr(diffusers.StableCascadeUNet, "load_lora_adapter")
 
 
 @cache

@@ -29,8 +29,8 @@ FACTS: tuple[Fact, ...] = (
         Effect.DROPS,
         loaderless,
         "diffusers' pipelines of this base have no load_lora_weights, so that none of the {n tensor} ({keys}) is loaded",
-        why="The pipelines of PixArt, HunyuanVideo 1.5 and HunyuanImage have no loader of LoRAs; nor has the class of PixArt's "
-        "transformer.",
+        why="The pipelines of PixArt, HunyuanVideo 1.5, HunyuanImage, HunyuanDiT and Stable Cascade have no loader of LoRAs; nor "
+        "have the classes of PixArt's, HunyuanDiT's and Stable Cascade's models.",
         remedy="Run adapterops convert FILE --to peft, and load the folder into the transformer with peft's PeftModel.",
         fires="transformer.transformer_blocks.0.attn2.to_q.lora_A.weight (PixArt)",
         passes="transformer.transformer_blocks.0.attn2.to_q.lora_A.weight (Sana)",

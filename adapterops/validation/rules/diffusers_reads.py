@@ -92,6 +92,9 @@ _WAN_OTHERS = r"^(patch_embedding|vace_|pose_patch_embedding|motion_encoder|face
 """The modules that the converter of Wan's files does not know, those of its variants among them."""
 _WAN = Reads(Alphas.REFUSED, alphas_of=r"^(?!blocks\.)", sign=r"^diffusion_model\.blocks\.", refuses=_WAN_OTHERS)
 _QWEN = ("comfy", "comfy-down", "kohya", "kohya-diffusers", "kohya-peft", "kohya-diffusers-peft")
+_QWEN_2_1_AROUND = r"^(modulation|txt_in)\."
+_QWEN_2_1 = Reads(loses=r"img_mlp\.(gate_up|gate_layer|proj)$")
+_MINIMAX = ("comfy", "comfy-down", "kohya", "kohya-peft", "onetrainer-original", "original-down")
 _Z_ENDS = r"^all_(x_embedder|final_layer)"
 _Z_QKV = rf"{_Z_ENDS}|attention\.to_(qkv|[qkv]$)"
 _Z_COMFY = Reads(Alphas.REFUSED, alphas_of=r"attention\.to_out", loses=rf"{_Z_QKV}|attention\.to_out")
@@ -132,6 +135,12 @@ LORA: Mapping[str, Mapping[str, Reads]] = {
         "bfl-peft": Reads(turns=_FLUX2_TURNED),
         "kohya": Reads(loses=_FLUX2_KOHYA),
     },
+    "flux3_klein": {
+        **_OWN_WITHOUT_ALPHA,
+        "comfy": replace(_BARE, loses=r"^(?!(txt_)?mode_blocks\.|single_transformer_blocks\.)"),
+        "comfy-diffusers": _BARE,
+    },
+    "minimax_h3": {**_OWN_WITHOUT_ALPHA, **dict.fromkeys(_MINIMAX, READ), "diffsynth": Reads(sign=r"\.default\.")},
     "hunyuan_video": {**_OWN_WITHOUT_ALPHA, "comfy": _HUNYUAN, "diffusion-pipe": _HUNYUAN},
     "ltx_2b": {**_OWN_WITHOUT_ALPHA, "comfy": _LTX},
     "ltx_2": {**_OWN_WITHOUT_ALPHA, "comfy": _BARE},
@@ -156,6 +165,9 @@ LORA: Mapping[str, Mapping[str, Reads]] = {
     "pixart_alpha": {},
     "hunyuan_video_1_5": {},
     "hunyuan_image": {},
+    "hunyuan_dit": {},
+    "stable_cascade": {},
+    "ace_step_1_5": _OWN_WITHOUT_ALPHA,
     "kandinsky5_lite": _OWN_WITHOUT_ALPHA,
     # peft's LoRA of a grouped convolution needs as many ranks as groups, or a multiple.
     "sana_1600m": {d: replace(r, refuses=r"\.conv_depth$") for d, r in _OWN_WITHOUT_ALPHA.items()},
@@ -167,6 +179,19 @@ LORA: Mapping[str, Mapping[str, Reads]] = {
         **dict.fromkeys(_QWEN, READ),
         "diffusers-down": _SIGNED,
         "onetrainer-original": _SIGNED,
+        "diffsynth": Reads(sign=r"\.default\."),
+    },
+    "qwen_image_2_1": {
+        **_OWN_WITHOUT_ALPHA,
+        **dict.fromkeys(("comfy", "comfy-down"), _QWEN_2_1),
+        **dict.fromkeys(("kohya", "kohya-peft"), replace(_QWEN_2_1, refuses=_QWEN_2_1_AROUND)),
+        **dict.fromkeys(
+            ("kohya-diffusers", "kohya-diffusers-peft"),
+            Reads(loses=r"img_mlp\.gate_layer$", refuses=_QWEN_2_1_AROUND),
+        ),
+        "comfy-diffusers": READ,
+        "diffusers-down": _SIGNED,
+        **dict.fromkeys(("onetrainer-original", "original-down"), replace(_QWEN_2_1, sign=r"\.alpha$")),
         "diffsynth": Reads(sign=r"\.default\."),
     },
     "wan_animate_2_14b": {},
@@ -226,6 +251,8 @@ LOADERS: Mapping[str, Loader] = {
     "flux": Loader("Flux", ("transformer", "text_encoder")),
     "chroma": Loader("Flux", ("transformer",)),  # its T5 the loader takes for CLIP, and refuses
     "flux2_dev": Loader("Flux2", ("transformer",)),
+    "flux3_klein": Loader("Flux3", ("transformer",)),
+    "minimax_h3": Loader("MiniMaxH3", ("transformer", "transformer_ref")),
     "hunyuan_video": Loader("HunyuanVideo", ("transformer",)),
     "ltx_2b": Loader("LTXVideo", ("transformer",)),
     "ltx_2": Loader("LTX2", ("transformer", "connectors")),
@@ -239,12 +266,16 @@ LOADERS: Mapping[str, Loader] = {
     "pixart_alpha": Loader("", ()),
     "hunyuan_video_1_5": Loader("", ()),
     "hunyuan_image": Loader("", ()),
+    "hunyuan_dit": Loader("", ()),
+    "stable_cascade": Loader("", ()),
+    "ace_step_1_5": Loader("AceStep", ("transformer",)),
     "kandinsky5_lite": Loader("Kandinsky", ("transformer",)),
     "sana_1600m": Loader("Sana", ("transformer",)),
     "ernie_image": Loader("ErnieImage", ("transformer",)),
     "anima": Loader("Anima", ("transformer", "text_conditioner")),
     "krea2": Loader("Krea2", ("transformer",)),
     "qwen_image": Loader("QwenImage", ("transformer",)),
+    "qwen_image_2_1": Loader("QwenImage", ("transformer",)),
     "wan_14b": Loader("Wan", ("transformer", "transformer_2")),
     # Its pipeline has Wan's, which fails: it looks for an `image_dim` in the config, and the model has none.
     "wan_animate_2_14b": Loader("", ()),
