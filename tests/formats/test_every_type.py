@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,21 +23,13 @@ from adapterops.methods import METHODS
 from adapterops.operations.lora_factors import Budget
 from adapterops.operations.lora_maker import AS_THEY_ARE
 
+pytestmark = pytest.mark.usefixtures("one_thread", "quiet")
+
 CASES: dict[str, Case] = {
     name: case
     for family in sorted(Path(__file__).parent.glob("zoo_*.py"))
     for name, case in import_module(family.stem).CASES.items()
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-    torch.set_num_threads(before)
 
 
 def remake(case: Case, weights: Path, target: Path, fields: Mapping[str, Any], known: bool) -> None:

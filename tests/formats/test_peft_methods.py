@@ -6,7 +6,7 @@ hold enough) with the config thrown away and alpha said again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,9 @@ from adapterops.architectures.listing import list_modules
 from adapterops.methods import METHODS
 from adapterops.storage.tensor import LazyTensor, MemorySource
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOKENS = torch.tensor([[1, 2, 3, 4]])
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """These models are too small to share out between threads, which only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Net(nn.Module):

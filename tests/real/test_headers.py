@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 
 import pytest
+from checks import same, sound
 from safetensors.torch import load_file
-from test_trainers import same, sound
-from test_wan_z_image import Modules, comfy
-from trainers import DOWN_UP, Tensors, pairs, some, write
+from trainers import DOWN_UP, Modules, Tensors, comfy, pairs, some, write
 
 import adapterops as ao
 from adapterops import errors
@@ -209,3 +208,30 @@ def test_bare_names_that_a_base_has_in_another_size_are_peft_s(name: str, tmp_pa
     assert done.source_dialect == "peft"
     assert done.proof is not None
     assert done.proof.modules == 3
+
+
+@pytest.mark.parametrize("ends", [(".lora_A.weight", ".lora_B.weight"), DOWN_UP], ids=["A", "down"])
+@pytest.mark.parametrize(
+    ("modules", "others"),
+    [(FEW, ("chroma", "hunyuan_video")), (MODULATION, ("hunyuan_video",))],
+    ids=["few", "modulation"],
+)
+def test_few_blocks_without_a_header_may_be_either(
+    modules: Modules, others: tuple[str, ...], ends: tuple[str, str], tmp_path: Path
+) -> None:
+    path = write(tmp_path / "a.safetensors", pairs(modules, "diffusion_model.", ends, 2.0))
+    found = ao.inspect(path)
+    assert (found.architecture.value, found.architecture.certainty) == ("flux", Certainty.ASSUMED)
+    assert found.architecture.others == others
+    (note,) = found.notes
+    assert f"fit flux and {', '.join(others)} alike" in note
+    assert "--arch decides" in note
+    for base in ("flux", "hunyuan_video"):
+        ao.convert(path, "diffusers", tmp_path / f"{base}.safetensors", arch=base)
+    same(load_file(tmp_path / "flux.safetensors"), load_file(tmp_path / "hunyuan_video.safetensors"))
+
+
+def test_a_file_that_ends_where_flux_does_is_of_flux(tmp_path: Path) -> None:
+    blocks: Modules = {f"double_blocks.{at}.img_mod.lin": (18432, 3072) for at in range(19)}
+    found = ao.inspect(write(tmp_path / "a.safetensors", pairs(blocks, "diffusion_model.", rank=1)))
+    assert (found.architecture.value, found.architecture.certainty, found.notes) == ("flux", Certainty.DERIVED, ())

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from checks import same
 from safetensors.torch import load_file
-from test_trainers import same
 from trainers import DEFAULT, DOWN_UP, Tensors, lokr, pairs, write
 
 import adapterops as ao

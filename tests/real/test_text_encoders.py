@@ -11,10 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from checks import comes_back, sound
 from safetensors.torch import load_file
-from test_trainers import sound
-from test_wan_z_image import Modules, comes_back, comfy, musubi
-from trainers import DOWN_UP, QWEN, Tensors, clip, pairs, some, write
+from trainers import DOWN_UP, QWEN, Modules, Tensors, clip, comfy, musubi, pairs, some, write
 
 import adapterops as ao
 from adapterops import errors

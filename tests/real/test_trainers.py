@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from checks import same, sound
 from safetensors.torch import load_file
 from trainers import (
     CLIP,
@@ -34,23 +35,11 @@ DEEP = {"mid_block.attentions.0.transformer_blocks.9.attn2.to_k": (1280, 2048)}
 """One that SDXL alone has."""
 
 
-def sound(path: Path) -> None:
-    """`validate` has nothing to say of the file."""
-    report = ao.validate(path, ignore=["D601"])
-    assert [str(f) for f in report] == []
-
-
 def as_peft(path: Path, folder: Path) -> tuple[Tensors, dict[str, Any]]:
     """The tensors and the config of the PEFT folder that the file is converted to."""
     ao.convert(path, "peft", folder)
     config: dict[str, Any] = json.loads((folder / "adapter_config.json").read_text())
     return load_file(folder / "adapter_model.safetensors"), config
-
-
-def same(got: Tensors, wanted: Tensors) -> None:
-    """The same tensors under the same keys."""
-    assert set(got) == set(wanted)
-    assert [key for key in wanted if not torch.equal(got[key], wanted[key])] == []
 
 
 @pytest.mark.parametrize(("rank", "alpha"), [(None, 1e10), (4, 2.0)])

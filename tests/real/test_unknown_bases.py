@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
-from trainers import DOWN_UP, FLUX, Tensors, pairs, write
+from trainers import DOWN_UP, FLUX, comfy, musubi, pairs, write
 
 import adapterops as ao
 from adapterops.cli.main import run
@@ -26,21 +27,11 @@ ANOTHER_COSMOS = {"blocks.0.self_attn.q_proj": (5120, 5120), "blocks.35.mlp.laye
 FLUX_OF_ANOTHER_SIZE = {"double_blocks.0.img_attn.proj": (5120, 5120), "single_blocks.47.linear2": (5120, 20480)}
 
 
-def comfy(modules: dict[str, tuple[int, int]]) -> Tensors:
-    """As ai-toolkit and diffusion-pipe save what Comfy is to read."""
-    return pairs(modules, "diffusion_model.")
-
-
-def musubi(modules: dict[str, tuple[int, int]]) -> Tensors:
-    """As kohya-ss/musubi-tuner `networks/lora.py` saves."""
-    return pairs(modules, "lora_unet_", DOWN_UP, 1.0, flat=True, rank=1)
-
-
 CASES = {
     "names of its own, Comfy": (comfy, OWN_NAMES, "in none of the known base models"),
-    "names of its own, musubi-tuner": (musubi, OWN_NAMES, "in none of the known base models"),
+    "names of its own, musubi-tuner": (partial(musubi, rank=1), OWN_NAMES, "in none of the known base models"),
     "a Cosmos of no known size, Comfy": (comfy, ANOTHER_COSMOS, "fits none of the known base models"),
-    "a larger one, musubi-tuner": (musubi, LARGER, "in none of the known base models"),
+    "a larger one, musubi-tuner": (partial(musubi, rank=1), LARGER, "in none of the known base models"),
     "a Flux of no known size, Comfy": (comfy, FLUX_OF_ANOTHER_SIZE, "fits none of the known base models"),
 }
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
+from checks import same
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_trainers import same
 from trainers import DOWN_UP, Tensors, pairs, write
 
 import adapterops as ao

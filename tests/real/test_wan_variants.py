@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import importlib
-import json
-from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from checks import same, sound
 from safetensors.torch import load_file
-from test_trainers import same, sound
-from trainers import DEFAULT, DOWN_UP, Shape, Tensors, pairs, some, write
+from trainers import DEFAULT, DOWN_UP, Modules, Tensors, comfy, pairs, some, write
 
 import adapterops as ao
 from adapterops import architectures
 from adapterops.architectures import Component, ModuleSpec
 from adapterops.architectures.table import _component, _read, _templates
-
-Modules = Mapping[str, Shape]
 
 VARIANTS: dict[str, Modules] = {
     "wan_vace_14b": {"vace_blocks.0.before_proj": (5120, 5120), "vace_blocks.7.cross_attn.o": (5120, 5120)},
@@ -44,11 +40,6 @@ def fun(modules: Modules) -> Tensors:
 def diffsynth(modules: Modules) -> Tensors:
     """modelscope/DiffSynth-Studio, with `--remove_prefix_in_ckpt pipe.vace.` or `pipe.dit.`, as its examples have it."""
     return pairs(modules, "", DEFAULT)
-
-
-def comfy(modules: Modules) -> Tensors:
-    """Wan 2.2 Animate's relighting LoRA and others, as they are repacked for ComfyUI."""
-    return pairs(modules, "diffusion_model.")
 
 
 @pytest.mark.parametrize("writer", [comfy, fun, diffsynth])
@@ -130,87 +121,6 @@ def test_the_places_of_two_images_are_a_parameter(tmp_path: Path) -> None:
     with torch.device("meta"):
         own = dict(model.from_config({**small("wan_14b_flf2v").config, "num_layers": 1}).named_parameters())
     assert own["condition_embedder.image_embedder.pos_embed"].shape == (1, 514, 1280)
-
-
-SMALL = {
-    "num_attention_heads": 2,
-    "attention_head_dim": 12,
-    "num_layers": 2,
-    "ffn_dim": 32,
-    "text_dim": 16,
-    "freq_dim": 16,
-}
-VACE = {
-    **SMALL,
-    "_class_name": "WanVACETransformer3DModel",
-    "in_channels": 4,
-    "out_channels": 4,
-    "vace_layers": [0, 1],
-    "vace_in_channels": 6,
-}
-ANIMATE = {
-    **SMALL,
-    "_class_name": "WanAnimateTransformer3DModel",
-    "image_dim": 16,
-    "added_kv_proj_dim": 24,
-    "face_encoder_hidden_dim": 16,
-    "inject_face_latents_blocks": 1,
-}
-OF_VACE = {
-    "blocks.1.self_attn.q": "blocks.1.attn1.to_q",
-    "vace_blocks.0.before_proj": "vace_blocks.0.proj_in",
-    "vace_blocks.1.after_proj": "vace_blocks.1.proj_out",
-    "vace_blocks.1.cross_attn.o": "vace_blocks.1.attn2.to_out.0",
-}
-
-
-def small_model(config: Mapping[str, Any], tmp_path: Path) -> Any:
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    return getattr(importlib.import_module("diffusers"), config["_class_name"]).from_config(config)
-
-
-def added(model: Any, path: Path) -> Tensors:
-    """What diffusers' own loader adds to the weights."""
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    model.load_lora_adapter(load_file(path), prefix="transformer")
-    model.fuse_lora()
-    model.unload_lora()
-    changes = {name: value - before[name] for name, value in model.state_dict().items()}
-    return {name: change for name, change in changes.items() if change.any()}
-
-
-def delta(tensors: Tensors, stem: str) -> torch.Tensor:
-    return tensors[f"{stem}.lora_B.weight"] @ tensors[f"{stem}.lora_A.weight"]
-
-
-def test_the_class_of_vace_takes_what_we_write(tmp_path: Path) -> None:
-    model = small_model(VACE, tmp_path)
-    tensors = {key: t.float() for key, t in comfy(dict.fromkeys(OF_VACE, (24, 24))).items()}
-    path = write(tmp_path / "a.safetensors", tensors)
-    ao.convert(path, "diffusers", tmp_path / "b.safetensors", base=tmp_path / "config.json")
-    found = added(model, tmp_path / "b.safetensors")
-    assert found.keys() == {f"{name}.weight" for name in OF_VACE.values()}
-    for name, own in OF_VACE.items():
-        assert torch.allclose(found[f"{own}.weight"], delta(tensors, f"diffusion_model.{name}"), atol=1e-5)
-
-
-def test_the_class_of_animate_takes_what_we_write(tmp_path: Path) -> None:
-    """Keys and values are one projection at the authors', and two at diffusers'."""
-    model = small_model(ANIMATE, tmp_path)
-    names = {"face_adapter.fuser_blocks.1.linear1_kv": (48, 24), "face_adapter.fuser_blocks.0.linear1_q": (24, 24)}
-    tensors = {key: t.float() for key, t in comfy({**names, "face_encoder.out_proj": (24, 16)}).items()}
-    path = write(tmp_path / "a.safetensors", tensors)
-    ao.convert(path, "diffusers", tmp_path / "b.safetensors", base=tmp_path / "config.json")
-    found = added(model, tmp_path / "b.safetensors")
-    fused = torch.cat([found.pop("face_adapter.1.to_k.weight"), found.pop("face_adapter.1.to_v.weight")])
-    assert torch.allclose(fused, delta(tensors, "diffusion_model.face_adapter.fuser_blocks.1.linear1_kv"), atol=1e-5)
-    alike = {
-        "face_adapter.0.to_q": "face_adapter.fuser_blocks.0.linear1_q",
-        "face_encoder.out_proj": "face_encoder.out_proj",
-    }
-    assert found.keys() == {f"{name}.weight" for name in alike}
-    for own, name in alike.items():
-        assert torch.allclose(found[f"{own}.weight"], delta(tensors, f"diffusion_model.{name}"), atol=1e-5)
 
 
 @pytest.mark.parametrize("class_name", ["SkyReelsV2Transformer3DModel", "ChronoEditTransformer3DModel"])
