@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 import click
 
 from adapterops import __version__
+from adapterops.cli.interrupts import spare_imports
 from adapterops.errors import AdapterOpsError
 
 COMMANDS = {
@@ -104,7 +105,9 @@ def run(arguments: list[str] | None = None) -> None:
         if debug:
             raise
         _fail(error, wants_json, error.exit_code)
-    except click.exceptions.Abort:
+    except click.exceptions.Abort as abort:
+        if isinstance(abort.__cause__, EOFError):  # click takes it for the end of a dialogue, and there is none
+            _confess(abort.__cause__, wants_json)
         _stop()
     except KeyboardInterrupt:
         _stop()
@@ -135,6 +138,7 @@ def script() -> None:
     one, would cost a command a tenth of its time.
     """
     code = 0
+    spare_imports()
     try:
         run()
     except SystemExit as stop:

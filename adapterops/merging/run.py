@@ -281,8 +281,8 @@ def _share_out(work: Sequence[_Work], spool: Spool, settings: Settings, dtype: s
                         progress(done, len(work))
 
     with _one_thread(), ThreadPoolExecutor(count, thread_name_prefix="adapterops-merge") as pool:
-        futures = [pool.submit(labour, devices[n % len(devices)]) for n in range(count)]
         try:
+            futures = [pool.submit(labour, devices[n % len(devices)]) for n in range(count)]
             wait(futures, return_when=FIRST_EXCEPTION)
         finally:
             stop.set()

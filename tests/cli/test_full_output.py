@@ -18,7 +18,8 @@ FULL = Path("/dev/full")
 
 def _shell(line: str, *arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
     """What `/bin/sh` makes of a line, in which `"$@"` is `adapterops` with the arguments."""
-    command = [sys.executable, "-m", "adapterops", *map(str, arguments)]
+    # Under a limit on files Python would leave half a module in its cache.
+    command = [sys.executable, "-B", "-m", "adapterops", *map(str, arguments)]
     return subprocess.run(
         ["/bin/sh", "-c", line, "sh", *command], cwd=folder, capture_output=True, text=True, check=False
     )
