@@ -155,14 +155,19 @@ def _declared(level: Sequence[Fit], hint: str | None, source: Source | None) -> 
 
 def _refusal(best: Fit, path: str, fits: Sequence[Fit]) -> UnknownArchitectureOfFile:
     """The error for a file that no known base model has half of the modules of."""
-    known = f"adapterops architectures lists all {len(fits)}" if len(fits) > 1 else fits[0].architecture.name
+    known = (
+        f"adapterops architectures lists all {len(architectures.names())}"
+        if len(fits) > 1
+        else fits[0].architecture.name
+    )
     if best.named and not best.shaped:
         entry = best.misshapen[0]
         tensor, *rest = sorted(entry.tensors.values(), key=lambda t: -t.numel)
         beside = "".join(f" (beside {t.key!r} {list(t.shape)})" for t in rest[:1] if t.numel > 1)
+        names = f"{best.named} module names are those" if best.named > 1 else "its module's name is one"
         return UnknownArchitectureOfFile(
             f"{tensor.where}: shape {list(tensor.shape)}{beside} fits none of the known base models ({known}), though "
-            f"{best.named} module names are those of {best.architecture.name}; give --base CONFIG of its base model"
+            f"{names} of {best.architecture.name}; give --base CONFIG of its base model"
         )
     entry = (best.unknown or best.misshapen)[0]
     others = f" and {len(best.unknown) - 1} others are" if len(best.unknown) > 1 else " is"
@@ -249,14 +254,14 @@ def _elsewhere(entry: Group, others: int) -> str:
     `others` of the file's modules are the base's that was tried.
     """
     mixed = ": the file mixes two spellings, or two base models" if others else ""
-    known = [architectures.load(name) for name in architectures.names()]
+    known = sorted((architectures.load(name) for name in architectures.names()), key=lambda base: bool(base.variant))
     for base in known:
         for column in _COLUMNS if applies(entry.place, base) else ():
             module = book(base, replace(entry.place, names=column, names_in={})).table.get(entry.name)
             if module is not None:
                 return f"; it names {module} of {base.name}{mixed}"
     # Behind another beginning, which means another component, or none.
-    for base in sorted(known, key=lambda base: base.turn):
+    for base in sorted(known, key=lambda base: (bool(base.variant), base.turn)):
         for component in base.components:
             place = replace(entry.place, component=component, instead=(), only=frozenset())
             for column in _COLUMNS:

@@ -104,9 +104,9 @@ CASES: dict[str, tuple[Tensors, list[str]]] = {
         {**kohya(), "mystery.tensor": torch.ones(2)},
         ["does not know 'mystery.tensor'", "--allow-drop"],
     ),
-    "OFT": (
+    "OFT of another width": (
         {f"{FLAT}.oft_R.weight": torch.ones(4, 6), f"{FLAT}.oft_R.scaled_oft": torch.tensor(1.0)},
-        ["is OFT (OneTrainer)", f"{FLAT}.oft_R"],
+        ["fits none of the known base models", f"{FLAT}.oft_R", "--base CONFIG"],
     ),
     "LoKr factor without its other half": (
         {f"{FLAT}.lokr_w1": torch.ones(4, 4), f"{FLAT}.alpha": torch.tensor(1.0)},

@@ -21,7 +21,7 @@ from adapterops import registry
 from adapterops.errors import BrokenAdapter, CannotRepresent, UnknownModule, UsageError
 
 OTHERS = {"miss", "mlx", "gguf", "tfew", "sam-lora", "diffusion-pipe", "comfy-hunyuan", "comfy-down-hunyuan"}
-OTHERS |= {"tencent", "kohya-hunyuan", "genmo", "sd-scripts-oft", "sd-scripts-oft-flux"}
+OTHERS |= {"tencent", "kohya-hunyuan", "genmo", "sd-scripts-oft", "sd-scripts-oft-flux", "animatediff"}
 """Spellings of other methods, or of other models, alone."""
 DIALECTS = [d.name for form in registry.formats().values() for d in form.dialects if d.written and d.name not in OTHERS]
 UNETS = {

@@ -15,8 +15,9 @@ from adapterops.adapter import Certainty
 BOTH: Mapping[str, tuple[int, int]] = {
     "double_blocks.0.img_attn.proj": (3072, 3072),
     "double_blocks.0.img_mlp.2": (3072, 12288),
+    "txt_in": (3072, 4096),
 }
-"""Modules of Flux.1 and of Chroma."""
+"""Modules of Flux.1 and of Chroma; HunyuanVideo refines its text otherwise."""
 ANY: Mapping[str, tuple[int, int]] = {"double_blocks.0.img_attn.proj": (3072, 3072)}
 """Also of the smallest Flux.2."""
 CHROMA: Mapping[str, tuple[int, int]] = {**ANY, "distilled_guidance_layer.out_proj": (3072, 5120)}

@@ -145,16 +145,6 @@ def test_onetrainers_loha_for_diffusers(tmp_path: Path) -> None:
     same(got, {key.replace("transformer.", "base_model.model.", 1): t for key, t in stored.items()})
 
 
-def test_onetrainers_oft_is_called_so(tmp_path: Path) -> None:
-    """Its keys end as a module of (IA)³ might, and are no half of one."""
-    stem = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"
-    path = write(tmp_path / "a.safetensors", {f"{stem}.oft_R.weight": some(20, 496)})
-    with pytest.raises(ao.errors.UnsupportedFormat, match="is OFT"):
-        ao.load(path)
-    report = ao.validate(path, ignore=["D601"])
-    assert {f.rule.code for f in report} == {"F021"}
-
-
 @pytest.mark.parametrize("ends", [DEFAULT, (".lora_A.weight", ".lora_B.weight")])
 def test_diffsynths_qwen_image(ends: tuple[str, str], tmp_path: Path) -> None:
     """modelscope/DiffSynth-Studio `diffsynth/diffusion/training_module.py`: no component, alpha is the rank."""
