@@ -18,7 +18,6 @@ from adapterops.errors import (
     CannotRepresent,
     OutputExists,
     ProofFailed,
-    UnknownFact,
     UsageError,
 )
 from adapterops.loading import PathLike, load, read_source
@@ -29,6 +28,7 @@ from adapterops.proof import Proof, check_finite, prove
 from adapterops.storage import open_source
 from adapterops.storage.output import Progress, Staged, Timings, check_target, nothing
 from adapterops.storage.source import FOLDER_WEIGHTS, stem
+from adapterops.strength import insist_on_alphas, notes_on_alphas
 
 _DTYPE_NAMES = {
     "float64": "F64", "f64": "F64", "fp64": "F64",
@@ -187,7 +187,8 @@ def _insist_on_use(adapter: Adapter, dialect: Dialect, fields: Mapping[str, Any]
     unused = next((name for name in fields if name not in taken and name not in own), None)
     if unused is not None:
         said = f"; of {known} only {', '.join(sorted(own))} can be said" if own else ""
-        raise UsageError(f"--set {unused}: neither {known} nor {dialect.name} has a PEFT config to set it in{said}")
+        neither = f"neither {known} nor {dialect.name} has a" if known != dialect.name else f"{known} has no"
+        raise UsageError(f"--set {unused}: {neither} PEFT config to set it in{said}")
 
 
 def _not_taken(adapter: Adapter, form: Format, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -205,17 +206,6 @@ def _insist_on_init(adapter: Adapter, form: Format) -> None:
             f"published base its deltas are wrong, and {form.title} cannot say so. Make a plain LoRA of it first "
             "(peft: save_pretrained with path_initial_model_for_weight_conversion)"
         )
-
-
-def insist_on_alphas(adapter: Adapter) -> None:
-    """Raise `UnknownFact` for the first update whose alpha no source holds."""
-    for update in adapter:
-        if update.alpha is not None and update.alpha.value is None:
-            tensor = next(iter(update.tensors.values()))
-            raise UnknownFact(
-                f"{tensor.where}: the alpha of {update.name} is unknown: {update.alpha.source}. Without it the strength "
-                "of the adapter would be a guess; say it with --alpha X (the trainer's lora_alpha)"
-            )
 
 
 def dtype_named(name: str | None) -> str | None:
@@ -293,7 +283,8 @@ def _result(
     adapter: Adapter, out: Output, place: str, form: Format, dialect: Dialect, proof: Proof | None, timings: Timings
 ) -> Result:
     files = tuple(os.path.join(place, f.path) if form.is_folder else place for f in out.files)
-    notes = (*adapter.provenance.notes, *out.notes)
+    scales = notes_on_alphas(adapter, assumed=dialect.name != adapter.provenance.dialect)
+    notes = (*adapter.provenance.notes, *scales, *out.notes)
     # Where the target keeps alphas as tensors too, they were converted and not folded.
     written = set(adapter.provenance.folded.values()) if dialect.alpha is AlphaIn.TENSOR else set()
     return Result(

@@ -73,14 +73,15 @@ def inspect(
 
 def _configs(adapter: Adapter, fields: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
     """The config of each component (of the only one, where there is one), and what was assumed for it."""
-    from adapterops import api, registry
+    from adapterops import registry
     from adapterops.plugin import Target
+    from adapterops.strength import insist_on_alphas, notes_on_alphas
 
-    api.insist_on_alphas(adapter)
+    insist_on_alphas(adapter)
     form, dialect = registry.find("peft")
     out = form.write(form.prepared(adapter), Target(dialect, adapter.base, fields))
     configs = {f.path.rpartition("/")[0]: json.loads(f.text) for f in out.files if f.text is not None}
-    notes = list(dict.fromkeys((*adapter.provenance.notes, *out.notes)))
+    notes = list(dict.fromkeys((*adapter.provenance.notes, *notes_on_alphas(adapter), *out.notes)))
     return configs[""] if list(configs) == [""] else configs, notes
 
 

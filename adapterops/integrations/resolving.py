@@ -8,7 +8,7 @@ from dataclasses import replace
 from math import isfinite
 from typing import Any
 
-from adapterops import api, loading, registry
+from adapterops import loading, registry
 from adapterops.adapter import COMPONENTS, Adapter, Update
 from adapterops.architectures import Architecture
 from adapterops.dialects.aligning import align, rename
@@ -23,6 +23,7 @@ from adapterops.methods import METHODS
 from adapterops.plugin import Target
 from adapterops.proof import check_finite
 from adapterops.storage import Source, open_source
+from adapterops.strength import insist_on_alphas
 
 
 def for_pipeline(
@@ -57,7 +58,7 @@ def for_pipeline(
     if not found.updates:
         raise UsageError(f"{found.provenance.path}: has nothing of {', '.join(wanted.names or loadable)}")
     _insist_on_init(found)
-    api.insist_on_alphas(found)
+    insist_on_alphas(found)
     _insist_on_widths(found, architecture)
     check_finite(found)
     # A config of the source speaks of its own names; what it says of a scale is among the updates' facts.

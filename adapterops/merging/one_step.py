@@ -17,6 +17,7 @@ from adapterops.merging.run import Merged, Progress, combine, nothing
 from adapterops.merging.settings import Choice, Choose, Settings
 from adapterops.merging.steps import Step
 from adapterops.merging.weights import WeightRule
+from adapterops.strength import insist_on_alphas, notes_on_alphas
 
 _KEPT = ("ss_base_model_version", "ss_sd_model_name", "ss_sd_model_hash", "ss_new_sd_model_hash", "ss_v2",
          "modelspec.architecture", "modelspec.implementation", "modelspec.sai_model_spec", "modelspec.prediction_type",
@@ -52,7 +53,7 @@ def run_step(
     if method.adapters is not None and len(adapters) != method.adapters:
         raise UsageError(f"--method {step.method} merges {method.adapters} adapters, and {len(adapters)} are given")
     for adapter in adapters:
-        api.insist_on_alphas(adapter)
+        insist_on_alphas(adapter)
     _, base = bases.common_base(adapters)
     rules = [ref.rule for ref in step.sources]
     modules = [{(u.component, u.module) for u in adapter} for adapter in adapters]
@@ -72,7 +73,8 @@ def run_step(
         ready=ready,
         progress=shop.progress,
     )
-    return replace(merged, notes=(*_notes(step, adapters, merged.shared), *merged.notes))
+    scales = [f"{adapter.provenance.path}: {note}" for adapter in adapters for note in notes_on_alphas(adapter)]
+    return replace(merged, notes=(*_notes(step, adapters, merged.shared), *merged.notes, *scales))
 
 
 def _weight_of(rule: WeightRule, base: Architecture | None, choose: Choose, number: int) -> WeightOf:

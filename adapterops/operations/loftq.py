@@ -32,6 +32,7 @@ from adapterops.storage.base_weights import open_base
 from adapterops.storage.output import Progress, Staged, nothing
 from adapterops.storage.spool import Spool
 from adapterops.storage.tensor import TORCH_NAMES, LazyTensor, is_zero
+from adapterops.strength import insist_on_alphas
 
 if TYPE_CHECKING:
     import torch
@@ -225,7 +226,7 @@ def _replaced(
 ) -> tuple[Adapter, list[LoftqModule]]:
     """The adapter with its factors replaced, and what became of each module; a new base's weights go into `copy`."""
     _insist_on_published(adapter)
-    api.insist_on_alphas(adapter)
+    insist_on_alphas(adapter)
     left = {update.key: own.left(update) for update in adapter}
     if all(left.values()):
         first = next(iter(adapter))

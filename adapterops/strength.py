@@ -1,0 +1,40 @@
+"""What is known of an adapter's scales before anything is written: refused where it would be a guess, told where it is an
+assumption."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from adapterops.adapter import Adapter, Certainty, Update
+from adapterops.errors import UnknownFact
+
+
+def insist_on_alphas(adapter: Adapter) -> None:
+    """Raise `UnknownFact` for the first update whose alpha no source holds."""
+    for update in adapter:
+        if update.alpha is not None and update.alpha.value is None:
+            tensor = next(iter(update.tensors.values()))
+            raise UnknownFact(
+                f"{tensor.where}: the alpha of {update.name} is unknown: {update.alpha.source}. Without it the strength "
+                "of the adapter would be a guess; say it with --alpha X (the trainer's lora_alpha)"
+            )
+
+
+def notes_on_alphas(adapter: Adapter, assumed: bool = True) -> Iterator[str]:
+    """What the user should know of scales that no file holds: odd ones of `--alpha`, and, if asked, those assumed by
+    convention, which another format may write down."""
+    scaled = [update for update in adapter if update.alpha is not None]
+    usual = _with(scaled, Certainty.ASSUMED) if assumed else []
+    if usual:
+        source = usual[0].alpha.source if usual[0].alpha is not None else ""
+        some = "" if len(usual) == len(scaled) else f" of {len(usual)} modules of {len(scaled)} ({usual[0].name})"
+        yield f"alpha{some}: {source}; if training had another, say it with --alpha X"
+    given = {update.alpha.value for update in _with(scaled, Certainty.GIVEN) if update.alpha is not None}
+    if 0.0 in given:
+        yield "--alpha 0 makes the scale 0: the adapter changes nothing"
+    for value in sorted(value for value in given if value is not None and value < 0):
+        yield f"--alpha {value:g} turns the adapter's effect around: trainers write no negative alpha"
+
+
+def _with(updates: Iterable[Update], certainty: Certainty) -> list[Update]:
+    return [update for update in updates if update.alpha is not None and update.alpha.certainty is certainty]
