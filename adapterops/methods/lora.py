@@ -245,10 +245,13 @@ def product_error(b: Array, a: Array, b2: Array, a2: Array) -> float:
     """
     import numpy as np
 
+    same_a, same_b = (x.shape == y.shape and np.array_equal(x, y) for x, y in ((a, a2), (b, b2)))
+    if same_a and same_b:
+        return 0.0
     size = factor_norm(b, a)
-    if a.shape == a2.shape and np.array_equal(a, a2):
+    if same_a:
         difference = factor_norm(b - b2, a) if b.shape == b2.shape else inf
-    elif b.shape == b2.shape and np.array_equal(b, b2):
+    elif same_b:
         difference = factor_norm(b, a - a2) if a.shape == a2.shape else inf
     elif b.shape == b2.shape and a.shape == a2.shape:
         difference = factor_norm(np.hstack([b - b2, b2]), np.vstack([a, a - a2]))
