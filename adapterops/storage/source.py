@@ -410,7 +410,9 @@ def _beside(chosen: str, visible: list[str]) -> tuple[str, ...]:
         return ()
     more = f" and {len(others) - _FEW} more" if len(others) > _FEW else ""
     stand = "stands" if len(others) == 1 else "stand"
-    return (f"{', '.join(others[:_FEW])}{more} {stand} beside {chosen}; what is in there is no part of the adapter as read",)
+    return (
+        f"{', '.join(others[:_FEW])}{more} {stand} beside {chosen}; what is in there is no part of the adapter as read",
+    )
 
 
 def _holds_weights(folder: Folder) -> bool:
