@@ -12,7 +12,7 @@ Sources: https://github.com/ggml-org/llama.cpp `conversion/*.py` (`modify_tensor
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, NamedTuple
@@ -303,9 +303,3 @@ def insist_known(architecture: str, path: str) -> list[Row]:
             f"{every}"
         )
     return rows
-
-
-def every_module(row: Row) -> Iterator[str]:
-    """All that an adapter may act on, in transformers' names."""
-    yield from row.modules
-    yield from (f"{_LAYER}{name}" for name in row.experts)

@@ -31,6 +31,21 @@ if TYPE_CHECKING:
 LETTERS = "ABCDE"
 
 
+def sizes(update: Update) -> tuple[int | None, int | None]:
+    """The outputs and the inputs of the module, where the tensors say them."""
+    out: int | None = None
+    inputs: int | None = None
+    for letter in "AB":
+        found = _shape(update, letter) or (None, None)
+        out = out or (found[0] if len(found) == 2 else None)
+        inputs = inputs or (found[1] if len(found) == 2 and found[1] != 1 else None)
+    for letter in "DE":
+        found = _shape(update, letter) or (1,)
+        out = out or (found[0] if found[0] != 1 else None)
+    c = _shape(update, "C")
+    return out, inputs or (c[0] if c else None)
+
+
 class Glora(OfTheWeight):
     """peft's GLoRA.  peft has it for Linear alone."""
 
@@ -47,7 +62,7 @@ class Glora(OfTheWeight):
             raise BrokenAdapter(f"{update.tensors[unknown[0]].where}: GLoRA has the letters A to E alone")
         for letter in LETTERS:
             self._check(update, letter)
-        out, inputs = self.sizes(update)
+        out, inputs = sizes(update)
         for letter in LETTERS:
             found = _shape(update, letter)
             wanted = {"A": (out, inputs), "B": (out, inputs), "C": (inputs, 1)}.get(letter, (out,))
@@ -84,33 +99,19 @@ class Glora(OfTheWeight):
             tensor = next(t for role, t in update.tensors.items() if role.startswith(f"{letter}."))
             raise BrokenAdapter(f"{tensor.where}: shape {list(tensor.shape)} is no form that GLoRA has for {letter}")
 
-    def sizes(self, update: Update) -> tuple[int | None, int | None]:
-        """The outputs and the inputs of the module, where the tensors say them."""
-        out: int | None = None
-        inputs: int | None = None
-        for letter in "AB":
-            found = _shape(update, letter) or (None, None)
-            out = out or (found[0] if len(found) == 2 else None)
-            inputs = inputs or (found[1] if len(found) == 2 and found[1] != 1 else None)
-        for letter in "DE":
-            found = _shape(update, letter) or (1,)
-            out = out or (found[0] if found[0] != 1 else None)
-        c = _shape(update, "C")
-        return out, inputs or (c[0] if c else None)
-
     def rank(self, update: Update) -> int | None:
         """r, where some letter is a product of factors."""
         return next((t.shape[1] for role, t in update.tensors.items() if role.endswith(".Xd")), None)
 
     def fits(self, update: Update, shape: tuple[int, ...]) -> bool:
         try:
-            out, inputs = self.sizes(update)
+            out, inputs = sizes(update)
         except IndexError:
             return True  # `check` says it better than a shape could
         return len(shape) == 2 and out in (shape[0], None) and inputs in (shape[1], None)
 
     def take_rows(self, update: Update, pieces: Sequence[tuple[int, int]]) -> dict[str, LazyTensor]:
-        out, _ = self.sizes(update)
+        out, _ = sizes(update)
 
         def rowed(role: str, tensor: LazyTensor) -> bool:
             letter, _, rest = role.partition(".")

@@ -64,6 +64,13 @@ EPS = 6e-5
 """COFT's bound where a config says nothing."""
 
 
+def block_size(update: Update) -> int:
+    """The side of the update's blocks: b of the stored rows of b·(b−1)/2 numbers, or of the stored (b, b) ones."""
+    if generation(update) == 16:
+        return side(update.tensors["R"].shape[1]) or 0
+    return update.tensors["r"].shape[-1]
+
+
 class Oft(OfTheWeight):
     """OFT.  peft has it for Linear, Conv2d and Embedding."""
 
@@ -107,12 +114,6 @@ class Oft(OfTheWeight):
         if s is not None and (not s.numel or sum(n != 1 for n in s.shape) > 1):
             raise BrokenAdapter(f"{s.where}: shape {list(s.shape)}; OFT of peft 0.14 has one factor an output [out, 1]")
 
-    def block_size(self, update: Update) -> int:
-        """b."""
-        if generation(update) == 16:
-            return side(update.tensors["R"].shape[1]) or 0
-        return update.tensors["r"].shape[-1]
-
     def fits(self, update: Update, shape: tuple[int, ...]) -> bool:
         when = generation(update)
         tensor = update.tensors.get("R" if when == 16 else "r")
@@ -120,7 +121,7 @@ class Oft(OfTheWeight):
             return True  # `check` says it better than a shape could
         if len(shape) < 2:
             return False
-        blocks, b = tensor.shape[0], self.block_size(update)
+        blocks, b = tensor.shape[0], block_size(update)
         if when == 7:
             return b <= shape[0] if blocks == 1 else ceil(shape[0] / blocks) == b
         if when == 14 and update.tensors["s"].numel != shape[0]:

@@ -54,7 +54,7 @@ def asked_for(found: Mapping[int, int]) -> int | None:
 
 def _sizes(update: Update, base: Base) -> tuple[int, int, int | None]:
     """The blocks that are stored, their size, and the inputs that they turn (None where one block leaves it open)."""
-    stored, size = update.tensors["R"].shape[0], METHODS["oft"].block_size(update)  # type: ignore[attr-defined]
+    stored, size = update.tensors["R"].shape[0], _OFT.block_size(update)
     shape = base.shapes.get(update.module) or update.options.get("shape")
     inputs = prod(shape[1:]) if shape else stored * size if stored > 1 else None
     return stored, size, inputs
@@ -465,7 +465,7 @@ def _outputs(update: Update, base: Base) -> int | None:
     shape = base.shapes.get(update.module)
     if shape:
         return shape[0]
-    known: int | None = METHODS["glora"].sizes(update)[0]  # type: ignore[attr-defined]
+    known: int | None = maths("glora").sizes(update)[0]
     return known
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from turned_layers import changed, inputs_of, outputs_agree, own_of, update_of, wrapped
 
 from adapterops.errors import BrokenAdapter, CannotRepresent
-from adapterops.methods.oft import Oft, as_boft
+from adapterops.methods.oft import Oft, as_boft, block_size
 from adapterops.methods.orthogonal import neumann, skew
 
 OFT = Oft()
@@ -56,7 +56,7 @@ def test_sizes_follow_from_the_shapes(r: int, size: int) -> None:
     base = nn.Linear(12, 8)
     model = wrapped(base, OFTConfig(r=r, oft_block_size=0))
     one = update_of(model, "oft", "oft_")
-    assert OFT.block_size(one) == size
+    assert block_size(one) == size
     if size > 1:
         return outputs_agree(OFT, one, base, model)
     assert OFT.is_nothing(one)
