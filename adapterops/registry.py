@@ -104,7 +104,7 @@ def recognise(
     Raises `NotAnAdapter`, `UnsupportedFormat`, or `AmbiguousFormat` where two dialects share the keys out
     between them.
     """
-    shown = {d.shown_by for form in formats().values() for d in form.dialects}
+    shown = {end for form in formats().values() for d in form.dialects for end in d.shown_by}
     shown = {end for end in shown if any(key.endswith(end) for key in source.tensors)}
     chosen = {
         form: [
@@ -112,7 +112,7 @@ def recognise(
             for d in form.dialects
             if only is d
             or only in (form.name, d.name)
-            or (only is None and not d.asked and not d.last and d.shown_by in shown)
+            or (only is None and not d.asked and not d.last and (not d.shown_by or shown.intersection(d.shown_by)))
         ]
         for form in formats().values()
     }

@@ -26,6 +26,7 @@ from adapterops_formats.lycoris_names import (
     DOWN_UP,
     EMBEDDINGS,
     LYCORIS,
+    ONETRAINER_OFT,
     RENAMED,
     UNREAD,
     embeddings_told,
@@ -125,7 +126,7 @@ ORIGINAL = Dialect(
     alpha=AlphaIn.TENSOR,
     convention="rank",
     unread=UNREAD,
-    shown_by=_ALPHA,
+    shown_by=(_ALPHA, ONETRAINER_OFT[0].text),
     example="double_blocks.0.img_attn.qkv.alpha",
 )
 
@@ -145,7 +146,7 @@ ORIGINAL_DOWN = Dialect(
     alpha=AlphaIn.TENSOR,
     convention="rank",
     unread=UNREAD,
-    shown_by=DOWN_UP[0].text,
+    shown_by=(DOWN_UP[0].text,),
     example="blocks.0.self_attn.q.lora_down.weight",
 )
 BEHIND_TRANSFORMER = behind_transformer((*_A_B, *LYCORIS))

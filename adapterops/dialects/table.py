@@ -124,8 +124,8 @@ class Dialect:
     `exact_shapes` says that readers insist on factors shaped like the module (a 1×1 convolution's factors have
     four dimensions, a linear layer's two), `widens` that they take factors for more inputs than the base has.
     `unread` names roles that a common reader leaves out, with the sentence that warns of it.  `asked` says that keys tell too
-    little of it to be recognised: it reads a file only where the user names it (`--from`); so it is too where no key ends with
-    `shown_by`.  `last` says that it is tried where no other reads all of a file's keys.  `written` says whether it is
+    little of it to be recognised: it reads a file only where the user names it (`--from`); so it is too where no key ends
+    with one of `shown_by`.  `last` says that it is tried where no other reads all of a file's keys.  `written` says whether it is
     written too: some programs read only what they wrote themselves.
     """
 
@@ -140,7 +140,7 @@ class Dialect:
     widens: bool = False
     unread: tuple[tuple[str, str], ...] = ()
     asked: bool = False
-    shown_by: str = ""
+    shown_by: tuple[str, ...] = ()
     last: bool = False
     written: bool = True
     example: str = ""

@@ -41,6 +41,7 @@ RECIPES: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "ia3": (("vector",),),
     "diff": (("weight", "bias"),),
     "lycoris_oft": (("blocks", "alpha"),),
+    "onetrainer_oft": (("R",), ("R", "scaled")),
     "lycoris_glora": (("a1", "a2", "b1", "b2", "alpha"),),
 }
 """The roles that stand together in an update; of a method that is not here, all of its roles do."""
@@ -143,15 +144,16 @@ def from_table(
     most = max(2, _FEW // len(dialect.places))
     whole = not RECIPES.get(method) or method == "diff"
     for place in dialect.places:
-        modules = [m for m in _modules(place, architecture, whole) if (place.component, m[0]) not in taken]
+        component = (architecture and place.among(architecture.components)) or place.component
+        modules = [m for m in _modules(place, architecture, whole) if (component, m[0]) not in taken]
         for name, spelled, shape in modules[:: max(1, len(modules) // most)][:most]:
-            taken.add((place.component, name))
+            taken.add((component, name))
             for suffix in _row(place, method, name, roles):
                 key = place.prefix + spelled + suffix.text.replace("{adapter}", "")
                 if suffix.role == "alpha":
                     tensors[key] = Tensor("F16", (), b"\0\x3c")
                 else:
-                    own = _shape(suffix.role, shape, method == "lokr")
+                    own = _shape(method, suffix.role, shape)
                     turned = suffix.transposed and len(own) == 2
                     tensors[key] = numbers("F16", own[::-1] if turned else own, generator)
     if not tensors:
@@ -208,12 +210,12 @@ def _row(place: Place, method: str, name: str, roles: tuple[str, ...] | None) ->
     return list(out.values())
 
 
-def _shape(role: str, weight: tuple[int, ...], kronecker: bool) -> tuple[int, ...]:
+def _shape(method: str, role: str, weight: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of a role's tensor on a module with this weight; that of the weight for roles that are not known here."""
     outputs, inputs, kernel = weight[0], prod(weight[1:2]), weight[2:]
     ones = (1,) * len(kernel)
     two = 2 if outputs % 2 == 0 and inputs % 2 == 0 else 1
-    part = two if kronecker else 1
+    part = two if method == "lokr" else 1
     known: dict[str, tuple[int, ...]] = {
         "A": (RANK, inputs, *kernel),
         "B": (outputs, RANK, *ones),
@@ -233,6 +235,10 @@ def _shape(role: str, weight: tuple[int, ...], kronecker: bool) -> tuple[int, ..
         "b1": (outputs, RANK, *ones),
         "b2": (RANK, inputs, *kernel),
     }
+    if method in ("oft", "onetrainer_oft"):
+        turned = inputs * prod(kernel)
+        side = next((b for b in range(2, 9) if turned % b == 0), turned)
+        known |= {"R": (turned // side, side * (side - 1) // 2), "scaled": ()}
     return known.get(role, weight)
 
 

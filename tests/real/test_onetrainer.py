@@ -98,6 +98,21 @@ def test_original_of_a_base_whose_names_are_diffusers_own(tmp_path: Path) -> Non
     same(load_file(tmp_path / "b.safetensors"), {f"transformer.{key}": t for key, t in tensors.items()})
 
 
+@pytest.mark.parametrize("scaled", [False, True])
+def test_original_of_rotations(scaled: bool, tmp_path: Path) -> None:
+    """OFT has no alpha, by which the spelling is told from others, and the marker of Scaled OFT is nothing of peft's."""
+    tensors = {f"{name}.oft_R.weight": 0.01 * some(shape[1] // 32, 496) for name, shape in AUTHORS.items()}
+    if scaled:
+        tensors |= {f"{name}.oft_R.scaled_oft": torch.tensor(True) for name in AUTHORS}
+    path = write(tmp_path / "a.safetensors", tensors)
+    found = ao.inspect(path)
+    assert (found.dialect, found.architecture.value, found.modules) == ("onetrainer-original", "flux", len(AUTHORS))
+    ao.save(ao.load(path), tmp_path / "b.safetensors")
+    same(load_file(tmp_path / "b.safetensors"), tensors)
+    ao.convert(path, "comfy", tmp_path / "c.safetensors")
+    same(load_file(tmp_path / "c.safetensors"), {f"diffusion_model.{key}": t for key, t in tensors.items()})
+
+
 def test_bare_names_without_alpha_are_none_of_onetrainers(tmp_path: Path) -> None:
     path = write(tmp_path / "a.safetensors", pairs(AUTHORS, "", AB))
     assert ao.inspect(path).dialect == "bfl"
