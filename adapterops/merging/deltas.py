@@ -26,9 +26,10 @@ Fill = Callable[[int, int, "torch.Tensor"], None]
 class DeltaStack:
     """The deltas of several adapters on one module, float32, as `Stack` describes."""
 
-    def __init__(self, terms: Sequence[Term], draws: Sequence[Draw], device: torch.device) -> None:
+    def __init__(self, terms: Sequence[Term], draws: Sequence[Draw], device: torch.device, absent: int = 0) -> None:
         shape = terms[0].shape
         self.weights = tuple(term.weight for term in terms)
+        self.absent = absent
         self.shape = (shape.rows, shape.columns)
         self._draws, self._device = draws, device
         self._fills = [filler(term, device) for term in terms]

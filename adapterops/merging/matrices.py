@@ -252,7 +252,7 @@ def compute(
     # Element-wise methods need them for a start only, and not at any price.
     narrow = total is not None and total <= min(_NARROW, p.shape.rows, p.shape.columns)
     whole = together([p.terms], device) if kind in (Kind.SPAN, Kind.STACKED) or narrow else None
-    stack = DeltaStack(p.terms, draws(p, settings, "delta"), device)
+    stack = DeltaStack(p.terms, draws(p, settings, "delta"), device, p.module.among - len(p.terms))
     if kind in (Kind.SPAN, Kind.STACKED):  # whole differences are not stacked: their sum is as exact
         merged = _dense_span(p, stack, whole)
     if kind is Kind.ELEMENTS:

@@ -45,6 +45,8 @@ class Module:
 
     component: str
     name: str
+    among: int
+    """How many adapters are merged, with those that leave the module as it is."""
     terms: list[Term] = field(default_factory=list)
     vectors: dict[tuple[str, str], list[Vector]] = field(default_factory=dict)
     """(method, role) to the tensors that are merged together."""
@@ -84,7 +86,7 @@ def gather(adapters: Sequence[Adapter], weights: Sequence[WeightOf], base: Archi
                 # Under the name that the adapter has for it: a weights file speaks of the adapter's own modules.
                 weight = weights[number](update.component, update.module)
                 if weight:
-                    module = found.setdefault((update.component, name), Module(update.component, name))
+                    module = found.setdefault((update.component, name), Module(update.component, name, len(adapters)))
                     _enter(module, number, weight, update, rows)
     for module in found.values():
         if ("lora", "bias") in module.vectors and ("diff", "bias") in module.vectors:

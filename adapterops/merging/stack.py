@@ -16,11 +16,13 @@ class Stack(Protocol):
     """K tensors (rows, columns) in float32, scales included, weights aside.
 
     Two ways to look at them, so that no more than one whole tensor is ever held: one after the other (`whole`), and
-    all of them a few rows at a time (`blocks`).
+    all of them a few rows at a time (`blocks`).  `absent` is how many adapters beside these K are merged and have nothing
+    here, or no weight: zeros, of which no method but one that compares adapters needs to know.
     """
 
     weights: tuple[float, ...]
     shape: tuple[int, int]
+    absent: int
 
     def __len__(self) -> int:
         """K."""
@@ -51,12 +53,18 @@ class TensorStack:
     """
 
     def __init__(
-        self, tensors: Sequence[torch.Tensor], weights: Sequence[float], draws: Sequence[Draw], rows: int = 0
+        self,
+        tensors: Sequence[torch.Tensor],
+        weights: Sequence[float],
+        draws: Sequence[Draw],
+        rows: int = 0,
+        absent: int = 0,
     ) -> None:
         self._tensors = tensors
         self._draws = draws
         self._rows = rows or max(1, tensors[0].shape[0])
         self.weights = tuple(weights)
+        self.absent = absent
         self.shape = (tensors[0].shape[0], tensors[0].shape[1])
 
     def __len__(self) -> int:

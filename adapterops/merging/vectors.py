@@ -88,7 +88,8 @@ def compute(p: VectorPlan, settings: Settings, dtype: torch.dtype) -> torch.Tens
     kind = p.choice.method.kind
     if kind is Kind.ELEMENTS and p.choice.method.name != "linear":
         streams = [Draw(settings.seed, p.module.component, p.module.name, p.role, v.adapter) for v in p.vectors]
-        stack = TensorStack([row.reshape(1, -1) for row in rows], weights, streams)
+        absent = p.module.among - len(rows)
+        stack = TensorStack([row.reshape(1, -1) for row in rows], weights, streams, absent=absent)
         arguments = Choice(p.choice.method, Space.DELTA, p.choice.parameters).arguments
         merged: torch.Tensor = p.choice.method.function(stack, **arguments).reshape(-1).double()
     else:

@@ -8,6 +8,7 @@ from merge_samples import HEIGHTS, stack, tensors
 
 from adapterops.merging.methods.sce import sce
 from adapterops.merging.registry import find
+from adapterops.merging.stack import TensorStack
 
 
 def reference(values: list[torch.Tensor], weights: list[float], density: float) -> torch.Tensor:
@@ -66,6 +67,13 @@ def test_entries_that_do_not_differ_are_not_selected() -> None:
     two[0, 1] = 3
     found = sce(stack([one, two]), density=0.75)
     assert found.nonzero().tolist() == [[0, 1]]
+
+
+def test_an_adapter_that_leaves_the_module_as_it_is_counts_as_zeros() -> None:
+    values = tensors(2)
+    zeros = [torch.zeros_like(v) for v in values]
+    absent = TensorStack(values, [1.0, 0.5], [], absent=2)
+    torch.testing.assert_close(sce(absent, density=0.3), sce(stack([*values, *zeros], [1.0, 0.5, 1, 1]), density=0.3))
 
 
 def test_order_and_scale() -> None:

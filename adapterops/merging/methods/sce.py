@@ -29,7 +29,8 @@ def sce(stack: Stack, *, density: float) -> torch.Tensor:
     Selected are the ⌊density·size⌋ entries with the highest variance across the adapters (of equal ones the first in
     row-major order).  Entries on which all adapters are equal are never among them, unless `density` is 1 or all entries
     are such: then everything is selected.  ηₖ is the share of yₖ in the sum of squares of the selected entries.  The
-    paper has no weights: here they multiply the deltas before anything else.
+    paper has no weights: here they multiply the deltas before anything else.  An adapter that leaves the module as it is
+    counts as one whose delta is zero, so that whether a file holds zeros or nothing makes no difference.
     """
     import torch
 
@@ -68,7 +69,7 @@ def _select(stack: Stack, density: float, out: torch.Tensor) -> bool:
         return False
     for start, stop, values in stack.blocks():
         _weigh_and_select(values, stack.weights)
-        _variance(values, out[start:stop])
+        _variance(values, stack.absent, out[start:stop])
     rows, width = stack.shape
     if not bool(out.any()):
         return False
@@ -76,15 +77,19 @@ def _select(stack: Stack, density: float, out: torch.Tensor) -> bool:
     return True
 
 
-def _variance(values: list[torch.Tensor], out: torch.Tensor) -> None:
-    """K times the variance, into `out`; exactly 0 where all are equal.  Changes `values`."""
-    first = values[0].clone()
+def _variance(values: list[torch.Tensor], zeros: int, out: torch.Tensor) -> None:
+    """The sum of squares about the mean, into `out`; exactly 0 where all are equal.  Changes `values`.
+
+    `zeros` more values are 0, and `values` none.
+    """
+    mean = values[0].clone()
+    if not zeros:
+        for value in values:
+            value.sub_(mean)
+    mean.zero_()
     for value in values:
-        value.sub_(first)
-    mean = first.zero_()
-    for value in values:
-        mean.add_(value, alpha=1 / len(values))
-    out.zero_()
+        mean.add_(value, alpha=1 / (len(values) + zeros))
+    out.zero_().addcmul_(mean, mean, value=zeros)
     for value in values:
         value.sub_(mean)
         out.addcmul_(value, value)
