@@ -78,6 +78,11 @@ def _paths(sources: Sequence[PathLike], method: str | None) -> list[PathLike]:
         raise UsageError("sources are paths; adapters that are loaded already are merged by combine")
     if not sources:
         raise UsageError("nothing to merge: name the adapters, or a --recipe")
+    for number, source in enumerate(sources, 1):
+        if not os.fspath(source).strip():
+            raise UsageError(
+                f"adapter {number} of {len(sources)} has an empty name (a shell's variable that is not set?)"
+            )
     return sources
 
 
@@ -94,9 +99,9 @@ def _one_step(
     unknown = {name: value for name, value in given.items() if name not in (*OPTIONS, *FLAGS, *TEXTS)}
     found.settle(unknown)
     rules = _rules(weights, len(sources))
-    described = [
-        {"path": os.fspath(path), "weight": rule.data(), **read_with} for path, rule in zip(sources, rules, strict=True)
-    ]
+    described: list[dict[str, Any]] = [{"path": os.fspath(path), **read_with} for path in sources]
+    if weights is not None:
+        described = [{**item, "weight": rule.data()} for item, rule in zip(described, rules, strict=True)]
     whole = {"method": method, "sources": described, **({"space": space} if space else {}), **given}
     try:
         made = build(whole, "merge")

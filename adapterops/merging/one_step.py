@@ -74,7 +74,8 @@ def run_step(
         progress=shop.progress,
     )
     scales = [f"{adapter.provenance.path}: {note}" for adapter in adapters for note in notes_on_alphas(adapter)]
-    return replace(merged, notes=(*_notes(step, adapters, merged.shared), *merged.notes, *scales))
+    idle = _idle(step.options, [choose(*module) for module in sorted(set().union(*modules))])
+    return replace(merged, notes=(*_notes(step, adapters, merged.shared), *idle, *merged.notes, *scales))
 
 
 def _weight_of(rule: WeightRule, base: Architecture | None, choose: Choose, number: int) -> WeightOf:
@@ -112,7 +113,7 @@ def _settings(step: Step, shop: Workshop) -> Settings:
 def _notes(step: Step, adapters: Sequence[Adapter], shared: int) -> list[str]:
     method, _ = find(step.method, step.space)
     out = []
-    plain = all(ref.weight == 1.0 for ref in step.sources)
+    plain = not any(ref.weighed or ref.weight != 1.0 for ref in step.sources)
     if method.sums and plain and shared and method.signs is None:
         share = ",".join(f"{1 / len(adapters):.4g}" for _ in adapters)
         out.append(
@@ -126,6 +127,24 @@ def _notes(step: Step, adapters: Sequence[Adapter], shared: int) -> list[str]:
             "linear adds A's and B's, so the result is not the sum of the adapters' effects; svd and cat give that"
         )
     return out
+
+
+def _idle(options: Mapping[str, object], choices: Sequence[Choice]) -> list[str]:
+    """Notes on options that were given and do nothing here."""
+    names = ", ".join(dict.fromkeys(choice.method.name for choice in choices))
+    out = []
+    if "seed" in options and not any(_draws(choice) for choice in choices):
+        out.append(f"--seed changes nothing: {names} draws nothing at random")
+    given = [f"--{name.replace('_', '-')}" for name in ("svd", "svd_tolerance", "split") if name in options]
+    if given and all(choice.method.keeps_factors(choice.space) for choice in choices):
+        change = "changes" if len(given) == 1 else "change"
+        out.append(f"{', '.join(given)} {change} nothing: {names} keeps the factors, and decomposes nothing")
+    return out
+
+
+def _draws(choice: Choice) -> bool:
+    inner = METHODS.get(choice.parameters.get("inner", ""))
+    return choice.method.random or (inner is not None and inner.random)
 
 
 def _modules(count: int) -> str:

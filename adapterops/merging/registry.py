@@ -118,6 +118,12 @@ class MergeMethod:
     by_rank: bool = False
     """Whether it chooses by the rank what it makes: what it makes of a lower one is not the best approximation of what it makes
     of a higher one."""
+    random: bool = False
+    """Whether it draws masks."""
+
+    def keeps_factors(self, space: Space) -> bool:
+        """Whether the inputs' factors become the result's, so that their ranks decide its own and nothing is decomposed."""
+        return self.kind is Kind.STACKED or (self.kind is Kind.ELEMENTS and space is Space.FACTORS)
 
     def settle(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Every parameter's value: given, or the default.
@@ -160,6 +166,7 @@ def merge_method(
     signs: tuple[float, float] | None = None,
     of_matrices: Callable[..., Any] | None = None,
     by_rank: bool = False,
+    random: bool = False,
 ) -> Callable[[Function], Function]:
     """Enter a function into the table of methods."""
 
@@ -177,6 +184,7 @@ def merge_method(
             signs,
             of_matrices,
             by_rank,
+            random,
         )
         ALIASES.update({alias: (name, space) for alias, space in (aliases or {}).items()})
         return function

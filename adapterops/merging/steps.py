@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from adapterops.errors import UsageError
 from adapterops.merging import weights
 from adapterops.merging.patterns import insist_on_matches, matches
-from adapterops.merging.registry import Kind, MergeMethod, Parameter, Space, find
+from adapterops.merging.registry import MergeMethod, Parameter, Space, find
 
 OPTIONS = {
     option.name: option
@@ -45,6 +45,8 @@ class SourceRef:
     hash: str = ""
     """Of the content that the recipe was run with; "" where none is stated.  To hold it to the file is the engine's."""
     where: str = field(default="", compare=False)
+    weighed: bool = field(default=False, compare=False)
+    """Whether somebody stated the weight."""
 
     @property
     def rule(self) -> weights.WeightRule:
@@ -132,8 +134,9 @@ class Step:
                 rank, older = pattern.rank, False
         try:
             found, acts = _find(method, space, inherited)
-            decided = found.kind is Kind.STACKED or (found.kind is Kind.ELEMENTS and acts is Space.FACTORS)
-            return Setting(found.name, acts, settle(found, parameters), None if older and decided else rank)
+            return Setting(
+                found.name, acts, settle(found, parameters), None if older and found.keeps_factors(acts) else rank
+            )
         except UsageError as error:
             raise UsageError(f"{self.where}: {component}.{module}: {error}") from error
 

@@ -72,11 +72,11 @@ def _source(data: Any, where: str, earlier: list[str]) -> SourceRef:
         for key in data:
             if key not in ("step", "weight"):
                 raise UsageError(f"{where}: {key} is for files; the result of a step is not read from one")
-        return SourceRef(step=step, weight=weight, where=where)
+        return SourceRef(step=step, weight=weight, where=where, weighed="weight" in data)
     path = document.text(data["path"], f"{where}: path")
     stated = document.text(data["hash"], f"{where}: hash") if "hash" in data else ""
     reading = {key: _reading(key, data[key], f"{where}: {key}") for key in READING if key in data}
-    return SourceRef(path, "", weight, reading, stated, where)
+    return SourceRef(path, "", weight, reading, stated, where, "weight" in data)
 
 
 def _reading(key: str, value: Any, where: str) -> Any:

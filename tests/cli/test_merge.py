@@ -175,9 +175,9 @@ def test_json_of_factors_claims_no_error(command: Command, here: Path) -> None:
 @pytest.mark.parametrize(
     "method", ["svd", "cat", "linear", "magnitude_prune --density 0.5", "dare_linear --density 0.5"]
 )
-def test_weights_of_one_each_are_said(method: str, command: Command, here: Path) -> None:
+def test_weights_that_are_one_by_default_are_said(method: str, command: Command, here: Path) -> None:
     for number, (weights, said) in enumerate(
-        (([], True), (["--weights", "1,1"], True), (["--weights", "0.5,0.5"], False))
+        (([], True), (["--weights", "1,1"], False), (["--weights", "0.5,0.5"], False))
     ):
         text = done(command, *AB, "--method", *method.split(), *weights, "-o", f"{number}.safetensors").out
         assert ("weights are 1 each" in text) is said
@@ -187,6 +187,40 @@ def test_weights_of_one_each_are_said(method: str, command: Command, here: Path)
 @pytest.mark.parametrize("method", ["ties --density 0.5", "slerp", "karcher", "subtract"])
 def test_where_nothing_adds_up_weights_are_not_spoken_of(method: str, command: Command, here: Path) -> None:
     assert "weights are 1 each" not in done(command, *AB, "--method", *method.split()).out
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "notes"),
+    [
+        ("linear", "--split b --svd exact", ["--svd, --split change nothing: linear keeps the factors"]),
+        (
+            "cat",
+            "--svd-tolerance 0.1 --seed 1",
+            ["--svd-tolerance changes nothing: cat", "--seed changes nothing: cat"],
+        ),
+        (
+            "ties --density 0.5 --space delta --rank 2",
+            "--split b --svd exact --seed 0",
+            ["--seed changes nothing: ties"],
+        ),
+        ("knots --density 0.5 --inner dare_ties", "--split b --seed 1", []),
+        ("knots --density 0.5", "--seed 1", ["--seed changes nothing: knots"]),
+        ("dare_linear --density 0.5", "--seed 1", []),
+    ],
+)
+def test_options_that_change_nothing_are_told_of(
+    method: str, options: str, notes: list[str], command: Command, here: Path
+) -> None:
+    text = done(command, *AB, "--method", *method.split(), *options.split()).out
+    assert text.count("nothing: ") == len(notes)
+    for note in notes:
+        assert note in text
+
+
+def test_an_empty_name_says_which(command: Command, here: Path) -> None:
+    outcome = command("merge", "a", "", "--method", "svd")
+    assert outcome.code == 2
+    assert "adapter 2 of 2 has an empty name" in outcome.err
 
 
 def test_linear_says_what_it_is_not(command: Command, here: Path) -> None:

@@ -36,6 +36,7 @@ _INDEX = 32
     summary="random pruning that spares each row's large entries, then election of signs (DARE by magnitude)",
     source=_SOURCE,
     parameters=(DENSITY, EPSILON, MAJORITY_SIGN, SIGN_ELECTION),
+    random=True,
 )
 def della(stack: Stack, *, density: float, epsilon: float, majority_sign: str, sign_election: str) -> torch.Tensor:
     """The weighted mean of the pruned entries that agree in sign.
@@ -57,6 +58,7 @@ def della(stack: Stack, *, density: float, epsilon: float, majority_sign: str, s
     source=_SOURCE,
     parameters=(DENSITY, EPSILON),
     sums=True,
+    random=True,
 )
 def della_linear(stack: Stack, *, density: float, epsilon: float) -> torch.Tensor:
     """Σ wₖ·(pruned xₖ).  Its expected value is Σ wₖ·xₖ.

@@ -46,6 +46,7 @@ def magnitude_prune(stack: Stack, *, density: float) -> torch.Tensor:
     parameters=(DENSITY,),
     sums=True,
     aliases={"dare_linear_svd": Space.DELTA},
+    random=True,
 )
 def dare_linear(stack: Stack, *, density: float) -> torch.Tensor:
     """Σ wₖ·xₖ, each entry of xₖ kept with probability `density` and divided by it."""

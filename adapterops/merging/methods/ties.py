@@ -44,6 +44,7 @@ def ties(stack: Stack, *, density: float, majority_sign: str, sign_election: str
     source="https://arxiv.org/abs/2311.03099; peft utils/merge_utils.py: dare_ties",
     parameters=(DENSITY, MAJORITY_SIGN, SIGN_ELECTION),
     aliases={"dare_ties_svd": Space.DELTA},
+    random=True,
 )
 def dare_ties(stack: Stack, *, density: float, majority_sign: str, sign_election: str) -> torch.Tensor:
     """Each entry kept with probability `density` and divided by it, then `elect_and_merge`."""
