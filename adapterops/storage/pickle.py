@@ -12,7 +12,7 @@ import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import IO, TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 from adapterops.errors import NotAnAdapter, UnreadableFile, UnsafePickle
 from adapterops.storage import pickle_scan
@@ -56,8 +56,8 @@ class TensorSource:
             self._bytes = None
 
 
-def read(path: str) -> tuple[dict[str, LazyTensor], dict[str, str], tuple[str, ...], bool]:
-    """The tensors of a pickled state dict, no metadata, notes, and whether that is all of the file.
+def read(path: str) -> tuple[dict[str, LazyTensor], dict[str, str], tuple[str, ...], bool, dict[str, Any]]:
+    """The tensors of a pickled state dict, no metadata, notes, whether that is all of the file, and the plain data beside it.
 
     Raises `UnsafePickle` where the file holds more than tensors, `UnreadableFile` where it is damaged, and
     `NotAnAdapter` where it is sound but holds no tensors by name.  A bare tensor is called `NAMELESS`, those of a list
@@ -73,8 +73,8 @@ def read(path: str) -> tuple[dict[str, LazyTensor], dict[str, str], tuple[str, .
         else:
             _refuse_other_content(path, file, head, size)
             _insist_on_tensors(path, pickle_scan.scan(file, 0, size))
-    loaded, notes = _inner(_load(path, zipped))
-    return _flatten(path, loaded, size), {}, notes, not notes
+    loaded, notes, beside = _inner(_load(path, zipped))
+    return _flatten(path, loaded, size), {}, notes, not notes, beside
 
 
 def _insist_on_tensors(path: str, found: pickle_scan.Scan) -> None:
@@ -217,36 +217,61 @@ _SHOWN = 6
 """Of what a checkpoint holds beside its state dict."""
 
 
-def _inner(loaded: object) -> tuple[object, tuple[str, ...]]:
-    """The state dict of a checkpoint that has just one, and a note on what stands beside it.
+def _inner(loaded: object) -> tuple[object, tuple[str, ...], dict[str, Any]]:
+    """The state dict of a checkpoint that has just one, a note on what stands beside it, and what of that is plain data.
 
     Trainers put it under names of their own, beside the epoch, their settings and the optimizer's state: Lightning and mmengine
-    (xtuner) call it state_dict, Fabric (litgpt) model, DeepSpeed module, tutorials model_state_dict or lora.
+    (xtuner) call it state_dict, Fabric (litgpt) model, DeepSpeed module, tutorials model_state_dict or lora.  Its own entries
+    may be mappings again (CLIP-LoRA's weights): the names are put together with dots.
     """
     if not isinstance(loaded, Mapping) or not all(isinstance(name, str) for name in loaded):
-        return loaded, ()
+        return loaded, (), {}
+    states = {name: _state(value) for name, value in loaded.items() if not _TRAINING.fullmatch(name)}
     # One tensor among other things is an embedding, if anything.
-    inside = [name for name, value in loaded.items() if _is_state(name, value) and (len(loaded) == 1 or len(value) > 1)]
-    rest = {name: value for name, value in loaded.items() if name not in inside[:1]}
+    inside = {name: state for name, state in states.items() if state and (len(loaded) == 1 or len(state) > 1)}
+    rest = {name: value for name, value in loaded.items() if name not in inside}
     if len(inside) != 1 or any(_has_tensors(v) for name, v in rest.items() if not _TRAINING.fullmatch(name)):
-        return loaded, ()
-    names = {name: "".join(c if c.isprintable() else "?" for c in name[:40]) for name in rest}
-    said = [f"{names[name]} {value!r:.40}" if _is_plain(value) else names[name] for name, value in rest.items()]
+        return loaded, (), {}
+    ((name, state),) = inside.items()
+    names = {other: "".join(c if c.isprintable() else "?" for c in other[:40]) for other in rest}
+    said = [f"{names[other]} {value!r:.40}" if _is_short(value) else names[other] for other, value in rest.items()]
     more = f" and {len(said) - _SHOWN} more" if len(said) > _SHOWN else ""
-    note = f"is a checkpoint: {inside[0]!r} is read, and what stands beside it is not: {', '.join(said[:_SHOWN])}{more}"
-    return loaded[inside[0]], (note,) if said else ()
+    note = (
+        f"is a checkpoint: {name!r} is read, and of what stands beside it a format's own settings at most: "
+        f"{', '.join(said[:_SHOWN])}{more}"
+    )
+    return state, (note,) if said else (), {other: value for other, value in rest.items() if _is_plain(value)}
 
 
-def _is_state(name: str, value: object) -> bool:
+def _state(value: object, depth: int = 0) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict, those of mappings inside it by dotted names; none where it holds anything else."""
     import torch
 
-    if not isinstance(value, Mapping) or not value or _TRAINING.fullmatch(name):
-        return False
-    return all(isinstance(key, str) and isinstance(entry, torch.Tensor) for key, entry in value.items())
+    out: dict[str, torch.Tensor] = {}
+    if not isinstance(value, Mapping) or depth > _DEEP or not all(isinstance(key, str) for key in value):
+        return {}
+    for key, entry in value.items():
+        found = {key: entry} if isinstance(entry, torch.Tensor) else _state(entry, depth + 1)
+        own = found if isinstance(entry, torch.Tensor) else {f"{key}.{name}": tensor for name, tensor in found.items()}
+        if not own or not own.keys().isdisjoint(out):
+            return {}
+        out |= own
+    return out
 
 
-def _is_plain(value: object) -> bool:
+def _is_short(value: object) -> bool:
     return isinstance(value, (int, float, str)) and len(str(value)) <= 40
+
+
+def _is_plain(value: object, depth: int = 0) -> bool:
+    """Whether it is what JSON could hold."""
+    if depth > _DEEP:
+        return False
+    if isinstance(value, Mapping):
+        return all(isinstance(key, str) and _is_plain(entry, depth + 1) for key, entry in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(_is_plain(entry, depth + 1) for entry in value)
+    return value is None or isinstance(value, (bool, int, float, str))
 
 
 def _has_tensors(value: object, depth: int = 0) -> bool:

@@ -52,6 +52,8 @@ class Source:
     """The subfolder's name, for a part."""
     whole: bool = True
     """Whether the tensors are all that their file holds (a checkpoint has more, of which the notes tell)."""
+    beside: Mapping[str, Any] = field(default_factory=dict)
+    """What of that more is plain data: where a trainer keeps its settings."""
 
     @property
     def size(self) -> int:
@@ -92,6 +94,7 @@ class _Weights(NamedTuple):
     metadata: Mapping[str, str]
     notes: tuple[str, ...] = ()
     whole: bool = True
+    beside: Mapping[str, Any] = {}
 
 
 def open_source(path: str | os.PathLike[str]) -> Source:
@@ -174,7 +177,7 @@ def _open_file(folder: Folder, name: str, tell: Callable[[AdapterOpsError], None
         if name.endswith(".safetensors"):
             weights = weights._replace(notes=(*weights.notes, *_alone(folder, name)))
     notes = (*folder.notes, *weights.notes)
-    source = Source(path, weights.tensors, weights.metadata, notes=notes, whole=weights.whole)
+    source = Source(path, weights.tensors, weights.metadata, notes=notes, whole=weights.whole, beside=weights.beside)
     # peft writes the two side by side under fixed names; any other file does not own the config next to it.
     fixed = name in (*FOLDER_WEIGHTS, FOLDER_INDEX, *OTHER_WEIGHTS, *HUB_WEIGHTS) or _is_checkpoint(name)
     if fixed and _has_file(folder, CONFIG_NAME):
@@ -355,8 +358,16 @@ def _open_folder(folder: Folder, tell: Callable[[AdapterOpsError], None] | None 
         config_path = os.path.join(folder.path, CONFIG_NAME) if config is not None else ""
         weights = _read_index(folder, chosen) if chosen.endswith(INDEX_SUFFIX) else _read_file(folder, chosen)
         notes = (*folder.notes, *notes, *weights.notes)
-        path, whole = folder.path, weights.whole
-        return Source(path, weights.tensors, weights.metadata, config, config_path, notes=notes, whole=whole)
+        return Source(
+            folder.path,
+            weights.tensors,
+            weights.metadata,
+            config,
+            config_path,
+            notes=notes,
+            whole=weights.whole,
+            beside=weights.beside,
+        )
     parts = [n for n in visible if folder.is_folder(n) and _holds_weights(folder.folder(n))]
     if parts:
         return Source(folder.path, parts=_Parts(folder, parts))

@@ -127,6 +127,8 @@ def test_code_is_refused_and_named(tmp_path: Path) -> None:
         ({"a": None}, "'a' is a NoneType"),
         ({"state_dict": {"a": X, "b": X}, "ema": {"a": X, "b": X}}, "training checkpoint"),
         ({"state_dict": {"a": X, "b": X}, "head": [X]}, "training checkpoint"),
+        ({"weights": {"a": {"b": X}, "a.b": X}}, "'weights' is a dict"),
+        ({"weights": {"a": {"b": X}, "c": {"d": 1}}}, "'weights' is a dict"),
         ({"state_dict": {"a": X, "b": X}, "optim_head": {"b": X}}, "training checkpoint"),
         ({1: X}, "name is a int"),
         ({"a": collections.Counter()}, "'a' is a Counter"),
@@ -156,8 +158,22 @@ def test_the_one_state_dict_of_a_checkpoint_is_read(name: str, tmp_path: Path) -
     source = open_source(tmp_path / "x.ckpt")
     assert list(source.tensors) == ["a", "b"]
     assert source.notes == (
-        f"is a checkpoint: {name!r} is read, and what stands beside it is not: epoch 3, alpha 16, optimizer, none",
+        f"is a checkpoint: {name!r} is read, and of what stands beside it a format's own settings at most: epoch 3, alpha 16, "
+        "optimizer, none",
     )
+    assert source.beside == {"epoch": 3, "alpha": 16, "none": None}
+
+
+def test_a_state_dict_of_mappings_has_dotted_names(tmp_path: Path) -> None:
+    settings = {"r": 2, "params": ["q", "v"], "deep": {"a": None}}
+    torch.save({"weights": {"one": {"a": X, "b": X + 1}, "two": X + 2}, "metadata": settings}, tmp_path / "x.pt")
+    source = open_source(tmp_path / "x.pt")
+    assert {key: t.numpy().tolist() for key, t in source.tensors.items()} == {
+        "one.a": X.tolist(),
+        "one.b": (X + 1).tolist(),
+        "two": (X + 2).tolist(),
+    }
+    assert source.beside == {"metadata": settings}
 
 
 def test_tensors_that_cannot_be_used(tmp_path: Path) -> None:
