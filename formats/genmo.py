@@ -6,8 +6,8 @@
 Queries, keys and values of a block are in one layer, and its four layers of attention are all that can have factors.  Ranks
 and alphas stand in the header's entry `kwargs`, one of each for what leads into the attention and for what leads out of it; the
 scale is alpha/r.  Comfy reads such a file, too, and applies scale 1 (`comfy/lora.py`, `model_lora_keys_unet`;
-`comfy/weight_adapter/lora.py`).  Checkpoints that the trainer saves as `.pt` hold the same entry beside the state dict, from
-where it is not read: `--alpha` says it.
+`comfy/weight_adapter/lora.py`).  A `.pt` that the pipeline loads holds the same entry beside the state dict; those
+that the trainer saves so have none, and `--alpha` says it.
 
 Source: genmoai/mochi `demos/fine_tuner/train.py`, `src/genmo/mochi_preview/pipelines.py` (`DitModelFactory`),
 `dit/joint_model/lora.py`, `dit/joint_model/asymm_models_joint.py` (`AsymmetricAttention`).
@@ -109,9 +109,12 @@ def _stem(module: str) -> str:
 
 
 def _said(source: Source) -> Mapping[str, float]:
-    """The numbers of the header's entry.  Raises `InvalidHeader` for an entry that is no table, or has something else there."""
+    """The numbers of the entry, in the header or beside a checkpoint's state dict.
+
+    Raises `InvalidHeader` for an entry that is no table, or has something else there.
+    """
     try:
-        value = json.loads(source.metadata.get(ENTRY, "{}"))
+        value = json.loads(source.metadata[ENTRY]) if ENTRY in source.metadata else source.beside.get(ENTRY, {})
     except (ValueError, RecursionError) as error:
         raise errors.InvalidHeader(f"{source.path}: the header's entry {ENTRY} is not JSON ({error})") from error
     if not isinstance(value, dict):

@@ -44,6 +44,17 @@ USUAL = {
 }
 
 
+def test_the_pipelines_checkpoints(tmp_path: Path) -> None:
+    """genmoai/mochi `pipelines.py` (`DitModelFactory`) takes `state_dict` and `kwargs` from what is no safetensors file."""
+    path = genmo(tmp_path / "a.safetensors", **USUAL)
+    torch.save({"state_dict": load_file(path), "kwargs": USUAL}, tmp_path / "a.pt")
+    scales = [{u.module: METHODS["lora"].scale(u) for u in ao.load(file)} for file in (path, tmp_path / "a.pt")]
+    assert scales[0] == scales[1]
+    assert set(scales[1].values()) == {1, 2}
+    torch.save(load_file(path), tmp_path / "b.pt")
+    assert {update.alpha.value for update in ao.load(tmp_path / "b.pt")} == {None}
+
+
 def test_genmos_files_come_back(tmp_path: Path) -> None:
     path = genmo(tmp_path / "a.safetensors", **USUAL)
     found = ao.inspect(path)
