@@ -53,6 +53,7 @@ def test_an_input_depends_on_the_seed_and_its_number_alone() -> None:
 
 
 NOT_FROM_TABLES = {
+    "clip-lora",
     "cloneofsimo",
     "cloneofsimo-0.15",
     "cloneofsimo-list",
