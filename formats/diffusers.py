@@ -1,7 +1,8 @@
 """diffusers: one file for a pipeline, in several generations of spelling.
 
 - today's: peft's names under the component's (`unet.<module>.lora_A.weight`), scale in the header as a JSON
-  config a component (`lora_adapter_metadata`), else alpha = rank;
+  config a component (`lora_adapter_metadata`), else alpha = rank; finetrainers says rank and alpha in another entry
+  (`lora_config`), which diffusers does not read and `--alpha header` takes;
 - what its training scripts have written since peft came (`convert_state_dict_to_diffusers`): attention in the older
   spelling below, everything else in today's, in one file;
 - the same names with Kohya's alpha tensors beside the factors, as some trainers of Flux.1 save them and diffusers reads
@@ -31,6 +32,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from math import isfinite
 from typing import Any, ClassVar
 
 from adapterops_formats.lycoris_names import (
@@ -47,8 +49,10 @@ from adapterops_formats.peft_names import LORA
 
 from adapterops.plugin import (
     ANY,
+    METHODS,
     Adapter,
     AlphaIn,
+    Certainty,
     Dialect,
     Format,
     Group,
@@ -67,6 +71,12 @@ from adapterops.plugin import (
 )
 
 METADATA_KEY = "lora_adapter_metadata"
+FINETRAINERS = "lora_config"
+"""The header's entry in which finetrainers says rank and alpha.  Its own loader reads it, diffusers does not.
+
+Source: a-r-r-o-w/finetrainers `finetrainers/trainer/sft_trainer/trainer.py`,
+`finetrainers/patches/dependencies/diffusers/peft.py` (`load_lora_weights`).
+"""
 COMPONENTS = ("unet", "transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "prior", "text_conditioner")
 
 _PAIR = (Suffix(".lora.down.weight", "lora", "A"), Suffix(".lora.up.weight", "lora", "B"))
@@ -341,8 +351,14 @@ class Diffusers(Format):
         told = reading.dialect.alpha is AlphaIn.CONFIG or reading.dialect is WITH_ALPHA
         if not told or METADATA_KEY not in source.metadata:
             refuse_scale(request.fields, f"{reading.dialect.title} without a header")
-            read = read_by_table(reading, source, request, component_of=_naming(request))
-            return _renaming_told(_expert_told(read, reading))
+            trained = _trained_alpha(source)
+            wanted = trained if request.alpha == "header" else None
+
+            def trained_rule(component: str, module: str, rank: int) -> ScaleRule:
+                return ScaleRule(wanted, source=f"header {FINETRAINERS}")
+
+            read = read_by_table(reading, source, request, trained_rule, component_of=_naming(request))
+            return _training_told(_renaming_told(_expert_told(read, reading)), trained)
         configs = _header_configs(source, request)
 
         def rule(component: str, module: str, rank: int) -> ScaleRule:
@@ -456,6 +472,31 @@ def _header_configs(source: Source, request: Request) -> dict[str, PeftConfig]:
         for component, fields in split.items()
         if component in COMPONENTS
     }
+
+
+def _trained_alpha(source: Source) -> float | None:
+    """The alpha that finetrainers trained with, where the header says it."""
+    try:
+        value = json.loads(source.metadata.get(FINETRAINERS, "null"))
+    except (ValueError, RecursionError):
+        return None  # another program's entry of that name
+    alpha: Any = value.get("lora_alpha") if isinstance(value, Mapping) else None
+    known = isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and isfinite(alpha)
+    return float(alpha) if known else None
+
+
+def _training_told(adapter: Adapter, trained: float | None) -> Adapter:
+    """With a note, where the training's scale is another than the one that readers apply."""
+    ranks = {rank for update in adapter if (rank := METHODS[update.method].rank(update)) and update.method == "lora"}
+    taken = any(update.alpha is not None and update.alpha.certainty is Certainty.READ for update in adapter)
+    if trained is None or taken or ranks <= {trained}:
+        return adapter
+    note = (
+        f"the header's {FINETRAINERS} says that finetrainers trained with alpha {trained:g} (rank "
+        f"{', '.join(map(str, sorted(ranks)))}), which diffusers does not read: it applies scale 1, and that is kept; "
+        "--alpha header takes the training's"
+    )
+    return replace(adapter, provenance=replace(adapter.provenance, notes=(*adapter.provenance.notes, note)))
 
 
 def _write_header(adapter: Adapter, target: Target) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from checks import same, sound
 from safetensors.torch import load_file
-from trainers import DOWN_UP, Modules, Tensors, comfy, pairs, some, write
+from trainers import AB, DOWN_UP, FLUX, Modules, Tensors, comfy, pairs, some, write
 
 import adapterops as ao
 from adapterops import errors
@@ -235,3 +235,24 @@ def test_a_file_that_ends_where_flux_does_is_of_flux(tmp_path: Path) -> None:
     blocks: Modules = {f"double_blocks.{at}.img_mod.lin": (18432, 3072) for at in range(19)}
     found = ao.inspect(write(tmp_path / "a.safetensors", pairs(blocks, "diffusion_model.", rank=1)))
     assert (found.architecture.value, found.architecture.certainty, found.notes) == ("flux", Certainty.DERIVED, ())
+
+
+@pytest.mark.parametrize("alpha", [2, 4])
+def test_the_training_of_finetrainers(alpha: int, tmp_path: Path) -> None:
+    """Its own loader applies alpha/r of the header's `lora_config`, diffusers scale 1: the latter is kept, and told of."""
+    said = json.dumps({"r": 4, "lora_alpha": alpha, "init_lora_weights": True, "target_modules": ["to_q"]})
+    path = write(tmp_path / "a.safetensors", pairs(FLUX, "transformer.", AB), lora_config=said)
+    found = ao.inspect(path)
+    assert found.components[0].scales == {1.0: len(FLUX)}
+    assert any("--alpha header takes the training's" in note for note in found.notes) is (alpha != 4)
+    ao.convert(path, "kohya", tmp_path / "b.safetensors", alpha="header")
+    alphas = {float(t) for key, t in load_file(tmp_path / "b.safetensors").items() if key.endswith(".alpha")}
+    assert alphas == {alpha}
+
+
+@pytest.mark.parametrize("entry", ["not json", "[]", '{"lora_alpha": "two"}', '{"lora_alpha": true}'])
+def test_another_programs_lora_config(entry: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.safetensors", pairs(FLUX, "transformer.", AB), lora_config=entry)
+    assert not any("finetrainers" in note for note in ao.inspect(path).notes)
+    with pytest.raises(errors.UsageError, match="--alpha header, but the file has no alpha"):
+        ao.load(path, alpha="header")
