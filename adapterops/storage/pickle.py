@@ -10,7 +10,7 @@ import contextlib
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import IO, TYPE_CHECKING, Any
 
@@ -211,8 +211,8 @@ _TRAINING = re.compile(
     r"(_state|_states|_dict|_state_dict)?"
 )
 """The entries of a checkpoint that hold the trainer's own state."""
-_DEEP = 8
-"""Levels of a checkpoint's own entries in which tensors are looked for."""
+_MANY, _DEEP = 1_000, 8
+"""Mappings of a state dict, and entries of settings; and levels of mappings: more than that are no adapter's."""
 _SHOWN = 6
 """Of what a checkpoint holds beside its state dict."""
 
@@ -243,16 +243,23 @@ def _inner(loaded: object) -> tuple[object, tuple[str, ...], dict[str, Any]]:
     return state, (note,) if said else (), {other: value for other, value in rest.items() if _is_plain(value)}
 
 
-def _state(value: object, depth: int = 0) -> dict[str, torch.Tensor]:
-    """The tensors of a state dict, those of mappings inside it by dotted names; none where it holds anything else."""
+def _state(value: object, depth: int = 0, seen: set[int] | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a state dict, those of mappings inside it by dotted names; none where it holds anything else.
+
+    A mapping that stands in several places is none of a state dict's: a small file could make any number of names so.
+    """
     import torch
 
-    out: dict[str, torch.Tensor] = {}
-    if not isinstance(value, Mapping) or depth > _DEEP or not all(isinstance(key, str) for key in value):
+    seen = set() if seen is None else seen
+    if not isinstance(value, Mapping) or id(value) in seen or len(seen) > _MANY or depth > _DEEP:
         return {}
+    seen.add(id(value))
+    out: dict[str, torch.Tensor] = {}
     for key, entry in value.items():
-        found = {key: entry} if isinstance(entry, torch.Tensor) else _state(entry, depth + 1)
-        own = found if isinstance(entry, torch.Tensor) else {f"{key}.{name}": tensor for name, tensor in found.items()}
+        if not isinstance(key, str):
+            return {}
+        found = {"": entry} if isinstance(entry, torch.Tensor) else _state(entry, depth + 1, seen)
+        own = {f"{key}.{name}" if name else key: tensor for name, tensor in found.items()}
         if not own or not own.keys().isdisjoint(out):
             return {}
         out |= own
@@ -263,24 +270,35 @@ def _is_short(value: object) -> bool:
     return isinstance(value, (int, float, str)) and len(str(value)) <= 40
 
 
-def _is_plain(value: object, depth: int = 0) -> bool:
-    """Whether it is what JSON could hold."""
-    if depth > _DEEP:
-        return False
-    if isinstance(value, Mapping):
-        return all(isinstance(key, str) and _is_plain(entry, depth + 1) for key, entry in value.items())
-    if isinstance(value, (list, tuple)):
-        return all(_is_plain(entry, depth + 1) for entry in value)
-    return value is None or isinstance(value, (bool, int, float, str))
+def _is_plain(value: object) -> bool:
+    """Whether it is what JSON could hold, and not much of it."""
+    waiting, count = [value], 0
+    while waiting:
+        entry, count = waiting.pop(), count + 1
+        if count > _MANY or not (entry is None or isinstance(entry, (bool, int, float, str, list, tuple, Mapping))):
+            return False
+        if isinstance(entry, Mapping) and not all(isinstance(key, str) for key in entry):
+            return False
+        waiting += _inside(entry)
+    return True
 
 
-def _has_tensors(value: object, depth: int = 0) -> bool:
+def _has_tensors(value: object) -> bool:
     import torch
 
-    if isinstance(value, torch.Tensor) or depth > _DEEP:
-        return True
-    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple, set)) else ()
-    return any(_has_tensors(entry, depth + 1) for entry in inner)
+    waiting, seen = [value], set[int]()
+    while waiting:
+        entry = waiting.pop()
+        if isinstance(entry, torch.Tensor):
+            return True
+        if id(entry) not in seen:  # a small file may name one list any number of times
+            seen.add(id(entry))
+            waiting += _inside(entry)
+    return False
+
+
+def _inside(value: object) -> Collection[object]:
+    return value.values() if isinstance(value, Mapping) else value if isinstance(value, (list, tuple, set)) else ()
 
 
 def _flatten(path: str, loaded: object, size: int) -> dict[str, LazyTensor]:

@@ -176,6 +176,22 @@ def test_a_state_dict_of_mappings_has_dotted_names(tmp_path: Path) -> None:
     assert source.beside == {"metadata": settings}
 
 
+def test_small_files_that_name_one_thing_many_times(tmp_path: Path) -> None:
+    """Twenty names for each of a mapping that has twenty names for another …: a thousand million, in two thousand bytes."""
+    state: dict[str, object] = {"a": X, "b": X}
+    settings: list[object] = [1]
+    deep: dict[str, object] = {"a": X, "b": X}
+    for _ in range(7):
+        state, settings = {f"k{n}": state for n in range(20)}, [settings] * 20
+    for _ in range(50):
+        deep = {"deeper": deep}
+    refuse(tmp_path / "x.pt", saved({"weights": state, "epoch": 1}), NotAnAdapter, "'weights' is a dict")
+    refuse(tmp_path / "x.pt", saved({"weights": deep, "epoch": 1}), NotAnAdapter, "'weights' is a dict")
+    torch.save({"weights": {"a": X, "b": X}, "many": settings, "odd": {1: 2}, "few": [None]}, tmp_path / "x.pt")
+    source = open_source(tmp_path / "x.pt")
+    assert (list(source.tensors), source.beside) == (["a", "b"], {"few": [None]})
+
+
 def test_tensors_that_cannot_be_used(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
     refuse(path, saved({"a": X.to_sparse()}), UnreadableFile, "sparse_coo")
