@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from math import isfinite
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 from adapterops.storage.dtypes import BITS
 
@@ -62,8 +62,8 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _is_number(value: object) -> bool:
-    # A whole number may be too large for a float.
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether it is a number that a float holds: finite, and no whole one that is larger.  JSON and YAML have such."""
     return (type(value) is float and isfinite(value)) or (type(value) is int and abs(value) < 2**1023)
 
 
@@ -97,9 +97,9 @@ _CHOICES: dict[str, Callable[[object], bool]] = {
     "alpha_absent": lambda value: value == "all" or (isinstance(value, list) and all(map(_is_text, value))),
     "alpha_as": lambda value: _is_stored(value) or _is_table_of(value, _is_stored),
     "flag_as": lambda value: value in BITS,
-    "idle_alpha": lambda value: _is_table_of(value, _is_number),
+    "idle_alpha": lambda value: _is_table_of(value, is_number),
     "padded": lambda value: _is_table_of(value, lambda rank: type(rank) is int and rank > 0),
-    "stretched": lambda value: _is_table_of(value, _is_number),
+    "stretched": lambda value: _is_table_of(value, is_number),
     "joined": lambda value: _is_table_of(value, _is_blocks),
     "targets": lambda value: _is_table_of(value, lambda names: isinstance(names, list) and all(map(_is_text, names))),
     "types": lambda value: _is_table_of(value, _is_text),

@@ -14,7 +14,7 @@ from adapterops import errors
 from adapterops.adapter import Adapter, Certainty, Fact, Provenance, Update
 from adapterops.architectures import Architecture, Component, ModuleSpec
 from adapterops.carried import KEY as CARRIED_KEY
-from adapterops.carried import Carried
+from adapterops.carried import Carried, is_number
 from adapterops.dialects.fitting import component_by_names, fit
 from adapterops.dialects.match import PARAMETERS, Claim, Group, Reading, read_keys
 from adapterops.dialects.read import Request, ScaleOf, ScaleRule, no_config
@@ -365,6 +365,7 @@ __all__ = [
     "fit",
     "gguf_package",
     "header",
+    "is_number",
     "is_zero",
     "maths",
     "no_config",

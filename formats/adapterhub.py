@@ -40,6 +40,7 @@ from adapterops.plugin import (
     Suffix,
     component_by_names,
     errors,
+    is_number,
     read_by_table,
 )
 
@@ -140,7 +141,7 @@ def _alpha(source: Source, config: Mapping[str, Any]) -> float | None:
     value = config.get(name)
     if value is None:
         return None
-    if type(value) not in (int, float):
+    if not is_number(value):
         raise errors.UnreadableFile(
             f"{source.config_path}: {name} is {str(value)[:60]!r}, not a number", fault="config-type"
         )

@@ -17,7 +17,6 @@ Source: MaxZanella/CLIP-LoRA `loralib/utils.py` (`apply_lora`, `save_lora`, `loa
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import isfinite
 from typing import Any, ClassVar
 
 from adapterops_formats.torch_native import ReadOnly
@@ -35,6 +34,7 @@ from adapterops.plugin import (
     Source,
     Suffix,
     errors,
+    is_number,
     read_by_table,
 )
 
@@ -134,7 +134,7 @@ def _alpha(said: Mapping[str, Any], where: str) -> float | None:
     value = said.get("alpha")
     if value is None:
         return None
-    if type(value) not in (int, float) or not isfinite(value):
+    if not is_number(value):
         raise errors.UnreadableFile(f"{where} says alpha {value!r:.40}, which is no number", fault="config-type")
     return float(value)
 
@@ -156,7 +156,7 @@ def _layers(groups: Sequence[Group], said: Mapping[str, Any], where: str) -> dic
     encoder, position = said.get("encoder"), said.get("position")
     if encoder is None or position is None:
         encoder, position = _everything(list(widths.values()), encoder, position, groups)
-    if encoder not in _ENCODERS:
+    if not isinstance(encoder, str) or encoder not in _ENCODERS:
         raise errors.UnreadableFile(
             f"{where} (or --set) says encoder {encoder!r:.40}, which is none of {', '.join(_ENCODERS)}",
             fault="config-type",

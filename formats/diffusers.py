@@ -32,7 +32,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from math import isfinite
 from typing import Any, ClassVar
 
 from adapterops_formats.lycoris_names import (
@@ -67,6 +66,7 @@ from adapterops.plugin import (
     Target,
     errors,
     header,
+    is_number,
     read_by_table,
 )
 
@@ -480,9 +480,8 @@ def _trained_alpha(source: Source) -> float | None:
         value = json.loads(source.metadata.get(FINETRAINERS, "null"))
     except (ValueError, RecursionError):
         return None  # another program's entry of that name
-    alpha: Any = value.get("lora_alpha") if isinstance(value, Mapping) else None
-    known = isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and isfinite(alpha)
-    return float(alpha) if known else None
+    alpha = value.get("lora_alpha") if isinstance(value, Mapping) else None
+    return float(alpha) if is_number(alpha) else None
 
 
 def _training_told(adapter: Adapter, trained: float | None) -> Adapter:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import replace
-from math import isfinite
 
 from adapterops.plugin import (
     METHODS,
@@ -38,6 +37,7 @@ from adapterops.plugin import (
     Target,
     errors,
     header,
+    is_number,
     read_by_table,
 )
 
@@ -121,7 +121,7 @@ def _said(source: Source) -> Mapping[str, float]:
         raise errors.InvalidHeader(f"{source.path}: the header's entry {ENTRY} is not a table")
     said = {name: own for name, own in value.items() if name.endswith(("_lora_rank", "_lora_alpha"))}
     for name, own in said.items():
-        if type(own) not in (int, float) or not isfinite(own):
+        if not is_number(own):
             raise errors.InvalidHeader(
                 f"{source.path}: {name} in the header's entry {ENTRY} is {own!r:.60}, not a number"
             )

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from math import isfinite
 from typing import Any, ClassVar
 
 from adapterops_formats.torch_native import ReadOnly, decoder, family, heads, taken
@@ -40,6 +39,7 @@ from adapterops.plugin import (
     Source,
     Suffix,
     errors,
+    is_number,
     read_by_table,
 )
 
@@ -105,9 +105,7 @@ class LitGpt(ReadOnly):
 
         def rule(component: str, module: str, rank: int) -> ScaleRule:
             alpha = said.get("lora_alpha")
-            if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not isfinite(alpha):
-                return ScaleRule()
-            return ScaleRule(float(alpha), certainty=Certainty.READ, source=where)
+            return ScaleRule(float(alpha), certainty=Certainty.READ, source=where) if is_number(alpha) else ScaleRule()
 
         def settle(groups: list[Group]) -> list[Group]:
             return [

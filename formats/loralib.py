@@ -25,7 +25,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import isfinite, prod
+from math import prod
 from typing import Any
 
 from adapterops_formats.pairs import is_handmade
@@ -53,6 +53,7 @@ from adapterops.plugin import (
     component_by_names,
     errors,
     header,
+    is_number,
     read_by_table,
     scalar,
 )
@@ -200,7 +201,7 @@ def _values(value: Any) -> list[Any]:
 
 
 def _is_alpha(value: Any) -> bool:
-    return type(value) in (int, float) and isfinite(value)
+    return is_number(value)
 
 
 def _is_flags(value: Any) -> bool:

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import isfinite, sqrt
+from math import sqrt
 from types import NoneType
 from typing import Any
 
@@ -28,7 +28,7 @@ from adapterops_formats.peft_patterns import (
     target_modules,
 )
 
-from adapterops.plugin import METHODS, Adapter, Certainty, Fact, Request, ScaleRule, Update, errors
+from adapterops.plugin import METHODS, Adapter, Certainty, Fact, Request, ScaleRule, Update, errors, is_number
 
 Config = Mapping[str, Any]
 
@@ -366,7 +366,7 @@ def _check_scale(fields: Config, where: str, method: PeftMethod) -> None:
     if rank is not None and (type(rank) is not int or rank <= 0):
         raise _bad(where, method.rank, rank, "a positive number")
     alpha = fields.get(method.alpha, 8) if method.alpha else 1
-    if not _is_number(alpha):
+    if not is_number(alpha):
         raise _bad(where, method.alpha, alpha, f"a number (--set {method.alpha}=X says it)")
     tables = (method.ranks_in if method.rank else "", method.alphas_in if method.alpha else "")
     for name in filter(None, tables):
@@ -375,7 +375,7 @@ def _check_scale(fields: Config, where: str, method: PeftMethod) -> None:
             raise _bad(where, name, pattern, "a table of patterns")
         for key, value in pattern.items():
             ranks = name == method.ranks_in
-            if not _is_number(value) or (ranks and (value != int(value) or value <= 0)):
+            if not is_number(value) or (ranks and (value != int(value) or value <= 0)):
                 wanted = "a rank" if ranks else "a number"
                 raise _bad(where, f"{name}[{key!r}]", value, wanted)
             _compile(where, name, f"(.*\\.)?({key})$")
@@ -441,10 +441,6 @@ def _compile(where: str, name: str, pattern: str) -> None:
         re.compile(f"(.*\\.)?({pattern})$")
     except (re.error, RecursionError, OverflowError) as error:
         raise _bad(where, name, pattern, f"a regular expression ({error})", "config-pattern") from error
-
-
-def _is_number(value: object) -> bool:
-    return type(value) is int or (isinstance(value, float) and isfinite(value))
 
 
 def _is_list_of(value: object, kind: type) -> bool:
