@@ -213,7 +213,7 @@ def test_source_is_never_the_target(command: Callable[..., Outcome], tmp_path: P
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--to", "kohja"], ["unknown format 'kohja'", "known: adapterhub, cloneofsimo, "]),
+        (["--to", "kohja"], ["unknown format 'kohja'", "known: adapterhub, clip-lora, cloneofsimo, "]),
         (["--to", "peft", "--from", "ggml"], ["unknown format 'ggml'"]),
         (["--to", "peft", "--from", "diffusers"], ["no key reads as diffusers"]),
         (["--to", "peft", "--arch", "sd9"], ["sd9", "did you mean", "adapterops architectures"]),
