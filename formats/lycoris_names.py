@@ -76,6 +76,7 @@ RENAMED = (
     "hunyuan_dit",
     "stable_cascade",
     "ace_step_1_5",
+    "longcat_image",
 )
 """Every base with a transformer whose modules diffusers names otherwise than its authors."""
 UNREAD = (

@@ -50,6 +50,7 @@ _NAMES = (
         r"stable-diffusion-xl-v1-base-inpainting(/.*)?|diffusers/stable-diffusion-xl-1\.0-inpainting-0\.1",
         "sdxl_inpainting",
     ),
+    (r"stable-diffusion-xl-v1-refiner(/.*)?|stabilityai/stable-diffusion-xl-refiner-\S+", "sdxl_refiner"),
     (r"kolors(-[^/]*)?(/.*)?|(Kwai-Kolors/|terminusresearch/kwai-)kolors\S*", "kolors"),
     # What musubi-tuner (utils/sai_model_spec.py), ai-toolkit (flux2_model.py, flux2_klein_model.py) and OneTrainer say.
     (r"(flux\.?2-|flux_2_)dev(/.*)?", "flux2_dev"),
@@ -63,6 +64,7 @@ _NAMES = (
     (r"Qwen/Qwen-Image(?!-2\.)\S*|qwen[-_]image(?![-_]2\.)([-_][^/]*)?(/.*)?", "qwen_image"),
     (r"Qwen/Qwen-Image-2\.1\S*|qwen[-_]image[-_]2\.1(/.*)?", "qwen_image_2_1"),
     (r"black-forest-labs/flux-3-image-klein\S*", "flux3_klein"),
+    (r"meituan-longcat/LongCat-Image\S*|longcat_image-\w+(/.*)?", "longcat_image"),  # the latter: SimpleTuner
     (r"MiniMaxAI/MiniMax-H3\S*|minimax_h3(_ref2va)?", "minimax_h3"),  # the latter: ai-toolkit
     (r"Tencent-Hunyuan/(HunyuanDiT|Distillation)\S*", "hunyuan_dit"),
     (

@@ -273,3 +273,21 @@ def reaches_the_end(architecture: Architecture, groups: Sequence[Group]) -> bool
         for (component, blocks), number in last.items()
     )
     return bool(last) and begun == last.keys() and not any(further)
+
+
+def fills(architecture: Architecture, groups: Sequence[Group]) -> bool:
+    """Whether a file has a module of every block of each list of blocks that the architecture has, and of each of its components
+    in the file; and of two lists at least, since one alone may have been chosen."""
+    found: dict[tuple[str, str], set[str]] = {}
+    for entry in groups:
+        component = entry.place.among(architecture.components) or ""
+        numbered = _NUMBERED.match(book(architecture, entry.place).table.get(entry.name, ""))
+        if numbered:
+            found.setdefault((component, numbered[1]), set()).add(numbered[2])
+    every: dict[tuple[str, str], set[str]] = {}
+    for component in {component for component, _ in found}:
+        for name in architecture.components[component].modules:
+            numbered = _NUMBERED.match(name)
+            if numbered:
+                every.setdefault((component, numbered[1]), set()).add(numbered[2])
+    return len(every) > 1 and found == every

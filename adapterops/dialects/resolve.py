@@ -10,7 +10,7 @@ from typing import NamedTuple
 from adapterops import architectures
 from adapterops.adapter import Certainty, Fact
 from adapterops.architectures import Architecture
-from adapterops.dialects.fitting import SAMPLE, Fit, contenders, fit, reaches_the_end, usual
+from adapterops.dialects.fitting import SAMPLE, Fit, contenders, fills, fit, reaches_the_end, usual
 from adapterops.dialects.match import Group
 from adapterops.dialects.names import applies, book, needs_table
 from adapterops.errors import AdapterOpsError, BrokenAdapter, UnknownArchitectureOfFile, UnknownModule
@@ -24,6 +24,7 @@ the rest are dozens, which no slip explains, but a base model that has part of t
 _ASKED = 4
 """The number of base models whose names are searched for one like an unknown one: in large tables that takes long."""
 
+_BLOCKS = "module names and shapes, and the number of blocks"
 _DECLARED = "modules fit several, and the header or the config names it"
 
 
@@ -106,13 +107,17 @@ def identify(
         return Identified(best.architecture, recorded, unknown=unknown)
     others = [f.architecture.name for f in rivals if usual(f, lookup) == usual(best, lookup)]
     otherwise = [other for other in rivals_by_name if other != name and other not in others]
+    exact = [f for f in rivals if f.architecture.name in others and fills(f.architecture, lookup)]
+    if len(exact) == 1 and not fills(best.architecture, lookup):
+        # It has every block of that base and none of those that others have further.
+        best, unknown = exact[0], _insist(exact[0], path, allow_drop, tell)
+        return Identified(best.architecture, Fact(best.architecture.name, Certainty.DERIVED, _BLOCKS), unknown=unknown)
     if others and reaches_the_end(best.architecture, lookup):
         # It ends where this base does: nobody trains just as many blocks of one that has more.
         longer = {f.architecture.name for f in rivals if not reaches_the_end(f.architecture, lookup)}
         others = [other for other in others if other not in longer]
         if not others:
-            why = "module names and shapes, and the number of blocks"
-            return Identified(best.architecture, Fact(name, Certainty.DERIVED, why), unknown=unknown)
+            return Identified(best.architecture, Fact(name, Certainty.DERIVED, _BLOCKS), unknown=unknown)
     # A file that ends where the base does is of that base.
     others += otherwise if best.whole and not reaches_the_end(best.architecture, lookup) else []
     if others:

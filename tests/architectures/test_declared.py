@@ -72,6 +72,7 @@ SIMPLETUNER = {
     "ltxvideo-0.9.5/lora": {"ltx_2b"},
     "ltxvideo2-dev/lora": {"ltx_2"},
     "kolors-1.0/lora": {"kolors"},
+    "longcat_image-final/lora": {"longcat_image"},
     "stable_cascade-stage-c/lora": {"stable_cascade"},
     "stable_cascade-stage-c-lite/lora": set(),
 }
@@ -81,6 +82,9 @@ HUB = {
     "Qwen/Qwen-Image-2512": {"qwen_image"},
     "Qwen/Qwen-Image-2.1": {"qwen_image_2_1"},
     "black-forest-labs/flux-3-image-klein-base": {"flux3_klein"},
+    "stabilityai/stable-diffusion-xl-refiner-1.0": {"sdxl_refiner"},
+    "meituan-longcat/LongCat-Image-Edit": {"longcat_image"},
+    "meituan-longcat/LongCat-Video": set(),
     "MiniMaxAI/MiniMax-H3": {"minimax_h3"},
     "ACE-Step/acestep-v15-turbo-diffusers": {"ace_step_1_5"},
     "ACE-Step/acestep-v15-xl-turbo-diffusers": {"ace_step_1_5_xl"},

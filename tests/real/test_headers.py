@@ -213,7 +213,7 @@ def test_bare_names_that_a_base_has_in_another_size_are_peft_s(name: str, tmp_pa
 @pytest.mark.parametrize("ends", [(".lora_A.weight", ".lora_B.weight"), DOWN_UP], ids=["A", "down"])
 @pytest.mark.parametrize(
     ("modules", "others"),
-    [(FEW, ("chroma", "hunyuan_video")), (MODULATION, ("hunyuan_video",))],
+    [(FEW, ("chroma", "longcat_image", "hunyuan_video")), (MODULATION, ("longcat_image", "hunyuan_video"))],
     ids=["few", "modulation"],
 )
 def test_few_blocks_without_a_header_may_be_either(
