@@ -41,7 +41,7 @@ def test_damaged_adapters_are_refused_cleanly_or_converted() -> None:
     assert sorted(o.number for o in outcomes) == list(numbers)
     assert not tally.faults, tally.text()
     # Not everything stops at the first check.
-    assert tally.outcomes["converted"] > 20
+    assert tally.outcomes["converted"] > len(numbers) // 40
     assert len(tally.outcomes) > 8
     assert tally.kinds.keys() == inputs.WEIGHTS.keys()
 
@@ -157,8 +157,11 @@ def test_a_planted_fault_is_found(fault: Callable[..., Any], signature: str, mon
 def test_a_dead_process_costs_its_own_input_only(monkeypatch: pytest.MonkeyPatch) -> None:
     seeds.samples()
     monkeypatch.setattr(safetensors, "read_header", _die)
-    outcomes, tally = run(range(12))
-    assert sorted(o.number for o in outcomes) == list(range(12))
+    # One that is no safetensors file, among its neighbours.
+    spared = next(n for n in itertools.count(6) if not any(f.endswith(".safetensors") for f in inputs.make(0, n).files))
+    numbers = range(spared - 6, spared + 6)
+    outcomes, tally = run(numbers)
+    assert sorted(o.number for o in outcomes) == list(numbers)
     assert {o.result for o in outcomes} > {"fault"}
     assert set(tally.faults) == {"the process died (signal 9)"}
 
