@@ -353,12 +353,12 @@ def sd_scripts_faults(adapter: Adapter) -> Iterator[str]:
                 f"({update.name})"
             )
         else:
-            first = updates[0].tensors
-            if (bound.item(), blocks.shape[0]) != (first["constraint"].item(), first["blocks"].shape[0]):
+            first = next(other for other in updates if "constraint" in other.tensors)
+            own = first.tensors["constraint"].item(), first.tensors["blocks"].shape[0]
+            if (bound.item(), blocks.shape[0]) != own:
                 yield (
-                    f"{blocks.where}: alpha {bound.item():g} and {blocks.shape[0]} blocks, beside "
-                    f"{first['constraint'].item():g} and {first['blocks'].shape[0]} of {updates[0].name}: sd-scripts takes one "
-                    "of each for the whole file"
+                    f"{blocks.where}: alpha {bound.item():g} and {blocks.shape[0]} blocks, beside {own[0]:g} and {own[1]} of "
+                    f"{first.name}: sd-scripts takes one of each for the whole file"
                 )
 
 

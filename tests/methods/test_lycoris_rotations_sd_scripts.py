@@ -96,6 +96,15 @@ def test_an_alpha_of_zero_is_nothing_there(tmp_path: Path) -> None:
         ao.load(a_file(tmp_path, alpha=0.0))
 
 
+def test_one_alpha_that_is_missing_is_one_finding(tmp_path: Path) -> None:
+    source = a_file(tmp_path)
+    state = load_file(source)
+    first = min(key for key in state if key.endswith(".alpha"))
+    save_file({key: t for key, t in state.items() if key != first}, source, {"ss_network_module": "networks.oft"})
+    found = [f for f in ao.validate(source, ignore=["D601"]) if f.rule.severity == "error"]
+    assert ["without an alpha above zero" in f.message for f in found] == [True]
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
