@@ -45,7 +45,7 @@ def _words(context: click.Context, parameter: click.Parameter, values: tuple[str
     metavar="LOADERS",
     multiple=True,
     callback=_words,
-    help="The loaders that the adapters are for: peft, diffusers, comfy, vllm, mlx, gguf.",
+    help="The loaders that the adapters are for: peft, diffusers, comfy, vllm, sglang, mlx, gguf.",
 )
 @click.option("--load-test", is_flag=True, help="Load them with peft or diffusers, into a model without weights.")
 @click.option(

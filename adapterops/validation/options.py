@@ -9,7 +9,7 @@ from adapterops.architectures import Architecture
 from adapterops.errors import UsageError
 from adapterops.validation.rule import Rule
 
-TARGETS = ("peft", "diffusers", "comfy", "vllm", "mlx", "gguf")
+TARGETS = ("peft", "diffusers", "comfy", "vllm", "sglang", "mlx", "gguf")
 """The loaders that `--targets` knows."""
 
 

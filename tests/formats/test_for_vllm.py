@@ -106,8 +106,8 @@ def insist_on_same(out: Path, source: Path, server: str, model: Callable[[], nn.
             torch.testing.assert_close(delta, wanted.get(name, torch.zeros_like(delta)), rtol=1e-6, atol=1e-7)
 
 
-def no_errors(out: Path) -> None:
-    report = ao.validate(out, targets=["vllm"])
+def no_errors(out: Path, server: str) -> None:
+    report = ao.validate(out, targets=[server])
     wrong = [f.rule.code for f in report.findings if f.rule.code.startswith("L") or f.severity == "error"]
     assert set(wrong) <= {"L552"}  # what to start vLLM with
 
@@ -134,8 +134,7 @@ def test_a_server_computes_what_peft_does(tmp_path: Path, case: str, server: str
     result = ao.convert(source, "peft", tmp_path / "out", reader=server, base=base)
     assert result.proof is not None
     insist_on_same(tmp_path / "out", source, server)
-    if server == "vllm":
-        no_errors(tmp_path / "out")
+    no_errors(tmp_path / "out", server)
 
 
 def test_what_is_served_already_stays_as_it_is(tmp_path: Path) -> None:
@@ -240,7 +239,7 @@ def test_the_way_around_dora_works(tmp_path: Path) -> None:
     tokens = torch.arange(12).reshape(2, 6)
     wanted, got = (PeftModel.from_pretrained(llama(), str(p)).eval()(tokens).logits for p in (source, tmp_path / "out"))
     torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-4)
-    no_errors(tmp_path / "out")
+    no_errors(tmp_path / "out", "vllm")
 
 
 @pytest.mark.parametrize("server", ["vllm", "sglang"])
@@ -266,8 +265,7 @@ def test_what_stands_beside_the_factors_can_be_left_out(
         assert deltas.keys() == wanted.keys()
         for name, delta in deltas.items():
             torch.testing.assert_close(delta, wanted[name], rtol=1e-6, atol=1e-7)
-    if server == "vllm":
-        no_errors(tmp_path / "out")
+    no_errors(tmp_path / "out", server)
 
 
 def test_a_changed_base_may_be_the_one_that_is_served(tmp_path: Path) -> None:

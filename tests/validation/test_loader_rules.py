@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from loader_files import MODULES, converted, diffusers_lora, mlx_folder, renamed, with_method
+from safetensors.torch import load_file
 from sound import CONFIG, Tensors, codes, edit, found, kohya_file, peft_folder, set_config
 
 from adapterops.validation import registry
@@ -161,6 +162,39 @@ def _patterns(tmp_path: Path) -> Path:
     return set_config(peft_folder(tmp_path), alpha_pattern={"q_proj": 4})
 
 
+def _without(tmp_path: Path, part: str) -> Path:
+    """A folder whose adapter leaves some modules alone."""
+    folder = peft_folder(tmp_path)
+    edit(folder, lambda t: {key: value for key, value in t.items() if part not in key})
+    targets = sorted(
+        {key.split(".lora_")[0].rpartition(".")[2] for key in load_file(folder / "adapter_model.safetensors")}
+    )
+    return set_config(folder, target_modules=targets)
+
+
+def _with_head(tmp_path: Path) -> Path:
+    """With a LoRA on the head."""
+    generator = torch.Generator().manual_seed(9)
+    pair = {
+        f"base_model.model.lm_head.lora_{role}.weight": torch.randn(shape, generator=generator) * 0.1
+        for role, shape in (("A", (4, 64)), ("B", (128, 4)))
+    }
+    folder = edit(peft_folder(tmp_path), lambda t: t.update(pair))
+    return set_config(folder, target_modules=["q_proj", "v_proj", "lm_head"])
+
+
+def _tied_head(tmp_path: Path) -> Path:
+    """As peft saves factors on a head: with the base's own weight beside them."""
+    weight = torch.randn((128, 64), generator=torch.Generator().manual_seed(10)) * 0.1
+    return edit(_with_head(tmp_path), lambda t: t.update({"base_model.model.lm_head.base_layer.weight": weight}))
+
+
+def _with_norm(tmp_path: Path) -> Path:
+    """As mergekit's extraction saves the norms' differences: whole, and listed nowhere."""
+    norm = {"base_model.model.model.layers.0.input_layernorm.weight": torch.linspace(0.9, 1.1, 64)}
+    return edit(peft_folder(tmp_path), lambda t: t.update(norm))
+
+
 def _rank_pattern(tmp_path: Path) -> Path:
     """q_proj with half the rank of v_proj, and one alpha."""
 
@@ -259,12 +293,20 @@ BROKEN: dict[str, Callable[[Path], Made]] = {
     "L551": lambda p: (_patterns(p), "vllm"),
     "L552": lambda p: (_rank(32)(p), "vllm"),
     "L553": lambda p: (_rank(640)(p), "vllm"),
+    "L558": lambda p: (_kohya(p), "sglang"),
+    "L559": lambda p: (_loha_folder(p), "sglang"),
+    "L564": lambda p: (_dora_folder(p), "sglang"),
+    "L565": lambda p: (set_config(peft_folder(p), target_modules=".*(q_proj|v_proj)"), "sglang"),
+    "L566": lambda p: (set_config(peft_folder(p), use_rslora=True), "sglang"),
+    "L568": lambda p: (_without(p, ".v_proj."), "sglang"),
+    "L569": lambda p: (_saved_head(True)(p), "sglang"),
     "L560": lambda p: (peft_folder(p), "mlx"),
     "L570": lambda p: (_kohya(p), "gguf"),
     "L572": lambda p: (_loha_folder(p), "gguf"),
     "L574": lambda p: (_patterns(p), "gguf"),
     "L575": lambda p: (_dora_folder(p), "gguf"),
     "L576": lambda p: (_saved_head(True)(p), "gguf"),
+    "L578": lambda p: (_with_head(p), "gguf"),
 }  # fmt: skip
 
 # What other rules speak of, too, whoever loads it: an adapter that this package does not convert, a head that is saved and
@@ -274,6 +316,8 @@ WITH_OTHERS: dict[str, Callable[[Path], Made]] = {
     "L530": lambda p: (_header_scale(p), "comfy"),
     "L550": lambda p: (_saved_head(False)(p), "vllm"),
     "L554": lambda p: (_experts(p), "vllm"),
+    "L567": lambda p: (set_config(_rank_pattern(p), alpha_pattern={"q_proj": 4}), "sglang"),
+    "L577": lambda p: (_with_norm(p), "gguf"),
     "L561": lambda p: (_only(mlx_folder(p), "0000100_adapters.safetensors"), "mlx"),
     "L562": lambda p: (mlx_folder(p, lora_parameters={"rank": 4}), "mlx"),
     "L563": lambda p: (mlx_folder(p, layers=(0, 1, 2, 3)), "mlx"),
@@ -354,7 +398,9 @@ SOUND: dict[str, Callable[[Path], tuple[Path, tuple[str, ...]]]] = {
     "boft": lambda p: (with_method(_kohya(p), _Q, {".oft_blocks": (2, 4, 320, 320)}, 0.0), ("comfy",)),
     "comfy's hunyuan 1.5": lambda p: (converted(p, "hunyuan_video_1_5", "comfy-hunyuan"), ("comfy",)),
     "tucker": lambda p: (with_method(_kohya(p), _CONV, _TUCKER, 2.0), ("comfy",)),
-    "peft": lambda p: (peft_folder(p), ("peft", "vllm", "gguf")),
+    "peft": lambda p: (peft_folder(p), ("peft", "vllm", "sglang", "gguf")),
+    "k_proj absent": lambda p: (_without(p, ".k_proj."), ("sglang",)),
+    "tied head": lambda p: (_tied_head(p), ("vllm", "sglang")),
     "rslora": lambda p: (set_config(peft_folder(p), use_rslora=True), ("peft", "vllm")),
     "rank pattern": lambda p: (_rank_pattern(p), ("peft", "gguf")),
     "rank 16": lambda p: (_rank(16)(p), ("vllm",)),

@@ -5,123 +5,91 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
-from math import sqrt
 from typing import Any
 
 from adapterops.validation.rules.loader_facts import (
     Effect,
     Fact,
+    ending,
     fact,
     first_key,
-    of_role,
     peft_config,
     same,
     scale,
 )
+from adapterops.validation.rules.peft_folders import (
+    TIED_WEIGHTS,
+    flagged,
+    foreign,
+    is_mlx,
+    lora_config,
+    magnitudes,
+    other_tensors,
+    other_type,
+    positive,
+    ranks,
+    saved_modules,
+    scaled_apart,
+)
 from adapterops.validation.subject import Subject
 
-_MLX = (".lora_a", ".lora_b")
 _MLX_FILE = "adapters.safetensors"
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_PAIR = re.compile(r"\.lora_[AB]\.weight$|\.lora_embedding_[AB]$")
-_VLLM_SKIPPED = ("embed_tokens.base_layer.weight", "lm_head.base_layer.weight")
 _VLLM_DEFAULT, _VLLM_MOST = 16, 512
 _LONGEST = 1_000_000
 
 
-def _is_mlx(subject: Subject) -> bool:
-    return any(key.endswith(_MLX) for key in subject.tensors)
-
-
-def _foreign(subject: Subject) -> list[str]:
-    """All keys of an adapter that is no PEFT folder's."""
-    known = subject.recognised is not None or _is_mlx(subject)
-    return list(subject.tensors) if known and subject.dialect not in ("peft", "miss") else []
-
-
 def _not_mlx(subject: Subject) -> list[str]:
-    return list(subject.tensors) if subject.recognised is not None and not _is_mlx(subject) else []
+    return list(subject.tensors) if subject.recognised is not None and not is_mlx(subject) else []
 
 
 def _bone(subject: Subject) -> list[str]:
     return ["BONE"] if peft_config(subject).get("peft_type") == "BONE" else []
 
 
-def _other_type(subject: Subject) -> list[str]:
-    kind = peft_config(subject).get("peft_type")
-    return [str(kind)] if kind not in (None, "LORA") and subject.recognised is not None else []
-
-
-def _lora(subject: Subject) -> Mapping[str, Any]:
-    """The config of a PEFT folder with a LoRA; empty for everything else."""
-    config = peft_config(subject)
-    return config if config.get("peft_type") == "LORA" and subject.recognised is not None else {}
-
-
-def _flag(name: str, subject: Subject) -> list[str]:
-    return [name] if _lora(subject).get(name) else []
-
-
-def _saved(subject: Subject) -> list[str]:
-    listed = _lora(subject).get("modules_to_save")
-    return [str(name) for name in listed] if isinstance(listed, list) else []
-
-
-def _others(subject: Subject) -> list[str]:
-    """Tensors of a LoRA that are neither factors nor DoRA's magnitudes, which have rules of their own."""
-    if not _lora(subject):
-        return []
-    return [key for key in subject.tensors if not _PAIR.search(key) and "lora_magnitude_vector" not in key]
-
-
 def _vllm_others(subject: Subject) -> list[str]:
     # Where modules_to_save has names, vLLM stops at the config already.
-    saved = set(_saved(subject))
-    return [key for key in _others(subject) if not key.endswith(_VLLM_SKIPPED) and not saved & set(key.split("."))]
-
-
-def _gguf_others(subject: Subject) -> list[str]:
+    saved = set(saved_modules(subject))
     return [
-        key
-        for key in _others(subject)
-        if not key.endswith(".base_layer.weight") and "_layernorm" not in key and ".norm" not in key
+        key for key in other_tensors(subject) if not key.endswith(TIED_WEIGHTS) and not saved & set(key.split("."))
     ]
 
 
-def _ranks(subject: Subject) -> list[int]:
-    return [u.tensors["A"].shape[0] for u in subject.updates if u.method == "lora" and "A" in u.tensors]
+def _gguf_norm(key: str) -> bool:
+    return "_layernorm" in key or ".norm" in key
+
+
+def _gguf_others(subject: Subject) -> list[str]:
+    return [key for key in other_tensors(subject) if not key.endswith(".base_layer.weight") and not _gguf_norm(key)]
+
+
+def _gguf_norms(subject: Subject) -> list[str]:
+    """Whole norms, which a converter passes on and the program skips."""
+    if subject.dialect == "gguf":
+        return ending(subject, "_norm.weight")
+    return [key for key in other_tensors(subject) if not key.endswith(".base_layer.weight") and _gguf_norm(key)]
+
+
+def _gguf_heads(subject: Subject) -> list[str]:
+    if not lora_config(subject):
+        return []
+    return [first_key(u) for u in subject.updates if u.method == "lora" and u.module.rpartition(".")[2] == "lm_head"]
 
 
 def _rank_to_name(subject: Subject) -> list[str]:
-    largest = max(_ranks(subject), default=0) if _lora(subject) else 0
+    largest = max(ranks(subject), default=0) if lora_config(subject) else 0
     return [str(largest)] if _VLLM_DEFAULT < largest <= _VLLM_MOST else []
 
 
 def _rank_too_large(subject: Subject) -> list[str]:
-    largest = max(_ranks(subject), default=0) if _lora(subject) else 0
+    largest = max(ranks(subject), default=0) if lora_config(subject) else 0
     return [str(largest)] if largest > _VLLM_MOST else []
-
-
-def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 else None
-
-
-def _vllm_scales(subject: Subject) -> list[str]:
-    """Modules whose scale is not the one that the config's r and lora_alpha make."""
-    config = _lora(subject)
-    alpha, rank = _number(config.get("lora_alpha")), _number(config.get("r"))
-    if alpha is None or rank is None:
-        return []
-    one = alpha / (sqrt(rank) if config.get("use_rslora") else rank)
-    known = [(u, s) for u in subject.updates if (s := scale(u)) is not None]
-    return [first_key(update) for update, own in known if not same(own, one)]
 
 
 def _gguf_scales(subject: Subject) -> list[str]:
     """Modules whose alpha is not the config's (llama.cpp divides it by each module's own rank)."""
-    config = _lora(subject)
-    alpha = _number(config.get("lora_alpha"))
+    config = lora_config(subject)
+    alpha = positive(config.get("lora_alpha"))
     if alpha is None or config.get("use_rslora"):
         return []
     known = [(u, s) for u in subject.updates if (s := scale(u)) is not None and "A" in u.tensors]
@@ -129,12 +97,12 @@ def _gguf_scales(subject: Subject) -> list[str]:
 
 
 def _targets_parameters(subject: Subject) -> list[str]:
-    listed = _lora(subject).get("target_parameters")
+    listed = lora_config(subject).get("target_parameters")
     return [str(name) for name in listed] if isinstance(listed, list) else []
 
 
 def _mlx_config(subject: Subject) -> dict[str, Any] | None:
-    text = subject.text(os.path.basename(subject.config_path)) if _is_mlx(subject) else None
+    text = subject.text(os.path.basename(subject.config_path)) if is_mlx(subject) else None
     if text is None or len(text) > _LONGEST:
         return None
     try:
@@ -145,11 +113,11 @@ def _mlx_config(subject: Subject) -> dict[str, Any] | None:
 
 
 def _mlx_name(subject: Subject) -> list[str]:
-    return [os.path.basename(subject.weights)] if _is_mlx(subject) and _MLX_FILE not in subject.files else []
+    return [os.path.basename(subject.weights)] if is_mlx(subject) and _MLX_FILE not in subject.files else []
 
 
 def _mlx_fields(subject: Subject) -> list[str]:
-    if not _is_mlx(subject) or subject.is_folder:
+    if not is_mlx(subject) or subject.is_folder:
         return []
     config = _mlx_config(subject)
     if config is None:
@@ -182,7 +150,7 @@ FACTS: tuple[Fact, ...] = (
         "peft",
         "not-a-peft-folder",
         Effect.REFUSES,
-        _foreign,
+        foreign,
         "peft reads folders of adapter_config.json and adapter_model.safetensors; this has other names ({keys})",
         why="peft cannot load other spellings than its own.",
         remedy="Run adapterops convert FILE --to peft.",
@@ -209,7 +177,7 @@ FACTS: tuple[Fact, ...] = (
         "vllm",
         "not-a-peft-folder",
         Effect.REFUSES,
-        _foreign,
+        foreign,
         "vLLM reads peft's folders only; this has other names ({keys})",
         why="vLLM knows no other spelling than peft's.",
         remedy="Run adapterops convert FILE --to peft.",
@@ -222,7 +190,7 @@ FACTS: tuple[Fact, ...] = (
         "vllm",
         "other-method",
         Effect.REFUSES,
-        _other_type,
+        other_type,
         "vLLM reads LoRA only, not peft_type {keys}",
         why="vLLM has no other method than LoRA.",
         remedy="Run adapterops to-lora FOLDER --energy 0.99, which makes a plain LoRA of it.",
@@ -236,13 +204,13 @@ FACTS: tuple[Fact, ...] = (
         "vllm",
         "dora",
         Effect.REFUSES,
-        lambda s: _flag("use_dora", s),
-        'vLLM refuses DoRA: "vLLM does not yet support DoRA"',
-        why="vLLM refuses every adapter whose config has use_dora.",
+        lambda s: flagged("use_dora", s) or magnitudes(s),
+        'vLLM refuses DoRA ({keys}): "vLLM does not yet support DoRA", or "DoRA adapter loading is not implemented yet"',
+        why="vLLM refuses every adapter whose config has use_dora, and every magnitude that it meets without.",
         remedy="Merge the adapter into the base (peft: merge_and_unload) and serve the result, or train without DoRA.",
         fires='"use_dora": true',
         passes='"use_dora": false',
-        source=f"{_VLLM}; vllm#9280",
+        source=f"{_VLLM}, lora/lora_model.py (from_lora_tensors); vllm#9280",
         field="use_dora",
     ),
     fact(
@@ -250,7 +218,7 @@ FACTS: tuple[Fact, ...] = (
         "vllm",
         "modules-to-save",
         Effect.REFUSES,
-        _saved,
+        saved_modules,
         'vLLM refuses modules_to_save ({keys}): "vLLM only supports modules_to_save being None"',
         why="vLLM refuses every adapter whose config lists modules that were trained whole.",
         remedy="Train without modules_to_save, or merge the adapter into the base and serve the result.",
@@ -277,7 +245,7 @@ FACTS: tuple[Fact, ...] = (
         "vllm",
         "patterns",
         Effect.MISREADS,
-        _vllm_scales,
+        lambda s: scaled_apart(s, rslora=True),
         "vLLM applies lora_alpha/r of the config to all modules, {n module} of another scale ({keys}) included",
         why="vLLM reads r and lora_alpha and ignores rank_pattern and alpha_pattern.",
         remedy="Run adapterops convert FOLDER --to peft --for vllm, which gives all modules one scale and the same deltas.",
@@ -385,7 +353,7 @@ FACTS: tuple[Fact, ...] = (
         "gguf",
         "not-a-peft-folder",
         Effect.REFUSES,
-        lambda s: [] if s.dialect == "gguf" else _foreign(s),  # which llama.cpp reads as it is
+        lambda s: [] if s.dialect == "gguf" else foreign(s),  # which llama.cpp reads as it is
         "llama.cpp converts peft's folders only; this has other names ({keys})",
         why="llama.cpp's convert_lora_to_gguf.py reads adapter_config.json and lora_A, lora_B, and stops at anything else.",
         remedy="Run adapterops convert FILE --to peft first.",
@@ -398,7 +366,7 @@ FACTS: tuple[Fact, ...] = (
         "gguf",
         "other-method",
         Effect.REFUSES,
-        _other_type,
+        other_type,
         'llama.cpp converts LoRA only, not peft_type {keys}: "Not a lora_A or lora_B tensor"',
         why="A GGUF adapter is a LoRA and nothing else.",
         remedy="Run adapterops to-lora FOLDER --energy 0.99, which makes a plain LoRA of it.",
@@ -425,7 +393,7 @@ FACTS: tuple[Fact, ...] = (
         "gguf",
         "dora",
         Effect.REFUSES,
-        lambda s: of_role(s, "magnitude") if _lora(s) else [],
+        magnitudes,
         'llama.cpp stops at {n DoRA magnitude} ({keys}): "Not a lora_A or lora_B tensor"',
         why="A GGUF adapter has no place for DoRA's magnitudes.",
         remedy="Merge the adapter into the base (peft: merge_and_unload) and convert the result, or train without DoRA.",
@@ -443,7 +411,34 @@ FACTS: tuple[Fact, ...] = (
         why="A GGUF adapter has no place for whole heads, embeddings and biases.",
         remedy="Train without modules_to_save and with bias none, or merge the adapter into the base and convert that.",
         fires="base_model.model.lm_head.weight",
-        passes="base_model.model.model.layers.0.input_layernorm.weight",
+        passes="base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
         source=f"{_GGUF} (get_tensors); llama.cpp#9948",
+    ),
+    fact(
+        "L577",
+        "gguf",
+        "norms",
+        Effect.DROPS,
+        _gguf_norms,
+        "llama.cpp skips {n whole norm} ({keys}) in silence",
+        why="convert_lora_to_gguf.py passes trained norms on, and llama.cpp leaves every _norm.weight of an adapter out.",
+        remedy="Merge the adapter into the base and convert the result, or train without the norms.",
+        fires="base_model.model.model.layers.0.input_layernorm.weight",
+        passes="base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+        source=f"{_GGUF} (get_tensors); src/llama-adapter.cpp (llama_adapter_lora_init_impl)",
+    ),
+    fact(
+        "L578",
+        "gguf",
+        "tied-head",
+        Effect.NEEDS,
+        _gguf_heads,
+        "llama.cpp converts a LoRA on the head ({keys}) only where the base does not share it with the embeddings",
+        why='convert_lora_to_gguf.py ends with "lm_head is present in adapter, but is ignored in base model" where the base '
+        "ties its head to its embeddings (tie_word_embeddings).",
+        remedy="For a base that ties them: train without lm_head, or merge the adapter into the base and convert that.",
+        fires="base_model.model.lm_head.lora_A.weight",
+        passes="base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
+        source=f"{_GGUF} (modify_tensors); llama.cpp#9065",
     ),
 )

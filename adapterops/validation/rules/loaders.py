@@ -1,7 +1,7 @@
 """What the loaders named by --targets drop, misread or refuse; and the load test.
 
 The facts stand in tables, one file for each kind of loader: `loader_llm` (peft, vLLM, mlx-lm, llama.cpp),
-`loader_diffusers`, `loader_comfy`.
+`loader_sglang`, `loader_diffusers`, `loader_comfy`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from adapterops.validation.registry import Checker, checker
 from adapterops.validation.rule import Finding, Needs, Rule, Severity
-from adapterops.validation.rules import loader_comfy, loader_diffusers, loader_llm
+from adapterops.validation.rules import loader_comfy, loader_diffusers, loader_llm, loader_sglang
 from adapterops.validation.subject import Subject
 
 LEFT_OUT = Rule(
@@ -68,7 +68,7 @@ OTHER_UPDATE = Rule(
     needs=Needs.TENSORS,
 )
 
-FACTS = (*loader_llm.FACTS, *loader_diffusers.FACTS, *loader_comfy.FACTS)
+FACTS = (*loader_llm.FACTS, *loader_sglang.FACTS, *loader_diffusers.FACTS, *loader_comfy.FACTS)
 
 
 @checker(LEFT_OUT, OTHER_SCALE, REFUSED, NOT_TRIED, OTHER_UPDATE)

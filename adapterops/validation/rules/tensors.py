@@ -167,7 +167,7 @@ BASE_WEIGHTS = Rule(
     why="The base model's own weight was saved beside the update: peft loads it over the user's base, quantised or not.",
     remedy="Save with save_pretrained, which leaves it out; or take these keys out and save the rest with safetensors.",
     fires="q_proj.base_layer.weight beside q_proj.lora_A.weight",
-    passes="embed_tokens.base_layer.weight, which peft saves where tokens were added",
+    passes="embed_tokens.base_layer.weight or lm_head.base_layer.weight, which peft saves beside factors on these",
 )
 TIED = Rule(
     "T140",
@@ -385,6 +385,11 @@ def leftovers(subject: Subject) -> Iterator[Finding]:
         )
 
 
+_HEAD = "lm_head"
+"""The head whose own weight peft saves beside factors on it (huggingface/peft `src/peft/utils/constants.py`:
+`EMBEDDING_LAYER_NAMES`; `save_and_load.py`: `save_embedding_layers="auto"`)."""
+
+
 @checker(BASE_WEIGHTS)
 def base_weights(subject: Subject) -> Iterator[Finding]:
     """Weights of the base beside an update of the same module."""
@@ -401,6 +406,7 @@ def base_weights(subject: Subject) -> Iterator[Finding]:
             weight is None
             or other is None
             or other.options.get("kind") == "embedding"
+            or update.module.rpartition(".")[2] == _HEAD
             or not METHODS[other.method].rows
         ):
             continue
