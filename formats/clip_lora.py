@@ -12,6 +12,7 @@ are transformers' of CLIPModel, and `--to peft` writes it for that.  Where `meta
 
 Source: MaxZanella/CLIP-LoRA `loralib/utils.py` (`apply_lora`, `save_lora`, `load_lora`, `INDEX_POSITIONS_TEXT`,
 `INDEX_POSITIONS_VISION`), `loralib/layers.py` (`LoRALayer`, `PlainMultiheadAttentionLoRA`).
+CLIP-MoLE: qinyong123456/CLIP-LoRA, the same files (`save_lora`, `MultiLinearLoRA`, `Router`).
 """
 
 from __future__ import annotations
@@ -39,20 +40,26 @@ from adapterops.plugin import (
 )
 
 _METADATA = "metadata"
-_DEPTH = 12
-"""Layers of every text encoder, and of the image encoders of ViT-B."""
-_LARGE = (1024, 24)
-"""The width of ViT-L's image encoder, and its layers."""
-_POSITIONS: Mapping[str, range] = {
+_LARGE = 1024
+"""The width of ViT-L's image encoder."""
+_THIRDS: Mapping[str, range] = {"bottom": range(4), "mid": range(4, 8), "up": range(8, 12)}
+_HALVES: Mapping[str, range] = {"half-up": range(6, 12), "half-bottom": range(6)}
+_OF_TWELVE: Mapping[str, range] = {
+    "all": range(12),
+    **_HALVES,
     "top": range(11, 12),
     "top1": range(11, 12),
     "top2": range(10, 12),
     "top3": range(9, 12),
-    "bottom": range(4),
-    "mid": range(4, 8),
-    "up": range(8, 12),
+    **_THIRDS,
 }
-"""Layers of an encoder that has twelve; halves and all there are of every depth."""
+"""The layers that a word means: of every text encoder, and of the image encoders of ViT-B."""
+_OF_VIT_L: tuple[Mapping[str, range], ...] = (
+    {"all": range(24), "half-up": range(12, 24), "half-bottom": range(12)},
+    {"all": range(21), **_HALVES, **_THIRDS},
+)
+"""Of ViT-L's image encoder, today and before commit e6bf706 (2024-09-12).  No word means as many in both: the number of
+layers tells which."""
 _ENCODERS: Mapping[str, tuple[str, ...]] = {"text": ("text",), "vision": ("vision",), "both": ("text", "vision")}
 CLIP_LORA = Dialect(
     name="clip-lora",
@@ -87,6 +94,10 @@ class ClipLora(ReadOnly):
     dialects = (CLIP_LORA,)
     file_name = "lora_weights.safetensors"
     own_fields: ClassVar[frozenset[str]] = frozenset({"encoder", "position"})
+    foreign: ClassVar = {
+        r"^layer_\d+\.(?:[qkv]_)?proj\.expert_\d+\.w_lora_[AB]$": "is an expert of CLIP-MoLE, whose experts a router mixes "
+        "anew for every token; its checkpoints leave the router out, so that no update follows from them"
+    }
     why_not_written = "the program loads adapters from its own checkpoints, which are pickles; --to peft holds it"
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
@@ -161,40 +172,44 @@ def _layers(groups: Sequence[Group], said: Mapping[str, Any], where: str) -> dic
             f"{where} (or --set) says encoder {encoder!r:.40}, which is none of {', '.join(_ENCODERS)}",
             fault="config-type",
         )
-    out: dict[str, str] = {}
-    for tower in _ENCODERS[encoder]:
-        depth = _LARGE[1] if tower == "vision" and largest == _LARGE[0] else _DEPTH
-        for number in _indices(position, depth, where):
-            out[str(len(out))] = f"{tower}_model.encoder.layers.{number}"
-    return out
+    known = _orders(_ENCODERS[encoder], position, largest == _LARGE, where)
+    names = next((names for names in known if len(names) == len(widths)), known[0])
+    return {str(number): name for number, name in enumerate(names)}
 
 
 def _everything(widths: Sequence[int], encoder: object, position: object, groups: Sequence[Group]) -> tuple[Any, str]:
     """Encoder and position of a file that has as many layers as there are.  Raises `UnknownFact` for any other."""
     if position in (None, "all"):
-        both = _DEPTH + (_LARGE[1] if max(widths, default=0) == _LARGE[0] else _DEPTH)
-        if len(widths) == both and encoder in (None, "both"):
+        large = max(widths, default=0) == _LARGE
+        depths = [len(table["all"]) for table in (_OF_VIT_L if large else (_OF_TWELVE,))]
+        if encoder in (None, "both") and len(widths) - len(_OF_TWELVE["all"]) in depths:
             return "both", "all"
-        if len(widths) == _LARGE[1] and encoder in (None, "vision") and set(widths) == {_LARGE[0]}:
+        if large and len(widths) in depths and encoder in (None, "vision") and set(widths) == {_LARGE}:
             return "vision", "all"
     where = next(iter(groups[0].tensors.values())).where
     raise errors.UnknownFact(
         f"{where}: nothing says of which layers of CLIP the file's {len(widths)} are (its {_METADATA} are missing); say it with "
-        f"--set encoder=… ({', '.join(_ENCODERS)}) and --set position=… (all, half-up, half-bottom, {', '.join(_POSITIONS)})"
+        f"--set encoder=… ({', '.join(_ENCODERS)}) and --set position=… ({', '.join(_OF_TWELVE)})"
     )
 
 
-def _indices(position: object, depth: int, where: str) -> range:
-    """The layers of an encoder that a word means.  Raises `UnreadableFile` for a word that it has not."""
-    halves = {"all": range(depth), "half-up": range(depth // 2, depth), "half-bottom": range(depth // 2)}
-    known: dict[str, range] = {**halves, **(_POSITIONS if depth == _DEPTH else {})}
-    if not isinstance(position, str) or position not in known:
+def _orders(towers: Sequence[str], position: object, large: bool, where: str) -> list[list[str]]:
+    """The modules that a word means, in the program's order, today's first.  Raises `UnreadableFile` for a word that it has
+    not."""
+    tables = [{"text": _OF_TWELVE, "vision": vision} for vision in (_OF_VIT_L if large else (_OF_TWELVE,))]
+    word = position if isinstance(position, str) else ""
+    fitting = [table for table in tables if all(word in table[tower] for tower in towers)]
+    if not fitting:
+        known = dict.fromkeys(word for table in tables for word in table[towers[-1]])
         raise errors.UnreadableFile(
-            f"{where} (or --set) says position {position!r:.40}, which an encoder of {depth} layers has not; it has "
+            f"{where} (or --set) says position {position!r:.40}, which the {towers[-1]} encoder has not; it has "
             f"{', '.join(known)}",
             fault="config-type",
         )
-    return known[position]
+    return [
+        [f"{tower}_model.encoder.layers.{number}" for tower in towers for number in table[tower][word]]
+        for table in fitting
+    ]
 
 
 def _listed(heads: set[str]) -> str:

@@ -12,7 +12,7 @@ from peft import PeftModel
 from transformers import CLIPConfig, CLIPModel
 
 import adapterops as ao
-from adapterops.errors import BrokenAdapter, CannotRepresent, Conflict, UnknownFact, UnreadableFile
+from adapterops.errors import BrokenAdapter, CannotRepresent, Conflict, UnknownFact, UnreadableFile, UnsupportedFormat
 
 WIDTHS = {"text": 16, "vision": 24}
 UP = [8, 9, 10, 11]
@@ -101,21 +101,71 @@ def test_what_inspect_tells(tmp_path: Path) -> None:
     )
 
 
-def test_the_layers_of_a_large_image_encoder(tmp_path: Path) -> None:
-    """ViT-L/14 has 24 layers for images, of width 1024, and 12 for texts, of width 768."""
+def large(position: str, texts: int, images: int) -> dict[str, Any]:
+    """A checkpoint of ViT-L/14, whose encoder of images is 1024 wide, and that of texts 768."""
     saved = checkpoint("text", "half-bottom", ["q"])
-    sizes = [768] * 6 + [1024] * 12
     saved["weights"] = {
         f"layer_{n}": {"q_proj": {"w_lora_A": torch.ones(2, size), "w_lora_B": torch.ones(size, 2)}}
-        for n, size in enumerate(sizes)
+        for n, size in enumerate([768] * texts + [1024] * images)
     }
-    saved["metadata"] |= {"encoder": "both", "position": "half-up"}
+    saved["metadata"] |= {"encoder": "both", "position": position}
+    return saved
+
+
+@pytest.mark.parametrize(
+    ("position", "texts", "images"),
+    [
+        ("half-up", range(6, 12), range(12, 24)),
+        ("half-bottom", range(6), range(12)),
+        ("all", range(12), range(24)),
+        # Before the program's commit e6bf706:
+        ("half-up", range(6, 12), range(6, 12)),
+        ("half-bottom", range(6), range(6)),
+        ("all", range(12), range(21)),
+        ("mid", range(4, 8), range(4, 8)),
+    ],
+)
+def test_the_layers_of_a_large_image_encoder(position: str, texts: range, images: range, tmp_path: Path) -> None:
+    saved = large(position, len(texts), len(images))
     torch.save(saved, tmp_path / "a.pt")
-    modules = [update.module for update in ao.load(tmp_path / "a.pt")]
-    assert modules == [
-        *(f"text_model.encoder.layers.{n}.self_attn.q_proj" for n in range(6, 12)),
-        *(f"vision_model.encoder.layers.{n}.self_attn.q_proj" for n in range(12, 24)),
+    wanted = [
+        *(f"text_model.encoder.layers.{n}.self_attn.q_proj" for n in texts),
+        *(f"vision_model.encoder.layers.{n}.self_attn.q_proj" for n in images),
     ]
+    assert [update.module for update in ao.load(tmp_path / "a.pt")] == wanted
+    del saved["metadata"]
+    torch.save(saved, tmp_path / "a.pt")
+    if position == "all":
+        assert [update.module for update in ao.load(tmp_path / "a.pt")] == wanted
+    else:
+        with pytest.raises(UnknownFact, match="--set encoder"):
+            ao.load(tmp_path / "a.pt")
+
+
+def test_a_large_image_encoder_without_so_many_layers(tmp_path: Path) -> None:
+    torch.save(large("half-up", 6, 9), tmp_path / "a.pt")
+    with pytest.raises(BrokenAdapter, match="0 to 17"):
+        ao.load(tmp_path / "a.pt")
+    torch.save(large("top", 1, 1), tmp_path / "a.pt")
+    with pytest.raises(
+        UnreadableFile, match="which the vision encoder has not; it has all, half-up, half-bottom, bottom"
+    ):
+        ao.load(tmp_path / "a.pt")
+
+
+def test_experts_without_their_router(tmp_path: Path) -> None:
+    """What CLIP-MoLE saves."""
+    saved = checkpoint("text", "up", ["q"])
+    saved["weights"] = {
+        layer: {
+            name: {f"expert_{n}": {k: v.clone() for k, v in pair.items()} for n in range(2)}
+            for name, pair in modules.items()
+        }
+        for layer, modules in saved["weights"].items()
+    }
+    torch.save(saved, tmp_path / "a.pt")
+    with pytest.raises(UnsupportedFormat, match=r"layer_0.q_proj.expert_0.w_lora_A.*CLIP-MoLE.*leave the router out"):
+        ao.load(tmp_path / "a.pt")
 
 
 def test_weights_that_were_saved_again_without_metadata(tmp_path: Path) -> None:
