@@ -195,6 +195,7 @@ class Peft(Format):
             updates = [_with_indices(u, indices, request) if u.method == "trainable_tokens" else u for u in updates]
             return [_say_why_unknown(u, source, method) for u in method.complete(updates)]
 
+        _insist_on_one_wrapper(source, reading)
         _insist_on_one_kind(source, reading, request)
         adapter = read_by_table(reading, source, asked, rule, refine, settle)
         if request.tell is None:
@@ -394,6 +395,31 @@ def _is_twin(claim: Any, role: str) -> bool:
 
 def _is_wrapped(claim: Any) -> bool:
     return "modules_to_save" in claim.key.split(".")
+
+
+def _insist_on_one_wrapper(source: Source, reading: Reading) -> None:
+    """Raise `UnsupportedFormat` for an adapter on a module inside `modules_to_save`.
+
+    peft before 0.13 put that wrapper around layers that it had adapted already, where a classifier's `target_modules` name its
+    head (huggingface/peft v0.10.0 `src/peft/peft_model.py`: `PeftModelForSequenceClassification.__init__` lists the head after
+    its layers are replaced), and saved the factors under three names.
+    """
+    adapted = [claim for claim in reading.claims if claim.suffix.method != "saved"]
+    inside = [claim for claim in adapted if ".modules_to_save" in claim.name]
+    if not inside:
+        return
+    head = inside[0].name.partition(".modules_to_save")[0]
+    error = errors.UnsupportedFormat(
+        f"{source.path}: tensor {inside[0].key!r}: {head} is adapted inside modules_to_save, as peft before 0.13 wrapped a "
+        "classifier's head that target_modules names, too; a later peft drops these factors, or fails. What was trained is the "
+        f"weight that is saved + scale · lora_B · lora_A: save this sum as {head}.weight in place of {head}'s tensors, and take "
+        "the head out of target_modules",
+        fault="wrapped-twice",
+    )
+    error.keys = tuple(
+        claim.key for claim in adapted if {"modules_to_save", "original_module"} & set(claim.name.split("."))
+    )
+    raise error
 
 
 def _insist_on_one_kind(source: Source, reading: Reading, request: Request) -> None:

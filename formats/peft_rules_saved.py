@@ -110,6 +110,19 @@ NO_BIASES = Rule(
     passes='"bias": "none", or "bias": "all" with them',
     source="peft 0.21 utils/save_and_load.py (get_peft_model_state_dict)",
 )
+TWICE = Rule(
+    "C259",
+    "adapted-inside-saved",
+    Severity.ERROR,
+    why="peft before 0.13 put modules_to_save around a head that it had adapted already; a later one drops the factors, or fails "
+    "with a KeyError.",
+    remedy="Save the head's weight + scale · lora_B · lora_A as its weight, without the factors, and take it out of "
+    "target_modules.",
+    fires="…score.modules_to_save.lora_A.weight beside …score.base_layer.weight",
+    passes="…score.weight",
+    faults=("wrapped-twice",),
+    source="peft 0.10 peft_model.py (PeftModelForSequenceClassification), utils/other.py (ModulesToSaveWrapper)",
+)
 
 _EMBEDDINGS = ("embed_tokens", "lm_head", "wte", "shared", "word_embeddings", "embed_in", "embed_out")
 """What models call their embeddings, which peft saves unasked when they were resized."""
@@ -283,5 +296,6 @@ RULES: tuple[Rule, ...] = (
     TOKENS,
     BAD_BIAS,
     NO_BIASES,
+    TWICE,
 )
 CHECKERS: tuple[Checker, ...] = (listed, unlisted, tokens, biases)

@@ -16,7 +16,8 @@ import peft_models as pm
 import pytest
 import torch
 from adapterops_formats.peft import FORMAT, PEFT
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     BertConfig,
@@ -655,3 +656,30 @@ def test_mixed_adapter_has_no_config(tmp_path: Path) -> None:
     with pytest.raises(errors.CannotRepresent, match=r"query has a magnitude and .*key has none.*use_dora"):
         ao.convert(pm.folder_with(tmp_path / "source", tensors), to="peft", output=tmp_path / "converted", alpha=4)
     assert not (tmp_path / "converted").exists()
+
+
+@pytest.mark.parametrize("weight", ["score.weight", "score.base_layer.weight"])  # peft 0.6, and 0.8 to 0.12
+@pytest.mark.parametrize("repair", [False, True])
+def test_a_head_that_an_early_peft_wrapped_twice_is_not_guessed_at(weight: str, repair: bool, tmp_path: Path) -> None:
+    """What `PeftModelForSequenceClassification` saved with target_modules ["q_proj", "score"]: today's peft loads no head."""
+    folder = tmp_path / "twice"
+    folder.mkdir()
+    keys = ["q_proj", *(f"score{part}" for part in ("", ".modules_to_save", ".original_module"))]
+    tensors = {
+        f"base_model.model.{key}.lora_{role}.weight": torch.ones(2, WIDTH) if role == "A" else torch.ones(WIDTH, 2)
+        for key in keys
+        for role in "AB"
+    }
+    save_file(tensors | {f"base_model.model.{weight}": torch.ones(WIDTH, WIDTH)}, folder / "adapter_model.safetensors")
+    config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "score"], task_type="SEQ_CLS")
+    config.save_pretrained(folder)
+    base = base_of({"q_proj": linear(bias=False), "score": linear(bias=False)})
+    if "base_layer" in weight:
+        with pytest.raises(KeyError, match=r"score\.weight"):
+            PeftModel.from_pretrained(base, str(folder))
+    else:
+        loaded = PeftModel.from_pretrained(base, str(folder))
+        assert not any("score" in name and "lora_" in name for name, _ in loaded.named_parameters())
+    with pytest.raises(errors.UnsupportedFormat, match=r"modules_to_save.lora_A.*save this sum as score\.weight"):
+        ao.convert(folder, "peft", tmp_path / "out", repair=repair)
+    assert not (tmp_path / "out").exists()

@@ -48,6 +48,14 @@ def saved(**more: tuple[int, ...]) -> Callable[[Tensors], Tensors]:
     }
 
 
+TWICE = {
+    "score__base_layer__weight": (2, 64),
+    **{f"score__{part}lora_A__weight": (4, 64) for part in ("", "modules_to_save__", "original_module__")},
+    **{f"score__{part}lora_B__weight": (2, 4) for part in ("", "modules_to_save__", "original_module__")},
+}
+"""A head as peft 0.10 saves it where target_modules names it; 0.6 calls its weight score.weight."""
+
+
 def magnitudes(tensors: Tensors) -> Tensors:
     """A magnitude for every module."""
     more = {k.replace("lora_B.weight", "lora_magnitude_vector"): t for k, t in tensors.items() if "lora_B" in k}
@@ -189,6 +197,7 @@ BROKEN: dict[str, Broken] = {
     "C256": with_config(trainable_token_indices=[1, 2]),
     "C257": with_config(bias="some"),
     "C258": with_base(with_config(bias="lora_only"), attention_bias=True),
+    "C259": with_tensors(saved(**TWICE), task_type="SEQ_CLS", target_modules=["q_proj", "v_proj", "score"]),
 }
 """By code: an adapter that is broken in just that way, and the options with which it is seen."""
 
