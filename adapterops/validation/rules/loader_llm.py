@@ -50,9 +50,7 @@ def _bone(subject: Subject) -> list[str]:
 def _vllm_others(subject: Subject) -> list[str]:
     # Where modules_to_save has names, vLLM stops at the config already.
     saved = set(saved_modules(subject))
-    return [
-        key for key in other_tensors(subject) if not key.endswith(TIED_WEIGHTS) and not saved & set(key.split("."))
-    ]
+    return [key for key in other_tensors(subject) if not key.endswith(TIED_WEIGHTS) and not saved & set(key.split("."))]
 
 
 def _gguf_norm(key: str) -> bool:
