@@ -6,10 +6,13 @@ Facts about diffusers and peft are tried on the libraries themselves: what a rul
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import pytest
 import torch
 from loader_files import MODULES, converted, diffusers_lora, mlx_folder, renamed, with_method
@@ -333,6 +336,42 @@ def test_a_broken_adapter_is_found_exactly(tmp_path: Path, code: str) -> None:
     path, target = BROKEN[code](tmp_path)
     assert codes(path, targets=[target]) == [code]
     assert codes(path) == []  # nobody asked for the loader
+
+
+@pytest.mark.parametrize(("target", "code"), [("vllm", "L548"), ("sglang", "L564")])
+def test_magnitudes_are_found_where_the_config_says_nothing_of_them(tmp_path: Path, target: str, code: str) -> None:
+    """peft itself speaks of them, too (C233)."""
+    path = set_config(_dora_folder(tmp_path), use_dora=False)
+    assert codes(path, targets=[target]) == ["C233", code]
+
+
+def test_llama_cpp_skips_the_norms_of_its_own_files(tmp_path: Path) -> None:
+    """As its converter writes what mergekit extracted."""
+    path = tmp_path / "adapter.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_type(gguf.GGUFType.ADAPTER)
+    writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
+    writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, 8.0)
+    for name, shape in (
+        ("attn_q.weight.lora_a", (4, 64)),
+        ("attn_q.weight.lora_b", (64, 4)),
+        ("attn_norm.weight", (64,)),
+    ):
+        writer.add_tensor(f"blk.0.{name}", np.linspace(0.1, 1.1, math.prod(shape), dtype=np.float32).reshape(shape))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    (finding,) = found(path, targets=["gguf"], select=["L"])
+    assert (finding.code, finding.where) == ("L577", ("blk.0.attn_norm.weight",))
+
+
+def test_sglang_leaves_out_both_factors_of_a_module_that_it_does_not_look_for(tmp_path: Path) -> None:
+    """Of GPT-2's blocks, as an example, which are numbered under `h`."""
+    folder = peft_folder(tmp_path)
+    edit(folder, lambda t: {key.replace(".model.layers.", ".transformer.h."): value for key, value in t.items()})
+    (finding,) = found(folder, targets=["sglang"], select=["L569"])
+    assert set(finding.where) == set(load_file(folder / "adapter_model.safetensors"))
 
 
 @pytest.mark.parametrize("code", WITH_OTHERS)

@@ -42,7 +42,8 @@ def _apart(subject: Subject) -> list[str]:
     """Modules that SGLang does not look for."""
     if not lora_config(subject):
         return []
-    return [first_key(u) for u in subject.updates if u.method == "lora" and not _FOUND.search(u.module)]
+    apart = (u for u in subject.updates if u.method == "lora" and not _FOUND.search(u.module))
+    return [tensor.key for update in apart for tensor in update.tensors.values()]
 
 
 def _half_packed(subject: Subject) -> list[str]:
