@@ -29,11 +29,23 @@ def notes_on_alphas(adapter: Adapter, assumed: bool = True) -> Iterator[str]:
         source = usual[0].alpha.source if usual[0].alpha is not None else ""
         some = "" if len(usual) == len(scaled) else f" of {len(usual)} modules of {len(scaled)} ({usual[0].name})"
         yield f"alpha{some}: {source}; if training had another, say it with --alpha X"
+    yield from notes_on_nothing(adapter)
     given = {update.alpha.value for update in _with(scaled, Certainty.GIVEN) if update.alpha is not None}
     if 0.0 in given:
         yield "--alpha 0 makes the scale 0: the adapter changes nothing"
     for value in sorted(value for value in given if value is not None and value < 0):
         yield f"--alpha {value:g} turns the adapter's effect around: trainers write no negative alpha"
+
+
+def notes_on_nothing(adapter: Adapter) -> Iterator[str]:
+    """What the user should know of an alpha that its file says is 0: verl's `model_merger` writes it, for one."""
+    alphas = (update.alpha for update in adapter if update.alpha is not None and update.alpha.value == 0.0)
+    stated = next((alpha for alpha in alphas if alpha.certainty is Certainty.READ), None)
+    if stated is not None:
+        say = "; --set lora_alpha=X says the trainer's" if "lora_alpha" in stated.source else ""
+        yield (
+            f"alpha is 0 ({stated.source}), so it changes nothing; some programs write 0 for an alpha that they do not know{say}"
+        )
 
 
 def _with(updates: Iterable[Update], certainty: Certainty) -> list[Update]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -70,3 +71,19 @@ def test_odd_alphas_are_told_of(command: Command, bare: Path, tmp_path: Path, al
     told = notes(command("convert", bare, "--to", "kohya", f"--alpha={alpha}", "-o", out, "--json"))
     assert any(words in note for note in told)
     assert {float(value) for key, value in load_file(out).items() if key.endswith(".alpha")} == {float(alpha)}
+
+
+def test_an_alpha_of_0_in_a_config_is_told_of(command: Command, tmp_path: Path) -> None:
+    """As verl's merger writes it where it does not know the training's; today's peft loads it and adds nothing."""
+    folder = tmp_path / "verl"
+    shutil.copytree(FIXTURES / "peft-llama", folder)
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "lora_alpha": 0, "alpha_pattern": {}}))
+    said = "alpha is 0 (" + str(path)
+    for arguments in (("inspect", folder), ("convert", folder, "--to", "peft", "-o", tmp_path / "out")):
+        (note,) = [note for note in notes(command(*arguments, "--json")) if "alpha" in note]
+        assert note.startswith(said)
+        assert "--set lora_alpha=X" in note
+    told = notes(command("convert", folder, "--to", "peft", "--set", "lora_alpha=16", "-o", tmp_path / "set", "--json"))
+    assert not [note for note in told if "alpha is 0" in note]
+    assert json.loads((tmp_path / "set" / "adapter_config.json").read_text())["lora_alpha"] == 16
