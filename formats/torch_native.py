@@ -84,6 +84,43 @@ def taken(tensor: LazyTensor, pieces: Sequence[tuple[int, int]], rows: int, what
     return tensor.rows(pieces)
 
 
+def rotated(size: int, head: int) -> list[int]:
+    """For each row of a program that rotates neighbours, the row of transformers': (heads, 2, d/2) turned into (heads, d/2, 2).
+
+    Raises `ValueError` for rows that are no heads of that size.
+    """
+    if head <= 0 or head % 2 or size % head:
+        raise ValueError(f"{size} rows are no heads of {head}")
+    half = head // 2
+    return [start + pair * half + at for start in range(0, size, head) for at in range(half) for pair in range(2)]
+
+
+def halved(tensor: LazyTensor, head: int, name: str, count: int | None = None) -> LazyTensor:
+    """The rows (out_features, …) of queries or keys whose rotary embedding rotates neighbours, in transformers' order.
+
+    `count` is the number of heads, where it is known.  Raises `BrokenAdapter` for rows that are no heads of the base.
+    """
+    from adapterops_formats.gguf_rows import with_rows
+
+    rows = tensor.shape[0] if tensor.shape else 0
+    try:
+        order = rotated(rows, head)
+        if count is not None and rows != count * head:
+            raise ValueError(f"{rows} rows are not the {count} heads of {head}")
+    except ValueError as error:
+        raise errors.BrokenAdapter(
+            f"{tensor.where}: {error}, as {name} has them in this base; is it the right --base?", fault="other-shape"
+        ) from error
+    return with_rows(tensor, order, back=True)
+
+
+def of_unknown_order(tensor: LazyTensor, why: str) -> LazyTensor:
+    """The tensor, which can be looked at and not read until the base says how its rows stand."""
+    from adapterops_formats.gguf_rows import of_unknown_rows
+
+    return of_unknown_rows(tensor, f"{tensor.where}: {why}; give the base's config with --base CONFIG")
+
+
 class ReadOnly(Format):
     """A format that is read, and that its own program alone writes in a way that it reads again."""
 

@@ -22,14 +22,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from adapterops_formats.torch_native import ReadOnly, decoder, family, heads, of_transformers
+from adapterops_formats.torch_native import ReadOnly, decoder, family, halved, heads, of_transformers, of_unknown_order
 
 from adapterops.plugin import (
     Adapter,
     AlphaIn,
     Dialect,
     Group,
-    LazyTensor,
     Place,
     Reading,
     Request,
@@ -79,17 +78,6 @@ TORCHTUNE = Dialect(
 )
 
 
-def rotated(size: int, head: int) -> list[int]:
-    """For each row of torchtune's, the row of transformers': (heads, 2, d/2) turned into (heads, d/2, 2).
-
-    Raises `ValueError` for rows that are no heads of that size.
-    """
-    if head <= 0 or head % 2 or size % head:
-        raise ValueError(f"{size} rows are no heads of {head}")
-    half = head // 2
-    return [start + pair * half + at for start in range(0, size, head) for at in range(half) for pair in range(2)]
-
-
 class Torchtune(ReadOnly):
     """torchtune's state dicts."""
 
@@ -116,40 +104,21 @@ class Torchtune(ReadOnly):
         component = decoder(request)
         try:
             if component is None:
-                tensors = {r: _unknown(t, entry) if which and r != "A" else t for r, t in entry.tensors.items()}
+                why = (
+                    f"torchtune keeps the rows of {entry.name} in an order that depends on the model and its heads, and nothing "
+                    "in the file says them"
+                )
+                tensors = {r: of_unknown_order(t, why) if which and r != "A" else t for r, t in entry.tensors.items()}
                 return entry if request.tell is not None else entry._replace(tensors=tensors)
             kind = family(component, [*_TURNED, *_AS_THEY_ARE], "torchtune")
             if which is None or kind in _AS_THEY_ARE:
                 return entry
             size = heads(component).size
-            turned = {r: t if r == "A" else _turned(t, size, entry) for r, t in entry.tensors.items()}
+            turned = {r: t if r == "A" else halved(t, size, entry.name) for r, t in entry.tensors.items()}
             return entry._replace(tensors=turned)
         except errors.AdapterOpsError as error:
             request.wrong(error, (tensor.key for tensor in entry.tensors.values()))
             return entry
-
-
-def _turned(tensor: LazyTensor, size: int, entry: Group) -> LazyTensor:
-    """The rows (out_features, …) in transformers' order."""
-    try:
-        from adapterops_formats.gguf_rows import with_rows
-
-        return with_rows(tensor, rotated(tensor.shape[0] if tensor.shape else 0, size), back=True)
-    except ValueError as error:
-        raise errors.BrokenAdapter(
-            f"{tensor.where}: {error}, as {entry.name} has them in this base; is it the right --base?",
-            fault="other-shape",
-        ) from error
-
-
-def _unknown(tensor: LazyTensor, entry: Group) -> LazyTensor:
-    from adapterops_formats.gguf_rows import of_unknown_rows
-
-    return of_unknown_rows(
-        tensor,
-        f"{tensor.where}: torchtune keeps the rows of {entry.name} in an order that depends on the model and its heads, and "
-        "nothing in the file says them; give the base's config with --base CONFIG",
-    )
 
 
 FORMAT = Torchtune()

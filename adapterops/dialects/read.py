@@ -48,12 +48,13 @@ class Request:
 
 
 class ScaleRule(NamedTuple):
-    """What a config says of one module's scale.  `alpha` is None where it says nothing."""
+    """What a config says of one module's scale.  `alpha` is None where it says nothing; `absent` says then what would."""
 
     alpha: float | None = None
     rslora: bool = False
     certainty: Certainty = Certainty.READ
     source: str = ""
+    absent: str = ""
 
 
 _NO_RULE = ScaleRule()
@@ -353,7 +354,7 @@ def _settle(
     elif dialect.convention == "rank":
         alpha = Fact(float(rank), Certainty.ASSUMED, f"none stored: readers of {dialect.title} apply scale 1")
     else:
-        alpha = Fact(None, Certainty.UNKNOWN, "no tensor, header or config holds it")
+        alpha = Fact(None, Certainty.UNKNOWN, rule.absent or "no tensor, header or config holds it")
     return Update(update.component, update.module, update.method, update.tensors, alpha, rule.rslora, update.options)
 
 
