@@ -31,6 +31,7 @@ from adapterops.dialects.table import (
 )
 from adapterops.methods import METHODS
 from adapterops.storage import LazyTensor, Source, scalar
+from adapterops.storage.source import read_json
 from adapterops.storage.tensor import NAMELESS, columns, is_zero, same_bytes, stack, zeros
 
 if TYPE_CHECKING:
@@ -371,6 +372,7 @@ __all__ = [
     "no_config",
     "nothing",
     "read_by_table",
+    "read_json",
     "read_keys",
     "same_bytes",
     "scalar",

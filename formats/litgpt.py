@@ -18,7 +18,6 @@ Sources: Lightning-AI/litgpt `litgpt/lora.py` (`LoRAQKVLinear`, `CausalSelfAtten
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
@@ -142,20 +141,22 @@ class LitGpt(ReadOnly):
 
 def _settings(source: Source) -> tuple[Mapping[str, Any], str]:
     """What `hyperparameters.yaml` beside the weights says, and where that is.  Raises `UnreadableFile` for one that is none."""
-    first = next(iter(source.tensors.values()), None)
-    path = os.path.join(os.path.dirname(first.source.path), _SETTINGS) if first is not None else ""
-    if not path or not os.path.isfile(path):
-        return {}, ""
-    import yaml
+    with source.settings(_SETTINGS) as found:
+        if found is None:
+            return {}, ""
+        path, where = found
+        import yaml
 
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = yaml.safe_load(file)
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-        raise errors.UnreadableFile(f"{path}: {str(error).splitlines()[0][:200]}", fault="config-unreadable") from error
-    if not isinstance(value, dict):
-        raise errors.UnreadableFile(f"{path}: must be a table, not a {type(value).__name__}", fault="config-type")
-    return value, path
+        try:
+            with open(path, encoding="utf-8") as file:
+                value = yaml.safe_load(file)
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+            raise errors.UnreadableFile(
+                f"{where}: {str(error).splitlines()[0][:200]}", fault="config-unreadable"
+            ) from error
+        if not isinstance(value, dict):
+            raise errors.UnreadableFile(f"{where}: must be a table, not a {type(value).__name__}", fault="config-type")
+        return value, where
 
 
 def _flags(said: Mapping[str, Any], where: str, fields: Mapping[str, Any]) -> list[bool] | None:

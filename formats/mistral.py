@@ -19,8 +19,6 @@ Sources: mistralai/mistral-finetune `model/lora.py`, `model/args.py`, `finetune/
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -42,6 +40,7 @@ from adapterops.plugin import (
     errors,
     is_number,
     read_by_table,
+    read_json,
 )
 
 _KNOWN = ("mistral", "mixtral")
@@ -94,14 +93,12 @@ class Mistral(ReadOnly):
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
         said, where = _params(source)
-        lora = said.get("lora")
-        scaling = lora.get("scaling") if isinstance(lora, dict) else None
-        own = _heads(said, where)
+        scaling, own = _scaling(said, where), _heads(said, where)
 
         def rule(component: str, module: str, rank: int) -> ScaleRule:
-            if not is_number(scaling):
+            if scaling is None:
                 return ScaleRule(absent=f"its {_PARAMS} beside would say it, and mistral-inference applies 2 · rank")
-            return ScaleRule(float(scaling) * rank, certainty=Certainty.READ, source=f"{where}: lora.scaling")
+            return ScaleRule(scaling * rank, certainty=Certainty.READ, source=f"{where}: lora.scaling")
 
         def settle(groups: list[Group]) -> list[Group]:
             return [_settled(entry, own, where, request) for entry in groups]
@@ -111,25 +108,27 @@ class Mistral(ReadOnly):
 
 def _params(source: Source) -> tuple[Mapping[str, Any], str]:
     """What `params.json` beside the weights says, and where that is.  Raises `UnreadableFile` for one that is none."""
-    first = next(iter(source.tensors.values()), None)
-    path = os.path.join(os.path.dirname(first.source.path), _PARAMS) if first is not None else ""
-    if not path or not os.path.isfile(path):
-        return {}, ""
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except (OSError, ValueError, RecursionError) as error:
-        raise errors.UnreadableFile(f"{path}: {str(error)[:200]}", fault="config-unreadable") from error
-    if not isinstance(value, dict):
-        raise errors.UnreadableFile(f"{path}: must be an object, not a {type(value).__name__}", fault="config-type")
-    return value, path
+    with source.settings(_PARAMS) as found:
+        return (read_json(found[0]), found[1]) if found is not None else ({}, "")
+
+
+def _scaling(said: Mapping[str, Any], where: str) -> float | None:
+    """What the product is multiplied by; None where `params.json` does not say it.
+
+    Raises `UnreadableFile` for what is no number.
+    """
+    lora = said.get("lora")
+    value = lora.get("scaling") if isinstance(lora, dict) else None
+    if value is not None and not is_number(value):
+        raise errors.UnreadableFile(f"{where}: lora.scaling is {value!r:.60}, not a number", fault="config-type")
+    return None if value is None else float(value)
 
 
 def _heads(said: Mapping[str, Any], where: str) -> Heads | None:
-    """The heads that `params.json` says; None where it says none.  Raises `UnreadableFile` for what are no counts."""
+    """The heads that `params.json` says; None where it leaves one out.  Raises `UnreadableFile` for no counts."""
     names = ("n_heads", "n_kv_heads", "head_dim")
     values = [said.get(name) for name in names]
-    if all(value is None for value in values):
+    if any(value is None for value in values):
         return None
     counts = [value for value in values if type(value) is int and value > 0]
     if len(counts) != len(names):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any, NamedTuple
@@ -54,6 +55,8 @@ class Source:
     """Whether the tensors are all that their file holds (a checkpoint has more, of which the notes tell)."""
     beside: Mapping[str, Any] = field(default_factory=dict)
     """What of that more is plain data: where a trainer keeps its settings."""
+    folder: Folder | None = None
+    """Where the weights stand."""
 
     @property
     def size(self) -> int:
@@ -64,6 +67,18 @@ class Source:
     def key_count(self) -> int:
         """The number of tensors, parts included."""
         return len(self.tensors) + sum(p.key_count for p in self.parts.values())
+
+    @contextmanager
+    def settings(self, name: str) -> Iterator[tuple[str, str] | None]:
+        """A trainer's own settings beside the weights: the file's path on this disk, and what messages call it.
+
+        None where there is no such file.  Raises `UnreadableFile` for one that cannot be fetched.
+        """
+        if self.folder is None or not _has_file(self.folder, name):
+            yield None
+            return
+        with named(self.folder, name) as path:
+            yield path, os.path.join(self.folder.path, name)
 
 
 class _Parts(Mapping[str, Source]):
@@ -177,7 +192,15 @@ def _open_file(folder: Folder, name: str, tell: Callable[[AdapterOpsError], None
         if name.endswith(".safetensors"):
             weights = weights._replace(notes=(*weights.notes, *_alone(folder, name)))
     notes = (*folder.notes, *weights.notes)
-    source = Source(path, weights.tensors, weights.metadata, notes=notes, whole=weights.whole, beside=weights.beside)
+    source = Source(
+        path,
+        weights.tensors,
+        weights.metadata,
+        notes=notes,
+        whole=weights.whole,
+        beside=weights.beside,
+        folder=folder,
+    )
     # peft writes the two side by side under fixed names; any other file does not own the config next to it.
     fixed = name in (*FOLDER_WEIGHTS, FOLDER_INDEX, *OTHER_WEIGHTS, *HUB_WEIGHTS) or _is_checkpoint(name)
     if fixed and _has_file(folder, CONFIG_NAME):
@@ -367,6 +390,7 @@ def _open_folder(folder: Folder, tell: Callable[[AdapterOpsError], None] | None 
             notes=notes,
             whole=weights.whole,
             beside=weights.beside,
+            folder=folder,
         )
     parts = [n for n in visible if folder.is_folder(n) and _holds_weights(folder.folder(n))]
     if parts:

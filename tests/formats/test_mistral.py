@@ -179,6 +179,13 @@ def test_what_no_file_says_is_asked_for(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["lora_alpha"] == 6
 
 
+def test_heads_that_params_json_leaves_out_are_asked_for(tmp_path: Path) -> None:
+    """As Meta's own `params.json` does, whose code has the same names."""
+    path, _ = native(tmp_path, {**PARAMS, "head_dim": None})
+    with pytest.raises(UnknownFact, match="--base CONFIG"):
+        ao.convert(path, "peft", tmp_path / "out")
+
+
 def test_a_base_of_other_heads_is_refused(tmp_path: Path) -> None:
     path, _ = native(tmp_path)
     with pytest.raises(Conflict, match=r"6 heads of 8 and 2 of keys, but --base has 3 of 16 and 1"):
@@ -202,9 +209,11 @@ def test_other_families_are_refused(tmp_path: Path, config: type) -> None:
     ("text", "said"),
     [
         ("{", "params.json"),
-        ("[1]", "must be an object"),
+        ("[1]", "must be a JSON object"),
+        ('{"lora": {}, "lora": {"scaling": 2.0}}', "'lora' twice"),
         (json.dumps({**PARAMS, "n_heads": "six"}), "not three counts"),
-        (json.dumps({**PARAMS, "head_dim": None}), "not three counts"),
+        (json.dumps({**PARAMS, "lora": {"scaling": "2.0"}}), "lora.scaling is '2.0', not a number"),
+        (json.dumps({**PARAMS, "lora": {"scaling": 10**400}}), "not a number"),
     ],
 )
 def test_a_broken_params_json_is_an_error(tmp_path: Path, text: str, said: str) -> None:

@@ -21,7 +21,7 @@ from huggingface_hub import constants
 from adapterops import api
 from adapterops.errors import AdapterOpsError, AmbiguousFormat, NotAnAdapter, UnreadableFile, UsageError
 from adapterops.storage import hub, open_source
-from adapterops.storage.source import stem
+from adapterops.storage.source import read_json, stem
 
 MAIN, PULL, BRANCH = "a" * 40, "b" * 40, "c" * 40
 REVISIONS = {"main": MAIN, "refs/pr/1": PULL, "feature/x": BRANCH, MAIN: MAIN}
@@ -145,6 +145,25 @@ def test_a_repository_that_holds_one_adapter(server: Hub, tmp_path: Path) -> Non
     # The second time nothing is downloaded.
     assert open_source("hf://models/me/style").path == "hf://me/style"
     assert len(server.downloaded) == 2
+
+
+@pytest.mark.parametrize("name", ["hf://me/style", "hf://me/style/lora.safetensors"])
+def test_a_trainers_settings_are_fetched_when_they_are_asked_for(server: Hub, name: str) -> None:
+    server.repos["me/style"] = {"lora.safetensors": weights("a"), "params.json": b"{", "notes.json": b"{}"}
+    source = open_source(name)
+    assert server.downloaded == ["lora.safetensors"]
+    with source.settings("hyperparameters.yaml") as found:
+        assert found is None
+    with source.settings("params.json") as found:
+        assert found is not None
+        assert Path(found[0]).read_bytes() == b"{"
+        assert found[1] == "hf://me/style/params.json"
+    assert sorted(server.downloaded) == ["lora.safetensors", "params.json"]
+    with (
+        pytest.raises(UnreadableFile, match=r"hf://me/style/params\.json: is not JSON"),
+        source.settings("params.json") as found,
+    ):
+        read_json(found[0] if found else "")
 
 
 def test_a_file_or_folder_of_a_repository(server: Hub) -> None:
