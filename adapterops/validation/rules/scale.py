@@ -54,11 +54,12 @@ ZERO_ALPHA = Rule(
     "zero-alpha",
     Severity.ERROR,
     why="ComfyUI and peft multiply the update by alpha / rank, which is nothing, while sd-scripts takes 0 to mean the rank.",
-    remedy="Write the alpha that was trained with; where sd-scripts was told 0, that is the rank.",
+    remedy="Write the alpha that was trained with: verl's model_merger leaves 0 where it does not know it; where sd-scripts was "
+    "told 0, it is the rank.",
     fires="x.alpha holds 0, or lora_alpha is 0",
     passes="x.alpha holds 4",
     source="kohya-ss/sd-scripts networks/lora.py (LoRAModule); ComfyUI comfy/weight_adapter/lora.py; "
-    "peft 0.21 tuners/lora/layer.py",
+    "peft 0.21 tuners/lora/layer.py; volcengine/verl verl/model_merger/base_model_merger.py (save_lora_adapter)",
 )
 NEGATIVE_ALPHA = Rule(
     "S405",
