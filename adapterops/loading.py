@@ -45,7 +45,7 @@ def load(
     - `format` names the format or dialect where it is not to be recognised;
     - `arch` names a built-in base model, `base` is the config of any other (or its table), whose modules are called as
       the installed library's class has them (`layout` "installed") or as the published checkpoints do ("published");
-    - `alpha` is the alpha where the file holds none, or "tensors", "header" or "config" to say which of two to believe,
+    - `alpha` is the alpha where the file holds none, or 0, or "tensors", "header" or "config" to say which of two to believe,
       or "trained" for the scale that a block-diagonal fused projection was trained with;
     - `fields` are PEFT config fields that no source holds; those that reading took are in `provenance.given`;
     - `allow_drop` leaves unknown keys out (they are listed in `provenance.dropped`);

@@ -42,9 +42,9 @@ def notes_on_nothing(adapter: Adapter) -> Iterator[str]:
     alphas = (update.alpha for update in adapter if update.alpha is not None and update.alpha.value == 0.0)
     stated = next((alpha for alpha in alphas if alpha.certainty is Certainty.READ), None)
     if stated is not None:
-        say = "; --set lora_alpha=X says the trainer's" if "lora_alpha" in stated.source else ""
         yield (
-            f"alpha is 0 ({stated.source}), so it changes nothing; some programs write 0 for an alpha that they do not know{say}"
+            f"alpha is 0 ({stated.source}), so it changes nothing; some programs write 0 for an alpha that they do not know: "
+            "--alpha X says the trainer's"
         )
 
 

@@ -101,7 +101,7 @@ def reading(command: Callable[..., Any]) -> Callable[..., Any]:
             "--alpha",
             metavar="X",
             callback=parse_alpha,
-            help="Alpha of the modules for which the file holds none; or tensors, header, config: which of two to believe; "
+            help="Alpha of the modules for which the file holds none, or 0; or tensors, header, config: which of two to believe; "
             "or trained: the training's scale for sd-scripts' split_qkv files.",
         ),
         click.option(

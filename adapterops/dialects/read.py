@@ -347,8 +347,8 @@ def _settle(
                 ),
                 _keys(update.tensors),
             )
-    if alpha is not None:
-        pass  # `--alpha X` speaks for modules whose alpha the file lacks; see `_refuse_idle_alpha`.
+    if alpha is not None and (alpha.value or not isinstance(given, float)):
+        pass  # `--alpha X` speaks for modules whose alpha the file lacks or says to be 0; see `_refuse_idle_alpha`.
     elif isinstance(given, float):
         alpha = Fact(given, Certainty.GIVEN, "--alpha")
     elif dialect.convention == "rank":

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from outcome import Outcome
 from safetensors.torch import load_file, save_file
 
@@ -83,7 +84,29 @@ def test_an_alpha_of_0_in_a_config_is_told_of(command: Command, tmp_path: Path) 
     for arguments in (("inspect", folder), ("convert", folder, "--to", "peft", "-o", tmp_path / "out")):
         (note,) = [note for note in notes(command(*arguments, "--json")) if "alpha" in note]
         assert note.startswith(said)
-        assert "--set lora_alpha=X" in note
-    told = notes(command("convert", folder, "--to", "peft", "--set", "lora_alpha=16", "-o", tmp_path / "set", "--json"))
-    assert not [note for note in told if "alpha is 0" in note]
-    assert json.loads((tmp_path / "set" / "adapter_config.json").read_text())["lora_alpha"] == 16
+        assert "--alpha X" in note
+    for at, said in enumerate((("--set", "lora_alpha=16"), ("--alpha", "16"))):
+        out = tmp_path / str(at)
+        assert not [
+            n for n in notes(command("convert", folder, "--to", "peft", *said, "-o", out, "--json")) if "alpha" in n
+        ]
+        assert json.loads((out / "adapter_config.json").read_text())["lora_alpha"] == 16
+
+
+def test_an_alpha_of_0_in_a_tensor_may_be_said(command: Command, tmp_path: Path) -> None:
+    tensors = load_file(FIXTURES / "kohya-sd15.safetensors")
+    silent = next(key for key in tensors if key.endswith(".alpha"))
+    tensors[silent] = torch.zeros_like(tensors[silent])
+    save_file(tensors, tmp_path / "a.safetensors")
+    plain, said = (tmp_path / name for name in ("plain.safetensors", "said.safetensors"))
+    (note,) = [
+        n
+        for n in notes(command("convert", tmp_path / "a.safetensors", "-o", plain, "--to", "kohya", "--json"))
+        if "0" in n
+    ]
+    assert silent in note
+    notes(command("convert", tmp_path / "a.safetensors", "-o", said, "--to", "kohya", "--alpha", "3", "--json"))
+    tensors[silent] += 3
+    found = load_file(said)
+    assert found.keys() == tensors.keys()
+    assert all(torch.equal(found[key], tensors[key]) for key in tensors)
