@@ -178,7 +178,9 @@ def _modules(place: Place, architecture: Architecture | None, whole: bool) -> li
     named: list[tuple[str, str, tuple[int, ...]]]
     if architecture is None or place.component == "*":
         free = place.component == "*" or not (place.flat or place.only or place.names != "canonical")
-        named = [(n, n, s) for n, s in _FREE.items()] if free and architecture is None else []
+        # A prefix may be where transformers' layers begin ("layers." of Mistral's code).
+        own = f"model.{place.prefix}" if place.prefix else ""
+        named = [(n, n.removeprefix(own), s) for n, s in _FREE.items()] if free and architecture is None else []
     elif not applies(place, architecture):
         return []
     else:
