@@ -41,7 +41,7 @@ def validate(
 
     - `select` and `ignore` are codes of rules, beginnings of codes, names, or ALL, in a list or a text with commas;
     - `arch` or `base` is the base model that the adapters are for, as for `load`;
-    - `targets` are the loaders that they are for (peft, diffusers, comfy, vllm, mlx, gguf);
+    - `targets` are the loaders that they are for (peft, diffusers, comfy, vllm, sglang, mlx, gguf);
     - `load_test` loads them with peft or diffusers, into a model without weights;
     - `header_only` asks only rules that read no tensor's bytes;
     - `jobs` is the number of cores: of processes, and, where there are fewer adapters, of threads that look at the bytes
