@@ -94,27 +94,9 @@ def save(
     """
     form, dialect = registry.find(format or adapter.provenance.dialect)
     insist_on_reader(form, reader)
-    _insist_on_use(adapter, dialect, fields or {})
-    fields = _not_taken(adapter, form, fields or {})
-    insist_on_alphas(adapter)
-    adapter = spoken(form.prepared(adapter), dialect, fold_alpha)
-    wanted = dtype_named(dtype)
     faithful = format is None and not reader  # a reader knows the usual spelling alone
     target = Target(dialect, adapter.base, dict(fields or {}), faithful, allow_drop, repair, reader or "")
-    _insist_on_init(adapter, form)
-    try:
-        fit = _fitted(adapter, form, target, Rounding(wanted, fold_alpha))
-        adapter, rounded = fit.source, bool(wanted or fold_alpha or fit.rounded)
-        out = form.write(fit.adapter, target)
-        out = out._replace(
-            kept=tuple(u for u in out.kept if u.key in adapter.updates),
-            dropped=(*fit.dropped, *out.dropped),
-            notes=(*fit.notes, *out.notes),
-            rounded=rounded or out.rounded,
-        )
-    except CannotRepresent as error:
-        path = adapter.provenance.path
-        raise (error if path in str(error) else CannotRepresent(f"{path}: {error}")) from error
+    adapter, out = planned(adapter, target, Rounding(dtype_named(dtype), fold_alpha))
     if not any(u.method != "saved" for u in out.kept):
         raise CannotRepresent(f"{adapter.provenance.path}: nothing of it is left to write as {dialect.title}")
     place = place_of(os.fspath(path), form)
@@ -142,6 +124,32 @@ def save(
         timings.proof = time.perf_counter() - started
         staged.commit()
     return replace(_result(adapter, out, place, form, dialect, proof, timings), reader=reader or "")
+
+
+def planned(adapter: Adapter, target: Target, rounding: Rounding) -> tuple[Adapter, Output]:
+    """What of the adapter a target takes, and the files that would hold it; nothing is written.
+
+    Raises `CannotRepresent` where the target's format cannot hold something, `UsageError` for a field that nobody takes.
+    """
+    form, path = registry.formats()[target.dialect.format], adapter.provenance.path
+    _insist_on_use(adapter, target.dialect, target.fields)
+    target = target._replace(fields=_not_taken(adapter, form, target.fields))
+    insist_on_alphas(adapter)
+    adapter = spoken(form.prepared(adapter), target.dialect, rounding.fold_alpha)
+    _insist_on_init(adapter, form)
+    try:
+        fit = _fitted(adapter, form, target, rounding)
+        adapter, rounded = fit.source, bool(rounding.dtype or rounding.fold_alpha or fit.rounded)
+        out = form.write(fit.adapter, target)
+    except CannotRepresent as error:
+        raise (error if path in str(error) else CannotRepresent(f"{path}: {error}")) from error
+    out = out._replace(
+        kept=tuple(u for u in out.kept if u.key in adapter.updates),
+        dropped=(*fit.dropped, *out.dropped),
+        notes=(*fit.notes, *out.notes),
+        rounded=rounded or out.rounded,
+    )
+    return adapter, out
 
 
 def insist_on_reader(form: Format, reader: str | None) -> None:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, islice
 from typing import Any
 
 from adapterops import api, registry
 from adapterops.adapter import Adapter
 from adapterops.dialects.table import AlphaIn, Dialect
+from adapterops.errors import AdapterOpsError, CannotRepresent
 from adapterops.loading import KEPT_FIELDS, PathLike
 from adapterops.merging import one_scale
 from adapterops.merging.recipe import Recipe
-from adapterops.plugin import Format, Target
+from adapterops.plugin import Format, Rounding, Target
+
+_OFFERED = 3
+"""Formats that a message names."""
 
 
 @dataclass(slots=True)
@@ -42,16 +47,26 @@ class Destination:
 
     def ready(self, planned: Adapter) -> None:
         """Shown what will come out: refuses what the format cannot hold, whatever its scales."""
-        _, dialect, _ = self.target(planned)
-        if not self.folds(dialect):
-            one_scale.fitting(planned, self._try)
+        try:
+            self._fitting(planned, self.target(planned)[1], self.drops)
+        except CannotRepresent as error:
+            raise self.offering(error, planned) from error
 
     def fitted(self, adapter: Adapter) -> tuple[Adapter, tuple[str, ...]]:
         """The adapter at as many scales as the format has places for, and what the user should know of that."""
         _, dialect, _ = self.target(adapter)
         if one_scale.differ(adapter) and not self.folds(dialect):
-            return one_scale.fitting(adapter, self._try)
+            return self._fitting(adapter, dialect, self.drops)
         return adapter, ()
+
+    def offering(self, error: CannotRepresent, refused: Adapter) -> CannotRepresent:
+        """The error; where nobody named the format, with those that hold all that comes out."""
+        holding = () if self.recipe.output.get("to") else self._holding(refused)
+        others = list(islice(holding, _OFFERED))
+        if not others:
+            return error
+        ways = f"without --to the first source's format is written; --to {' or '.join(others)} holds all that comes out"
+        return CannotRepresent(f"{error} ({ways})", fault=error.fault, keys=error.keys)
 
     def folds(self, dialect: Dialect) -> bool:
         """Whether factors take up their scales."""
@@ -82,9 +97,31 @@ class Destination:
             place = os.path.dirname(place)
         return place
 
-    def _try(self, adapter: Adapter) -> None:
-        form, dialect, _ = self.target(adapter)
-        form.write(adapter, Target(dialect, adapter.base, self.own_fields(adapter), allow_drop=self.drops))
+    def _fitting(self, adapter: Adapter, dialect: Dialect, allow_drop: bool) -> tuple[Adapter, tuple[str, ...]]:
+        """The adapter as the dialect takes it, and what the user should know of that.  Raises `CannotRepresent`."""
+        target = Target(dialect, adapter.base, self.own_fields(adapter), allow_drop=allow_drop)
+        folds = self.folds(dialect)
+
+        def plan(tried: Adapter) -> None:
+            api.planned(tried, target, Rounding(fold_alpha=folds))
+
+        if not folds:
+            return one_scale.fitting(adapter, plan)
+        plan(adapter)
+        return adapter, ()
+
+    def _holding(self, refused: Adapter) -> Iterator[str]:
+        """The dialects that hold the whole adapter: those of the sources, then the first of every format."""
+        of_sources = (
+            registry.find(a.provenance.dialect)[1] for step in self.shown for a in step if a.provenance.dialect
+        )
+        first = (form.dialects[0] for form in registry.formats().values())
+        for dialect in dict.fromkeys(chain(of_sources, first)):
+            try:
+                self._fitting(refused, dialect, allow_drop=False)
+            except AdapterOpsError:
+                continue
+            yield dialect.name
 
 
 def _deciding(recipe: Recipe) -> int:

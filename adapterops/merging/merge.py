@@ -21,7 +21,7 @@ from typing import Any
 from adapterops import api
 from adapterops.adapter import Adapter
 from adapterops.api import Result
-from adapterops.errors import UsageError
+from adapterops.errors import CannotRepresent, UsageError
 from adapterops.loading import PathLike
 from adapterops.merging import sources as inputs
 from adapterops.merging.arguments import Weights, recipe_of
@@ -100,17 +100,20 @@ def merge(
     kept = inputs.findable(made.recipe, asked, place.home(adapter))
     adapter = replace(adapter, metadata={**adapter.metadata, HEADER_ENTRY: kept.to_header()})
     _, dialect, path = place.target(adapter)
-    written = api.save(
-        adapter,
-        path,
-        format=dialect.name,
-        fold_alpha=place.folds(dialect),
-        fields=place.own_fields(adapter),
-        allow_drop=place.drops,
-        overwrite=overwrite,
-        verify=verify,
-        progress=writing,
-    )
+    try:
+        written = api.save(
+            adapter,
+            path,
+            format=dialect.name,
+            fold_alpha=place.folds(dialect),
+            fields=place.own_fields(adapter),
+            allow_drop=place.drops,
+            overwrite=overwrite,
+            verify=verify,
+            progress=writing,
+        )
+    except CannotRepresent as error:
+        raise place.offering(error, adapter) from error
     seconds = {
         "read": made.reading,
         "compute": computed - started - made.reading,

@@ -73,4 +73,4 @@ def test_what_one_scale_does_not_mend_is_refused_as_before(tmp_path: Path) -> No
     with pytest.raises(CannotRepresent) as caught:
         ao.merge([one, two], tmp_path / "out.safetensors", "cat", to="kohya")
     assert not (tmp_path / "out.safetensors").exists()
-    assert "scale" not in str(caught.value)
+    assert "scale" not in str(caught.value).replace(str(tmp_path), "")
