@@ -46,6 +46,8 @@ class Fit(NamedTuple):
 
 def fit(architecture: Architecture, groups: Sequence[Group]) -> Fit:
     """Look every module up in `architecture`."""
+    if not any(place.among(architecture.components) for place in {g.place for g in groups}):
+        return Fit(architecture, 0, 0, tuple(groups), (), len(groups), sum(is_encoder(g.place) for g in groups))
     unknown, misshapen, named, untold = [], [], 0, 0
     if len(groups) > 4 * SAMPLE and not _plausible(architecture, groups):
         return Fit(architecture, 0, 0, tuple(groups), (), len(groups))
