@@ -140,6 +140,22 @@ def test_quantises_bit_for_bit_as_bitsandbytes(how: Quantiser, monkeypatch: pyte
         assert torch.equal(how.apply_(matrix.clone()), quantised_by_bitsandbytes(matrix, how))
 
 
+@pytest.mark.parametrize("how", [Quantiser("nf4", 64, True), Quantiser("int8")], ids=str)
+def test_parts_in_any_number_of_threads(how: Quantiser, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("adapterops.linalg.quant._PART", 4096)
+    matrix, before = torch.randn(300, 256, generator=torch.Generator().manual_seed(3)), torch.get_num_threads()
+    found = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        rest = torch.empty_like(matrix)
+        found.append((how.apply_(matrix.clone()), rest, how.left_over(matrix, matrix, rest)))
+    torch.set_num_threads(before)
+    for made, rest, norm in found:
+        assert torch.equal(made, found[0][0])
+        assert torch.equal(rest, matrix - made)
+        assert norm == pytest.approx(float(rest.double().square().sum()), rel=1e-6)
+
+
 def pefts_loftq() -> Callable[..., tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """peft's own function, with `cpu` in the place of the `cuda` that it insists on."""
     text = inspect.getsource(loftq_utils.loftq_init)
