@@ -161,7 +161,7 @@ def _settled(entry: Group, own: Heads | None, where: str, request: Request) -> G
             why = f"the order of the rows of {entry.name} depends on the model's heads, which its {_PARAMS} beside would say"
             return entry._replace(tensors={**entry.tensors, "B": of_unknown_order(tensor, why)})
         count = of.queries if entry.name.endswith(_ROTATED[0]) else of.keys
-        turned = halved(tensor, of.size, entry.name, count)
+        turned = halved(tensor, of.size, entry.name, count, where if component is None else "--base")
         return entry._replace(tensors={**entry.tensors, "B": turned})
     except errors.AdapterOpsError as error:
         request.wrong(error, (tensor.key for tensor in entry.tensors.values()))

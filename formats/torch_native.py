@@ -95,10 +95,11 @@ def rotated(size: int, head: int) -> list[int]:
     return [start + pair * half + at for start in range(0, size, head) for at in range(half) for pair in range(2)]
 
 
-def halved(tensor: LazyTensor, head: int, name: str, count: int | None = None) -> LazyTensor:
+def halved(tensor: LazyTensor, head: int, name: str, count: int | None = None, said_by: str = "--base") -> LazyTensor:
     """The rows (out_features, …) of queries or keys whose rotary embedding rotates neighbours, in transformers' order.
 
-    `count` is the number of heads, where it is known.  Raises `BrokenAdapter` for rows that are no heads of the base.
+    `count` is the number of heads, where it is known, and `said_by` what says both.  Raises `BrokenAdapter` for rows that are no
+    such heads.
     """
     from adapterops_formats.gguf_rows import with_rows
 
@@ -109,7 +110,7 @@ def halved(tensor: LazyTensor, head: int, name: str, count: int | None = None) -
             raise ValueError(f"{rows} rows are not the {count} heads of {head}")
     except ValueError as error:
         raise errors.BrokenAdapter(
-            f"{tensor.where}: {error}, as {name} has them in this base; is it the right --base?", fault="other-shape"
+            f"{tensor.where}: {error}, as {name} has them by {said_by}; is it the right {said_by}?", fault="other-shape"
         ) from error
     return with_rows(tensor, order, back=True)
 
