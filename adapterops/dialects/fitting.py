@@ -46,8 +46,23 @@ class Fit(NamedTuple):
 
 def fit(architecture: Architecture, groups: Sequence[Group]) -> Fit:
     """Look every module up in `architecture`."""
-    if not any(place.among(architecture.components) for place in {g.place for g in groups}):
-        return Fit(architecture, 0, 0, tuple(groups), (), len(groups), sum(is_encoder(g.place) for g in groups))
+    return fit_all([architecture], groups)[0]
+
+
+def fit_all(known: Iterable[Architecture], groups: Sequence[Group]) -> list[Fit]:
+    """Look every module up in each of the architectures."""
+    places = {g.place for g in groups}
+    strange = tuple(groups)
+    untold = sum(is_encoder(g.place) for g in groups)
+    return [
+        _fit(architecture, groups)
+        if any(place.among(architecture.components) for place in places)
+        else Fit(architecture, 0, 0, strange, (), len(strange), untold)
+        for architecture in known
+    ]
+
+
+def _fit(architecture: Architecture, groups: Sequence[Group]) -> Fit:
     unknown, misshapen, named, untold = [], [], 0, 0
     if len(groups) > 4 * SAMPLE and not _plausible(architecture, groups):
         return Fit(architecture, 0, 0, tuple(groups), (), len(groups))
@@ -104,7 +119,7 @@ def contenders(groups: Sequence[Group], said: str = "") -> list[Fit]:
     encoders (few tables have these); where no architecture does, all are tried.  Variants of a base that has everything do not
     count, unless their word is in `said`, which is what the file says of its base.
     """
-    fits = _whole(groups, said) or [fit(architecture, groups) for architecture in _able(groups)]
+    fits = _whole(groups, said) or fit_all(_able(groups), groups)
     shaped = {found.architecture.name: found.shaped for found in fits}
     idle = (f for f in fits if _idle(f.architecture, said) and f.shaped <= shaped.get(f.architecture.family, -1))
     left = {found.architecture.name for found in idle}
@@ -211,7 +226,7 @@ def best_fits(readings: Sequence[Sequence[Group]], given: Architecture | None = 
     # A wrong way has no base at all, which would be sought in every table.
     fits = [_whole(groups) for groups in readings]
     if not any(fits):
-        fits = [[fit(architecture, groups) for architecture in _able(groups)] for groups in readings]
+        fits = [fit_all(_able(groups), groups) for groups in readings]
     return [max((found.shaped for found in own), default=0) for own in fits]
 
 
