@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from adapterops.plugin import ANY, Adapter, Place, Reading, Suffix, Target, errors
+from adapterops.plugin import ANY, Adapter, Place, Reading, Source, Suffix, Target, errors
 
 SCALE = (Suffix(".alpha", ANY, "alpha"), Suffix(".dora_scale", ANY, "magnitude"))
 """What stands beside the factors of any method with a scale."""
@@ -87,6 +87,15 @@ UNREAD = (
     ),
 )
 """What common readers of these files leave out: huggingface/diffusers `loaders/lora_pipeline.py`, "dora_scale"."""
+
+
+def is_in_pefts_folder(source: Source) -> bool:
+    """Whether it is LyCORIS' own file under PEFT's names of files, beside a config that repeats its rank and alpha.
+
+    NewBieAI-Lab/NewbieLoraTrainer `train_newbie_lora.py` (`save_lora_model`).
+    """
+    kind = source.config.get("peft_type") if source.config is not None else None
+    return str(kind).upper() == "LYCORIS" and all(key.startswith("lycoris_") for key in source.tensors)
 
 
 def of_adapters(readings: Iterable[Reading]) -> list[Reading]:

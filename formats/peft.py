@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any, ClassVar
 
 from adapterops_formats.adapterhub import is_hub_config
+from adapterops_formats.lycoris_names import is_in_pefts_folder
 from adapterops_formats.pairs import is_handmade
 from adapterops_formats.peft_config import (
     PeftConfig,
@@ -145,7 +146,7 @@ class Peft(Format):
 
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
         config = source.config
-        if config is not None and is_hub_config(config):
+        if config is not None and (is_hub_config(config) or is_in_pefts_folder(source)):
             return []
         found = [without_wrappers(reading) for reading in super().recognise(source, dialects)]
         readings = [loralib_names(_unwrapped(reading)) for reading in found]

@@ -106,6 +106,7 @@ _NAMES = (
     (r"circlestone-labs/Anima\S*|nvidia/Cosmos-Predict2-2B-Text2Image", "anima"),
     (r"lumina-2(/.*)?|lumina2", "lumina2"),
     (r"Alpha-VLLM/Lumina-Image-2\.0\S*", "lumina2"),
+    (r"(newbieai-lab|newbie-ai)/newbie-image\S*|newbie([-_]image)?(/.*)?", "newbie"),
     (r"hidream[-_][ie]1(/.*)?", "hidream"),
     (r"HiDream-ai/HiDream-[IE]1\S*", "hidream"),
     (r"krea-?2(/.*)?|krea/Krea-2\S*", "krea2"),

@@ -32,7 +32,7 @@ class Component:
     modules: Mapping[str, ModuleSpec]
     """Every module that owns a parameter, by canonical name."""
     class_name: str
-    """The class that implements it, with its library: `diffusers.UNet2DConditionModel`."""
+    """The class that implements it, with its library: `diffusers.UNet2DConditionModel`; "" where no library has it."""
     config: Mapping[str, object]
     """What that class is built from."""
     bare: frozenset[str] = frozenset()
@@ -276,7 +276,7 @@ def _component(
     modules, fused, parameters = (_Modules(rows, which) for which in range(3))
     begin = {column: stems(table["rows"], templates, column) for column in ("canonical", "original")}
     kinds: dict[str, Any] = {"fused": fused, "parameters": parameters}
-    return Component(name, modules, table["class"], config, optional_prefix=prefix, stems=begin, **kinds)
+    return Component(name, modules, table.get("class", ""), config, optional_prefix=prefix, stems=begin, **kinds)
 
 
 def _scope(table: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Value]:

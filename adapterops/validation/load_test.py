@@ -207,6 +207,8 @@ def _built(component: Component) -> Any:
     """The component's model on the meta device."""
     import torch
 
+    if not component.class_name:
+        raise NoSkeleton("no library has the base's class")
     library, _, name = component.class_name.partition(".")
     found: Any = getattr(import_module(library), name, None)
     if found is None:

@@ -158,6 +158,7 @@ LUMINA = Base(
         "context_refiner.1.feed_forward.w2": (2304, 9216),
         "noise_refiner.0.adaLN_modulation.1": (9216, 1024),
         "final_layer.adaLN_modulation.1": (2304, 1024),
+        "cap_embedder.1": (2304, 2304),  # NewBie's has more inputs
     },
     diffusers={
         "layers.0.attn.to_q": (2304, 2304),

@@ -168,6 +168,7 @@ LORA: Mapping[str, Mapping[str, Reads]] = {
     "hunyuan_dit": {},
     "stable_cascade": {},
     "longcat_image": {},
+    "newbie": {},
     "ace_step_1_5": _OWN_WITHOUT_ALPHA,
     "kandinsky5_lite": _OWN_WITHOUT_ALPHA,
     # peft's LoRA of a grouped convolution needs as many ranks as groups, or a multiple.
@@ -270,6 +271,7 @@ LOADERS: Mapping[str, Loader] = {
     "hunyuan_dit": Loader("", ()),
     "stable_cascade": Loader("", ()),
     "longcat_image": Loader("", ()),
+    "newbie": Loader("", ()),
     "ace_step_1_5": Loader("AceStep", ("transformer",)),
     "kandinsky5_lite": Loader("Kandinsky", ("transformer",)),
     "sana_1600m": Loader("Sana", ("transformer",)),
