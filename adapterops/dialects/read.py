@@ -116,56 +116,24 @@ def read(
         lost = {id(entry) for entry in found.unknown}
         groups = [entry for entry in groups if id(entry) not in lost]
     notes += _shared_components(groups, architecture)
-    updates: list[Update] = []
-    sound: list[Group] = []
-    alphas: dict[str, tuple[str, tuple[int, ...]]] = {}
-    folded: dict[tuple[str, str, str], str] = {}
-    stated: dict[tuple[str, str, str], str] = {}
-    components: dict[Place, str | None] = {}
-    books: dict[Place, NameBook] = {}
-    earlier: dict[str, str] = {}
-    for entry in groups:
-        stored = entry.tensors.get("alpha")
-        if architecture is not None and entry.place not in books:
-            books[entry.place] = book(architecture, entry.place)
-            components[entry.place] = entry.place.among(architecture.components)
-        try:
-            module = canonical(architecture, entry, books.get(entry.place))
-            component = components.get(entry.place) or entry.place.component
-            update = _sized(_checked(entry, component, module, reading.dialect), architecture)
-            update, said_of_it = METHODS[entry.method].today(update)
-            earlier.setdefault(said_of_it, update.name)
-            if METHODS[entry.method].scaled:
-                update = _settle(update, stored, reading.dialect, request, scale_of, entry.stated or module)
-        except AdapterOpsError as error:
-            request.wrong(error, _keys(entry.tensors))
-            continue
-        if entry.stated and entry.stated != module:
-            stated[update.key] = entry.stated
-        if stored is not None:
-            alphas[f"{update.component}.{module}"] = (stored.dtype, stored.shape)
-            folded[update.key] = stored.key
-        updates.append(update)
-        sound.append(entry)
-    groups = sound
-    notes += [f"{name} and modules like it: {said_of_it}" for said_of_it, name in earlier.items() if said_of_it]
-    if refine is not None:
-        updates = refine(updates)
+    made = _updates(groups, architecture, reading.dialect, request, scale_of)
+    notes += [f"{name} and modules like it: {said}" for said, name in made.earlier.items() if said]
+    updates, groups = made.updates if refine is None else refine(made.updates), made.groups
     if any(not METHODS[update.method].scaled for update in updates):
         whole = [_whole(update, request) for update in updates]
         groups = [entry for entry, sure in zip(groups, whole, strict=True) if sure]
         updates = [update for update, sure in zip(updates, whole, strict=True) if sure]
     _no_twins(updates, request)
     _refuse_idle_alpha(updates, request)
-    spelling = _spelling(reading, updates, alphas, groups, architecture, carried)
+    spelling = _spelling(reading, updates, made.alphas, groups, architecture, carried)
     provenance = Provenance(
         path=source.path,
         format=reading.dialect.format,
         dialect=reading.dialect.name,
         spelling=spelling,
         notes=tuple(notes),
-        folded=folded,
-        stated=stated,
+        folded=made.folded,
+        stated=made.stated,
         dropped=tuple(dropped),
         size=source.size,
         carried=carried._replace(spelling={**carried.spelling, reading.dialect.name: spelling}),
@@ -178,6 +146,55 @@ def read(
         dict(carried.config),
         architecture,
     )
+
+
+@dataclass(slots=True)
+class _Made:
+    """The updates of a file, the groups that they were made of, and what else was read of them."""
+
+    updates: list[Update] = field(default_factory=list)
+    groups: list[Group] = field(default_factory=list)
+    alphas: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
+    """The dtype and shape of each module's alpha."""
+    folded: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    """The key of each update's alpha."""
+    stated: dict[tuple[str, str, str], str] = field(default_factory=dict)
+    """What the file calls the modules that have another name here."""
+    earlier: dict[str, str] = field(default_factory=dict)
+    """What was said of tensors of an earlier version of their method, and the first module of which."""
+
+
+def _updates(
+    groups: list[Group], architecture: Architecture | None, dialect: Dialect, request: Request, scale_of: ScaleOf
+) -> _Made:
+    """The groups under canonical names, with their scales; without those that cannot be updates, where that is only told."""
+    made = _Made()
+    components: dict[Place, str | None] = {}
+    books: dict[Place, NameBook] = {}
+    for entry in groups:
+        stored = entry.tensors.get("alpha")
+        if architecture is not None and entry.place not in books:
+            books[entry.place] = book(architecture, entry.place)
+            components[entry.place] = entry.place.among(architecture.components)
+        try:
+            module = canonical(architecture, entry, books.get(entry.place))
+            component = components.get(entry.place) or entry.place.component
+            update = _sized(_checked(entry, component, module, dialect), architecture)
+            update, said = METHODS[entry.method].today(update)
+            made.earlier.setdefault(said, update.name)
+            if METHODS[entry.method].scaled:
+                update = _settle(update, stored, dialect, request, scale_of, entry.stated or module)
+        except AdapterOpsError as error:
+            request.wrong(error, _keys(entry.tensors))
+            continue
+        if entry.stated and entry.stated != module:
+            made.stated[update.key] = entry.stated
+        if stored is not None:
+            made.alphas[f"{update.component}.{module}"] = (stored.dtype, stored.shape)
+            made.folded[update.key] = stored.key
+        made.updates.append(update)
+        made.groups.append(entry)
+    return made
 
 
 def _keys(tensors: Mapping[str, LazyTensor]) -> tuple[str, ...]:

@@ -99,32 +99,43 @@ def identify(
             raise refusal
         tell(refusal)
         return Identified(None, Fact(None, Certainty.UNKNOWN, "its module names are no known base model's"))
-    unknown = _insist(best, path, allow_drop, tell)
+    best, fact = _decided(best, level, lookup, hint, declared, rivals_by_name)
+    notes = (noted(fact),) if fact.certainty is Certainty.ASSUMED else ()
+    return Identified(best.architecture, fact, notes, _insist(best, path, allow_drop, tell))
+
+
+def _decided(
+    best: Fit,
+    level: Sequence[Fit],
+    lookup: Sequence[Group],
+    hint: str | None,
+    declared: bool,
+    rivals_by_name: Sequence[str],
+) -> tuple[Fit, Fact[str | None]]:
+    """Of those that fit a file as well as the best does the one that is taken, and how certain that is."""
     name = best.architecture.name
     rivals = [f for f in level if best.told and f.shaped == best.shaped and f is not best]
     if rivals and name == hint:
-        recorded: Fact[str | None] = Fact(name, Certainty.READ, "recorded by the conversion that wrote the file")
-        return Identified(best.architecture, recorded, unknown=unknown)
+        return best, Fact(name, Certainty.READ, "recorded by the conversion that wrote the file")
     others = [f.architecture.name for f in rivals if usual(f, lookup) == usual(best, lookup)]
-    otherwise = [other for other in rivals_by_name if other != name and other not in others]
     exact = [f for f in rivals if f.architecture.name in others and fills(f.architecture, lookup)]
     if len(exact) == 1 and not fills(best.architecture, lookup):
         # It has every block of that base and none of those that others have further.
-        best, unknown = exact[0], _insist(exact[0], path, allow_drop, tell)
-        return Identified(best.architecture, Fact(best.architecture.name, Certainty.DERIVED, _BLOCKS), unknown=unknown)
-    if others and reaches_the_end(best.architecture, lookup):
+        return exact[0], Fact(exact[0].architecture.name, Certainty.DERIVED, _BLOCKS)
+    ends = (bool(others) or best.whole) and reaches_the_end(best.architecture, lookup)
+    if others and ends:
         # It ends where this base does: nobody trains just as many blocks of one that has more.
         longer = {f.architecture.name for f in rivals if not reaches_the_end(f.architecture, lookup)}
         others = [other for other in others if other not in longer]
         if not others:
-            return Identified(best.architecture, Fact(name, Certainty.DERIVED, _BLOCKS), unknown=unknown)
-    # A file that ends where the base does is of that base.
-    others += otherwise if best.whole and not reaches_the_end(best.architecture, lookup) else []
+            return best, Fact(name, Certainty.DERIVED, _BLOCKS)
+    if best.whole and not ends:
+        others += [other for other in rivals_by_name if other != name and other not in others]
     if others:
-        assumed = oldest(name, others)
-        return Identified(best.architecture, assumed, (noted(assumed),), unknown)
-    certainty, why = (Certainty.READ, _DECLARED) if declared else (Certainty.DERIVED, "module names and shapes")
-    return Identified(best.architecture, Fact(name, certainty, why), unknown=unknown)
+        return best, oldest(name, others)
+    if declared:
+        return best, Fact(name, Certainty.READ, _DECLARED)
+    return best, Fact(name, Certainty.DERIVED, "module names and shapes")
 
 
 def oldest(name: str, others: Sequence[str]) -> Fact[str | None]:

@@ -12,7 +12,7 @@ A block diagonal is recognised when it is split again, so that each part gets ba
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from math import isclose
 from typing import NamedTuple
@@ -209,31 +209,10 @@ def join(spec: ModuleSpec, parts: Mapping[str, Update]) -> tuple[Update, list[Bl
     Raises `CannotRepresent` where no single update does what they do.
     """
     sizes = {name: sum(high - low for low, high in at) for name, at in pieces(spec).items()}
-    order = [name for name in sizes if name in parts]
-    first = parts[order[0]]
+    present = [parts[name] for name in sizes if name in parts]
+    first = present[0]
     method = METHODS[first.method]
-    units = _units(first)
-    if units is None or any(not _WHOLE.isdisjoint(parts[name].tensors) for name in order):
-        raise _no_join(first, spec)
-    if _over_all_rows(first):
-        units.pop("magnitude", None)
-    for name in order[1:]:
-        _insist_alike(first, parts[name], spec)
-    present = [parts[name] for name in order]
-    if len(sizes) > 1 and any(u.options.get("dora_axis") == "in" for u in present):
-        raise CannotRepresent(
-            f"{first.name}: its DoRA magnitude (tensor {first.tensors['magnitude'].key!r}) is per input: its norms go over "
-            f"the rows of this module alone, and one on the whole of {spec.name}, which this target keeps fused, over all "
-            "of them; a target with separate projections holds it (--to kohya-diffusers)"
-        )
-    if len(order) < len(sizes) and not _may_lack_parts(first):
-        raise _no_join(first, spec)
-    if any("magnitude" in u.tensors for u in present) and len(order) < len(sizes):
-        lacking = next(name for name in sizes if name not in parts)
-        raise CannotRepresent(
-            f"{first.component}: {lacking} has no DoRA magnitude, but {first.module} has; in one fused projection "
-            f"({spec.name}) all or none have: its magnitude would be the norm of the base's weight"
-        )
+    units = _insist_on_joinable(spec, sizes, present)
     ranks = {u.module: method.rank(u) or 0 for u in present}
     shared = {role for u in present for role in u.tensors if role not in units}
     if all(same_bytes(first.tensors[role], u.tensors[role]) for u in present[1:] for role in shared):
@@ -277,6 +256,37 @@ def join(spec: ModuleSpec, parts: Mapping[str, Update]) -> tuple[Update, list[Bl
     unseen = blocks is not None and any(is_zero(tensors[row]) for row, _ in method.pairs)
     update = replace(first, module=spec.name, tensors=ordered, alpha=alpha, rslora=rslora)
     return update, record if uneven or unseen else None
+
+
+def _insist_on_joinable(spec: ModuleSpec, sizes: Collection[str], present: Sequence[Update]) -> dict[str, int]:
+    """How many rows of the module a row of each tensor stands for, of updates that can stand on one fused module.
+
+    Raises `CannotRepresent` for others.
+    """
+    first = present[0]
+    units = _units(first)
+    if units is None or any(not _WHOLE.isdisjoint(update.tensors) for update in present):
+        raise _no_join(first, spec)
+    if _over_all_rows(first):
+        units.pop("magnitude", None)
+    for update in present[1:]:
+        _insist_alike(first, update, spec)
+    if len(sizes) > 1 and any(u.options.get("dora_axis") == "in" for u in present):
+        raise CannotRepresent(
+            f"{first.name}: its DoRA magnitude (tensor {first.tensors['magnitude'].key!r}) is per input: its norms go over "
+            f"the rows of this module alone, and one on the whole of {spec.name}, which this target keeps fused, over all "
+            "of them; a target with separate projections holds it (--to kohya-diffusers)"
+        )
+    if len(present) < len(sizes) and not _may_lack_parts(first):
+        raise _no_join(first, spec)
+    if any("magnitude" in u.tensors for u in present) and len(present) < len(sizes):
+        own = {update.module for update in present}
+        lacking = next(name for name in sizes if name not in own)
+        raise CannotRepresent(
+            f"{first.component}: {lacking} has no DoRA magnitude, but {first.module} has; in one fused projection "
+            f"({spec.name}) all or none have: its magnitude would be the norm of the base's weight"
+        )
+    return units
 
 
 _WHOLE = frozenset({"mid", "t1", "t2", "bias_indices"})
