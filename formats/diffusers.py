@@ -44,6 +44,7 @@ from adapterops_formats.lycoris_names import (
     of_adapters,
 )
 from adapterops_formats.peft_config import PeftConfig, check_given, describes, from_updates, refuse_scale
+from adapterops_formats.peft_header import METADATA_KEY, with_own_config
 from adapterops_formats.peft_names import LORA
 
 from adapterops.plugin import (
@@ -70,7 +71,6 @@ from adapterops.plugin import (
     read_by_table,
 )
 
-METADATA_KEY = "lora_adapter_metadata"
 FINETRAINERS = "lora_config"
 """The header's entry in which finetrainers says rank and alpha.  Its own loader reads it, diffusers does not.
 
@@ -338,8 +338,8 @@ class Diffusers(Format):
                 for dialect, (heads, ends) in _MARKS.items()
                 if not any(key.startswith(heads) or key.endswith(ends) for key in source.tensors)
             ]
-            # What has a PEFT config beside it is a PEFT folder, whatever its keys lack.
-            idle += [DIFFSYNTH] if source.config is not None else []
+            # What has a PEFT config beside it, or in its header, is PEFT's, whatever its keys lack.
+            idle += [DIFFSYNTH] if with_own_config(source).config is not None else []
             dialects = [d for d in dialects if d not in idle]
         readings = of_adapters(super().recognise(source, dialects))
         # A header that says scales is read by those dialects that have one, where they read every key too.

@@ -1,8 +1,9 @@
 """PEFT folders: `adapter_config.json` and `adapter_model.safetensors` (or `.bin`), one folder a component.
 
 Keys are `base_model.model.` + the module's own name + the method's suffix; saved modules keep their plain names.
-Alpha, the scale rule and the targets stand in the config, not among the tensors.  Source: huggingface/peft 0.21.2
-`utils/save_and_load.py`, `tuners/lora/model.py`, `utils/other.py`.
+Alpha, the scale rule and the targets stand in the config, not among the tensors.  What a model of diffusers saves of itself
+(`save_lora_adapter`) is peft's too: bare names, and the config in the header (`lora_adapter_metadata`).  Source: huggingface/peft
+0.21.2 `utils/save_and_load.py`, `tuners/lora/model.py`, `utils/other.py`; huggingface/diffusers `loaders/peft.py`.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from adapterops_formats.peft_config import (
 )
 from adapterops_formats.peft_conv import as_peft
 from adapterops_formats.peft_groups import arranged, chosen
+from adapterops_formats.peft_header import with_own_config
 from adapterops_formats.peft_ia3 import refuse_other_start
 from adapterops_formats.peft_kinds import KIND_OF, KINDS
 from adapterops_formats.peft_kinds.lora import LORA
@@ -145,6 +147,7 @@ class Peft(Format):
         return adapter.with_updates(u for part in parts for u in method_of(part).complete(part))
 
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
+        source = with_own_config(source)
         config = source.config
         if config is not None and (is_hub_config(config) or is_in_pefts_folder(source)):
             return []
@@ -163,6 +166,7 @@ class Peft(Format):
         return readings
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
+        source = with_own_config(source)
         method = _method(reading, request.fields)
         ignored: list[str] = []
         config = _config_of(source, request, method, reading, ignored)
