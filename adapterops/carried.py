@@ -14,7 +14,10 @@ from typing import Any, NamedTuple, TypeGuard
 from adapterops.storage.dtypes import BITS
 
 KEY = "adapterops"
-NOT_CARRIED = ("sshs_model_hash", "sshs_legacy_hash", "lora_adapter_metadata", "format", KEY)
+HEADER_CONFIG = "lora_adapter_metadata"
+"""The header entry with peft's config of a model, or of each component of a pipeline: huggingface/diffusers
+`loaders/lora_base.py` (`LORA_ADAPTER_METADATA_KEY`)."""
+NOT_CARRIED = ("sshs_model_hash", "sshs_legacy_hash", HEADER_CONFIG, "format", KEY)
 """Header entries that describe the source's own bytes or layout and would be false of another file."""
 
 

@@ -16,7 +16,7 @@ from adapterops.errors import AdapterOpsError
 from adapterops.loading import PathLike, insist_on_use, load
 from adapterops.methods import METHODS
 from adapterops.storage import dtypes, safetensors
-from adapterops.strength import notes_on_nothing
+from adapterops.strength import notes_on_header, notes_on_nothing
 
 Spread = Mapping[Any, int]
 """A value and the number of modules that have it."""
@@ -139,7 +139,7 @@ def report(adapter: Adapter, *, norms: bool = False, hashes: bool = False) -> In
         tensors=tensors,
         metadata=adapter.metadata,
         config=adapter.config,
-        notes=(*adapter.provenance.notes, *notes_on_nothing(adapter), *said),
+        notes=(*adapter.provenance.notes, *notes_on_nothing(adapter), *notes_on_header(adapter), *said),
         dropped=adapter.provenance.dropped,
         hashes=_hashes(files) if hashes else {},
         norms=sizes,

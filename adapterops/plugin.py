@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 from adapterops import errors
 from adapterops.adapter import Adapter, Certainty, Fact, Provenance, Update
 from adapterops.architectures import Architecture, Component, ModuleSpec
+from adapterops.carried import HEADER_CONFIG, Carried, is_number
 from adapterops.carried import KEY as CARRIED_KEY
-from adapterops.carried import Carried, is_number
 from adapterops.dialects.fitting import component_by_names, fit
 from adapterops.dialects.match import PARAMETERS, Claim, Group, Reading, read_keys
 from adapterops.dialects.read import Request, ScaleOf, ScaleRule, no_config
@@ -323,6 +323,7 @@ __all__ = [
     "ANY",
     "API_VERSION",
     "CUSTOM",
+    "HEADER_CONFIG",
     "METHODS",
     "NAMELESS",
     "ONE_ENCODER",

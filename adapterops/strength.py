@@ -3,9 +3,11 @@ assumption."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import json
+from collections.abc import Iterable, Iterator, Mapping
 
 from adapterops.adapter import Adapter, Certainty, Update
+from adapterops.carried import HEADER_CONFIG, is_number
 from adapterops.errors import UnknownFact
 
 
@@ -30,6 +32,7 @@ def notes_on_alphas(adapter: Adapter, assumed: bool = True) -> Iterator[str]:
         some = "" if len(usual) == len(scaled) else f" of {len(usual)} modules of {len(scaled)} ({usual[0].name})"
         yield f"alpha{some}: {source}; if training had another, say it with --alpha X"
     yield from notes_on_nothing(adapter)
+    yield from notes_on_header(adapter)
     given = {update.alpha.value for update in _with(scaled, Certainty.GIVEN) if update.alpha is not None}
     if 0.0 in given:
         yield "--alpha 0 makes the scale 0: the adapter changes nothing"
@@ -46,6 +49,31 @@ def notes_on_nothing(adapter: Adapter) -> Iterator[str]:
             f"alpha is 0 ({stated.source}), so it changes nothing; some programs write 0 for an alpha that they do not know: "
             "--alpha X says the trainer's"
         )
+
+
+def notes_on_header(adapter: Adapter) -> Iterator[str]:
+    """What the user should know of an alpha in the header that readers of the file's spelling do not look for there."""
+    alphas = [update.alpha for update in adapter if update.alpha is not None]
+    taken = {alpha.value for alpha in alphas if alpha.certainty is Certainty.ASSUMED}
+    stated = _in_header(adapter) if all(alpha.certainty is Certainty.ASSUMED for alpha in alphas) else []
+    if stated and not taken.issubset(stated):
+        values = " and ".join(f"{value:g}" for value in stated)
+        yield (
+            f"the header's {HEADER_CONFIG} says lora_alpha {values}, where readers of this spelling do not look: they apply "
+            f"scale 1, and that is kept; --alpha {stated[0]:g} takes what the header says"
+        )
+
+
+def _in_header(adapter: Adapter) -> list[float]:
+    """The alphas that the config in the header states, of one model or by component."""
+    try:
+        config = json.loads(adapter.metadata.get(HEADER_CONFIG, "null"))
+    except (ValueError, RecursionError):
+        return []  # not diffusers' entry
+    fields = config.items() if isinstance(config, Mapping) else ()
+    return list(
+        dict.fromkeys(value for key, value in fields if key.rpartition(".")[2] == "lora_alpha" and is_number(value))
+    )
 
 
 def _with(updates: Iterable[Update], certainty: Certainty) -> list[Update]:

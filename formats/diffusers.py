@@ -20,7 +20,7 @@
   refuses such a file whole;
 - attention processors: `unet.<attention>.processor.to_q_lora.down.weight`, at first without `unet.`; no alpha.
 
-Sources: huggingface/diffusers 0.42.1 `loaders/lora_base.py` (`_save_lora_weights`, `LORA_ADAPTER_METADATA_KEY`),
+Sources: huggingface/diffusers 0.42.1 `loaders/lora_base.py` (`_save_lora_weights`, `LORA_ADAPTER_HEADER_CONFIG`),
 `utils/state_dict_utils.py`, `utils/peft_utils.py` (`get_peft_kwargs`); ostris/ai-toolkit `toolkit/network_mixins.py`
 (`get_state_dict`), `toolkit/lora_special.py` (`FullModule`, `create_modules`), `toolkit/models/DoRA.py`; Nerogar/OneTrainer
 `modules/util/convert_lora_util.py` (`convert_to_diffusers`), `modules/modelSaver/mixin/LoRASaverMixin.py`
@@ -44,11 +44,12 @@ from adapterops_formats.lycoris_names import (
     of_adapters,
 )
 from adapterops_formats.peft_config import PeftConfig, check_given, describes, from_updates, refuse_scale
-from adapterops_formats.peft_header import METADATA_KEY, with_own_config
+from adapterops_formats.peft_header import with_own_config
 from adapterops_formats.peft_names import LORA
 
 from adapterops.plugin import (
     ANY,
+    HEADER_CONFIG,
     METHODS,
     Adapter,
     AlphaIn,
@@ -344,12 +345,12 @@ class Diffusers(Format):
         readings = of_adapters(super().recognise(source, dialects))
         # A header that says scales is read by those dialects that have one, where they read every key too.
         telling = [r for r in readings if r.dialect.alpha is AlphaIn.CONFIG and not r.unclaimed]
-        return telling if telling and METADATA_KEY in source.metadata else readings
+        return telling if telling and HEADER_CONFIG in source.metadata else readings
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
         check_given(request.fields)
         told = reading.dialect.alpha is AlphaIn.CONFIG or reading.dialect is WITH_ALPHA
-        if not told or METADATA_KEY not in source.metadata:
+        if not told or HEADER_CONFIG not in source.metadata:
             refuse_scale(request.fields, f"{reading.dialect.title} without a header")
             trained = _trained_alpha(source)
             wanted = trained if request.alpha == "header" else None
@@ -371,9 +372,9 @@ class Diffusers(Format):
             own = [u for u in adapter.as_stated() if u.component == component]
             describes(config.fields, config.where, own, lambda sentence: request.wrong(errors.Conflict(sentence)))
         silent = [c for c in adapter.components if c not in configs]
-        notes = [f"the header's {METADATA_KEY} says nothing of {c}: scale 1 is assumed" for c in silent]
+        notes = [f"the header's {HEADER_CONFIG} says nothing of {c}: scale 1 is assumed" for c in silent]
         notes += [
-            f"the header's {METADATA_KEY} speaks of {c}, of which the file has nothing"
+            f"the header's {HEADER_CONFIG} speaks of {c}, of which the file has nothing"
             for c in configs
             if c not in adapter.components
         ]
@@ -393,7 +394,7 @@ class Diffusers(Format):
             *embeddings_told(kept, "diffusers refuses a LoRA's file that has any; OneTrainer reads it"),
         ]
         if target.dialect.alpha is AlphaIn.CONFIG and not _plain(kept):
-            metadata[METADATA_KEY] = _write_header(kept, target)
+            metadata[HEADER_CONFIG] = _write_header(kept, target)
             notes.append(
                 "the scale stands in the header (lora_adapter_metadata): diffusers reads it there, Comfy does not and "
                 "would apply scale 1; --fold-alpha bakes it in for both, --to comfy keeps it in tensors"
@@ -453,10 +454,10 @@ def _plain(adapter: Adapter) -> bool:
 
 
 def _header_configs(source: Source, request: Request) -> dict[str, PeftConfig]:
-    text = source.metadata.get(METADATA_KEY)
+    text = source.metadata.get(HEADER_CONFIG)
     if text is None:
         return {}
-    where = f"{source.path}: header {METADATA_KEY}"
+    where = f"{source.path}: header {HEADER_CONFIG}"
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -11,14 +11,12 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from adapterops.plugin import Source
-
-METADATA_KEY = "lora_adapter_metadata"
+from adapterops.plugin import HEADER_CONFIG, Source
 
 
 def own_config(source: Source) -> Mapping[str, Any] | None:
     """The config of the one model that the file is of; None where the header says none, or those of components."""
-    text = source.metadata.get(METADATA_KEY)
+    text = source.metadata.get(HEADER_CONFIG)
     try:
         value = json.loads(text) if text is not None else None
     except (ValueError, RecursionError):
@@ -32,5 +30,5 @@ def with_own_config(source: Source) -> Source:
     return (
         source
         if config is None
-        else replace(source, config=config, config_path=f"{source.path}: header {METADATA_KEY}")
+        else replace(source, config=config, config_path=f"{source.path}: header {HEADER_CONFIG}")
     )

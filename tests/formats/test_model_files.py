@@ -116,3 +116,47 @@ def test_a_header_of_another_rank_is_refused(tmp_path: Path) -> None:
     safetensors.save_file(tensors, path, {"lora_adapter_metadata": header})
     with pytest.raises(ao.errors.Conflict, match="header lora_adapter_metadata"):
         ao.load(path)
+
+
+def in_comfys_names(path: Path, **header: str) -> Path:
+    stem = "diffusion_model.double_blocks.0.img_attn.proj"
+    tensors = {f"{stem}.lora_A.weight": torch.eye(4, 3072), f"{stem}.lora_B.weight": torch.ones(3072, 4)}
+    importlib.import_module("safetensors.torch").save_file(tensors, path, header)
+    return path
+
+
+@pytest.mark.parametrize("key", ["lora_alpha", "transformer.lora_alpha"])
+def test_an_alpha_that_its_readers_do_not_look_for_is_told_of(key: str, tmp_path: Path) -> None:
+    path = in_comfys_names(tmp_path / "a.safetensors", lora_adapter_metadata=json.dumps({key: 8, "r": 4}))
+    found = ao.inspect(path)
+    told = [note for note in found.notes if "lora_alpha 8" in note and "--alpha 8" in note]
+    assert len(told) == 1
+    done = ao.convert(path, "kohya", tmp_path / "b.safetensors")
+    assert [note for note in done.notes if note == told[0]] == told
+    (update,) = ao.load(tmp_path / "b.safetensors")
+    assert update.alpha is not None
+    assert update.alpha.value == 4
+    done = ao.convert(path, "kohya", tmp_path / "b.safetensors", alpha=8.0, overwrite=True)
+    assert [note for note in done.notes if "lora_alpha" in note] == []
+
+
+@pytest.mark.parametrize(
+    "header", [{"lora_alpha": 4}, {"r": 4}, ["lora_alpha"], {"lora_alpha": "8"}, {"a.lora_alpha.b": 8}]
+)
+def test_nothing_is_said_of_a_header_that_says_no_other_alpha(header: object, tmp_path: Path) -> None:
+    path = in_comfys_names(tmp_path / "a.safetensors", lora_adapter_metadata=json.dumps(header))
+    assert [note for note in ao.inspect(path).notes if "lora_alpha" in note] == []
+
+
+def test_nothing_is_said_of_a_pipelines_header_that_is_read(tmp_path: Path) -> None:
+    pair = {"lora_A.weight": torch.eye(4, 768), "lora_B.weight": torch.ones(768, 4)}
+    stem = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
+    tensors = {f"{stem}.{end}": tensor for end, tensor in pair.items()}
+    name = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    tensors |= {f"{name}.lora_A.weight": torch.eye(4, 320), f"{name}.lora_B.weight": torch.ones(320, 4)}
+    header = {"unet.lora_alpha": 8, "unet.r": 4, "unet.target_modules": ["to_q"]}
+    path = tmp_path / "a.safetensors"
+    importlib.import_module("safetensors.torch").save_file(tensors, path, {"lora_adapter_metadata": json.dumps(header)})
+    notes = ao.inspect(path).notes
+    assert [note for note in notes if "lora_alpha" in note] == []
+    assert [note for note in notes if "says nothing of text_encoder" in note] != []
