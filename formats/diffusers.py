@@ -20,7 +20,7 @@
   refuses such a file whole;
 - attention processors: `unet.<attention>.processor.to_q_lora.down.weight`, at first without `unet.`; no alpha.
 
-Sources: huggingface/diffusers 0.42.1 `loaders/lora_base.py` (`_save_lora_weights`, `LORA_ADAPTER_HEADER_CONFIG`),
+Sources: huggingface/diffusers 0.42.1 `loaders/lora_base.py` (`_save_lora_weights`, `LORA_ADAPTER_METADATA_KEY`),
 `utils/state_dict_utils.py`, `utils/peft_utils.py` (`get_peft_kwargs`); ostris/ai-toolkit `toolkit/network_mixins.py`
 (`get_state_dict`), `toolkit/lora_special.py` (`FullModule`, `create_modules`), `toolkit/models/DoRA.py`; Nerogar/OneTrainer
 `modules/util/convert_lora_util.py` (`convert_to_diffusers`), `modules/modelSaver/mixin/LoRASaverMixin.py`

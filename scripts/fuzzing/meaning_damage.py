@@ -125,7 +125,10 @@ def _usual(name: str, sample: Sample) -> Any:
         }
     if name == "lora_adapter_metadata":
         fields = {"r": 2, "lora_alpha": 4, "target_modules": ["to_q"], "alpha_pattern": {"to_q": 2}, "rank_pattern": {}}
-        return {f"{part}.{k}": v for part in ("unet", "text_encoder", "transformer") for k, v in fields.items()}
+        components = ("unet", "text_encoder", "transformer")
+        if not any(tensor.startswith(components) for tensor in sample.tensors):
+            return {"peft_type": "LORA", **fields}  # a model's own file
+        return {f"{part}.{k}": v for part in components for k, v in fields.items()}
     return {"conv_dim": 4, "algo": "lora"}
 
 
