@@ -55,25 +55,31 @@ def notes_on_header(adapter: Adapter) -> Iterator[str]:
     """What the user should know of an alpha in the header that readers of the file's spelling do not look for there."""
     alphas = [update.alpha for update in adapter if update.alpha is not None]
     taken = {alpha.value for alpha in alphas if alpha.certainty is Certainty.ASSUMED}
-    stated = _in_header(adapter) if all(alpha.certainty is Certainty.ASSUMED for alpha in alphas) else []
-    if stated and not taken.issubset(stated):
+    fields = _in_header(adapter) if all(alpha.certainty is Certainty.ASSUMED for alpha in alphas) else []
+    stated = list(dict.fromkeys(value for name, value in fields if name == "lora_alpha" and is_number(value)))
+    more = any(value for name, value in fields if name in ("use_rslora", "alpha_pattern"))
+    if stated and (more or not taken.issubset(stated)):
         values = " and ".join(f"{value:g}" for value in stated)
+        said = f"lora_alpha {values}{' with use_rslora or an alpha_pattern' if more else ''}"
+        way = (
+            f"{stated[0]:g} takes what the header says"
+            if len(stated) == 1 and not more
+            else "X makes the scale X / rank"
+        )
         yield (
-            f"the header's {HEADER_CONFIG} says lora_alpha {values}, where readers of this spelling do not look: they apply "
-            f"scale 1, and that is kept; --alpha {stated[0]:g} takes what the header says"
+            f"the header's {HEADER_CONFIG} says {said}, where readers of this spelling do not look: they apply scale 1, and "
+            f"that is kept; --alpha {way}"
         )
 
 
-def _in_header(adapter: Adapter) -> list[float]:
-    """The alphas that the config in the header states, of one model or by component."""
+def _in_header(adapter: Adapter) -> list[tuple[str, object]]:
+    """The fields of the config in the header, of one model or of components."""
     try:
         config = json.loads(adapter.metadata.get(HEADER_CONFIG, "null"))
     except (ValueError, RecursionError):
         return []  # not diffusers' entry
     fields = config.items() if isinstance(config, Mapping) else ()
-    return list(
-        dict.fromkeys(value for key, value in fields if key.rpartition(".")[2] == "lora_alpha" and is_number(value))
-    )
+    return [(key.rpartition(".")[2], value) for key, value in fields]
 
 
 def _with(updates: Iterable[Update], certainty: Certainty) -> list[Update]:

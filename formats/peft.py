@@ -147,6 +147,7 @@ class Peft(Format):
         return adapter.with_updates(u for part in parts for u in method_of(part).complete(part))
 
     def recognise(self, source: Source, dialects: Sequence[Dialect]) -> list[Reading]:
+        beside = source.config is not None
         source = with_own_config(source)
         config = source.config
         if config is not None and (is_hub_config(config) or is_in_pefts_folder(source)):
@@ -154,7 +155,8 @@ class Peft(Format):
         found = [without_wrappers(reading) for reading in super().recognise(source, dialects)]
         readings = [loralib_names(_unwrapped(reading)) for reading in found]
         kind = config.get("peft_type") if config is not None else None
-        if kind and not any(_shown_kinds(r) and not r.unclaimed for r in readings):
+        # Of a header's config alone only a file with PEFT's names is.
+        if kind and (beside or readings) and not any(_shown_kinds(r) and not r.unclaimed for r in readings):
             # Of tensors that PEFT knows, what the user says may still make a type of PEFT.
             kind_named(kind, source.config_path, _only_kind(readings))
         if config is None:
