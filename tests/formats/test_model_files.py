@@ -141,6 +141,20 @@ def test_an_alpha_that_its_readers_do_not_look_for_is_told_of(key: str, tmp_path
 
 
 @pytest.mark.parametrize(
+    "more", [{"use_rslora": True}, {"alpha_pattern": {"proj": 2}}, {"text_encoder.lora_alpha": 16}]
+)
+def test_no_alpha_is_offered_that_would_not_do_what_the_header_says(more: dict[str, Any], tmp_path: Path) -> None:
+    path = in_comfys_names(tmp_path / "a.safetensors", lora_adapter_metadata=json.dumps({"lora_alpha": 8, **more}))
+    (told,) = [note for note in ao.inspect(path).notes if "lora_alpha 8" in note]
+    assert told.endswith("--alpha X makes the scale X / rank")
+
+
+def test_a_header_of_an_unknown_type_is_no_matter_to_other_names(tmp_path: Path) -> None:
+    path = in_comfys_names(tmp_path / "a.safetensors", lora_adapter_metadata=json.dumps({"peft_type": "LYCORIS"}))
+    assert ao.inspect(path).dialect == "comfy"
+
+
+@pytest.mark.parametrize(
     "header", [{"lora_alpha": 4}, {"r": 4}, ["lora_alpha"], {"lora_alpha": "8"}, {"a.lora_alpha.b": 8}]
 )
 def test_nothing_is_said_of_a_header_that_says_no_other_alpha(header: object, tmp_path: Path) -> None:
