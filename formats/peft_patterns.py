@@ -63,7 +63,10 @@ def in_layers(module: str, layers: Any, patterns: Any) -> bool:
 
 def looked_up(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
     """The value of the first pattern that fits `module`."""
-    return next((value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)), default)
+    for key, value in patterns.items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
 
 
 def shuts_out(modules_to_save: Iterable[str], module: str) -> bool:

@@ -22,7 +22,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from adapterops.plugin import Group, LazyTensor, Reading, Request, errors
 
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _INNER = "base_model.model."
 """What peft's own class puts in front of names; nothing of a base model is called so."""
 _HEAD = re.compile(r"(?:.*\.)?unembed_tokens")
@@ -54,11 +54,14 @@ def wrapped_note(reading: Reading) -> list[str]:
 
 
 def _stands(key: str, name: str) -> bool:
-    return key.startswith(name) and not any(part in _WRAPPERS for part in key[len(name) :].split("."))
+    return key.startswith(name) and _WRAPPERS.isdisjoint(key[len(name) :].split("."))
 
 
 def _is_wrapped(key: str) -> bool:
-    return key.find(_INNER, 1) > 0 or any(part in _WRAPPERS for part in key.split("."))
+    if key.find(_INNER, 1) > 0:
+        return True
+    # Most keys have nothing of the kind, which is told without taking them apart.
+    return ("_orig_mod" in key or "_wrapped_module" in key) and not _WRAPPERS.isdisjoint(key.split("."))
 
 
 def names_of_tinker(shapes: Mapping[str, tuple[int, ...]]) -> list[str]:

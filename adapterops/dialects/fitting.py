@@ -245,11 +245,16 @@ def component_by_names(groups: Sequence[Group], given: Architecture | None = Non
     if not lookup:
         return None
     some = [g.name for g in lookup[:: max(1, len(lookup) // SAMPLE)]]
+    places: dict[str, Place] = {}
     for architecture in candidates:
         for component in architecture.components:
-            place = replace(lookup[0].place, component=component)
+            place = places.setdefault(component, lookup[0].place)
+            if place.component != component:
+                place = places[component] = replace(place, component=component)
             if given is None:
                 # A look at some of the names tells of most components that they do not have them all.
+                if not some[0].startswith(_stems(architecture, place)):
+                    continue
                 table = _table(architecture, place, some)
                 if any(name not in table for name in some):
                     continue
@@ -264,10 +269,10 @@ def component_by_names(groups: Sequence[Group], given: Architecture | None = Non
     return None
 
 
-def usual(found: Fit, groups: Sequence[Group]) -> int:
-    """The number of modules that stand where files for this architecture usually have them."""
+def usual(found: Fit, places: Mapping[Place, int]) -> int:
+    """The number of modules that stand where files for this architecture usually have them, of so many under each place."""
     own = traits(found.architecture)
-    return sum(1 for g in groups if not g.place.usual or g.place.usual & own)
+    return sum(number for place, number in places.items() if not place.usual or place.usual & own)
 
 
 _NUMBERED = re.compile(r"(.*?)\.(\d+)\.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -73,13 +74,14 @@ def identify(
         unknown = _insist(found, path, allow_drop, tell)
         return Identified(given, Fact(given.name, Certainty.GIVEN, "--arch or --base"), unknown=unknown)
     lookup = [g for g in groups if g.method != "saved"] or list(groups)
+    places = Counter(g.place for g in lookup)
     fits = contenders(lookup, _said(hint, source))
     # Those that have everything, or else everything that their tables tell of.
     level = [f for f in fits if f.whole] or [f for f in fits if f.told]
 
     def worth(found: Fit) -> tuple[int, bool, int, int, bool, int]:
         named = found.architecture.name == hint
-        return found.shaped, found.told, -found.untold, found.named, named, usual(found, lookup)
+        return found.shaped, found.told, -found.untold, found.named, named, usual(found, places)
 
     best = max(fits, key=worth)
     named = _declared(level, hint, source) if level and level != [best] else []
@@ -114,10 +116,11 @@ def _decided(
 ) -> tuple[Fit, Fact[str | None]]:
     """Of those that fit a file as well as the best does the one that is taken, and how certain that is."""
     name = best.architecture.name
+    places = Counter(g.place for g in lookup)
     rivals = [f for f in level if best.told and f.shaped == best.shaped and f is not best]
     if rivals and name == hint:
         return best, Fact(name, Certainty.READ, "recorded by the conversion that wrote the file")
-    others = [f.architecture.name for f in rivals if usual(f, lookup) == usual(best, lookup)]
+    others = [f.architecture.name for f in rivals if usual(f, places) == usual(best, places)]
     exact = [f for f in rivals if f.architecture.name in others and fills(f.architecture, lookup)]
     if len(exact) == 1 and not fills(best.architecture, lookup):
         # It has every block of that base and none of those that others have further.
