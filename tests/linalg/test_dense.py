@@ -60,7 +60,7 @@ def check(matrix: torch.Tensor, found: Svd, rank: int) -> None:
     torch.testing.assert_close(found.u.T @ found.u, eye, atol=3e-6, rtol=0)
     torch.testing.assert_close(found.vh @ found.vh.T, eye, atol=3e-6, rtol=0)
     assert (found.s.diff() <= 0).all()
-    assert found.energy == pytest.approx(float(matrix.double().square().sum()), rel=1e-7)
+    assert found.energy == pytest.approx(float(matrix.double().square().sum()), rel=3e-7)
     assert found.u.is_contiguous()
     assert found.vh.is_contiguous()
 
