@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 from adapterops.architectures import Architecture
 from adapterops.carried import Carried
@@ -109,6 +109,24 @@ class Provenance:
     """The fields of `--set` that reading took."""
 
 
+class VerbatimRow(NamedTuple):
+    """How a component's names are spelled: behind which prefix, whose they are, and whether dots have become underscores."""
+
+    prefix: str
+    column: str
+    flat: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Verbatim:
+    """Module names kept as a file spells them, since no known base model has them."""
+
+    rows: Mapping[str, VerbatimRow]
+    """For each component."""
+    why: str
+    """What is said where they would have to be known."""
+
+
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """The whole set of updates of one file or folder.
@@ -116,7 +134,7 @@ class Adapter:
     `config` holds, for each component, the facts of a PEFT config that belong to no module (task type, base
     model, dropout …); `metadata` the strings of the source's header; `base` the table behind `architecture`;
     `mutated_init` names a way of initialising (PiSSA …) that changed the base weights, which the deltas then
-    are relative to.
+    are relative to; `verbatim` tells how names are spelled that are nobody's known.
     """
 
     updates: Mapping[tuple[str, str, str], Update]
@@ -126,6 +144,7 @@ class Adapter:
     config: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     base: Architecture | None = None
     mutated_init: str | None = None
+    verbatim: Verbatim | None = None
 
     def __iter__(self) -> Iterator[Update]:
         return iter(self.updates.values())

@@ -13,6 +13,7 @@ from adapterops.adapter import COMPONENTS, Adapter, Certainty, Fact, Update
 from adapterops.architectures import Architecture
 from adapterops.dialects.read import Request
 from adapterops.dialects.table import AlphaIn, Dialect
+from adapterops.dialects.verbatim import named_for
 from adapterops.errors import (
     AdapterOpsError,
     CannotRepresent,
@@ -135,6 +136,7 @@ def planned(adapter: Adapter, target: Target, rounding: Rounding) -> tuple[Adapt
     _insist_on_use(adapter, target.dialect, target.fields)
     target = target._replace(fields=_not_taken(adapter, form, target.fields))
     insist_on_alphas(adapter)
+    adapter = named_for(adapter, target.dialect)
     adapter = spoken(form.prepared(adapter), target.dialect, rounding.fold_alpha)
     _insist_on_init(adapter, form)
     try:

@@ -122,6 +122,10 @@ def inspect(path: PathLike, *, norms: bool = False, hashes: bool = False, **opti
 def report(adapter: Adapter, *, norms: bool = False, hashes: bool = False) -> Inspection:
     """The report on an adapter that is loaded already."""
     form, dialect = registry.find(adapter.provenance.dialect)
+    if adapter.verbatim is not None:
+        from adapterops.looking import neither  # for few files
+
+        adapter = neither(adapter)
     files = {t.source.path for u in adapter for t in u.tensors.values()}
     # What a file holds once for many modules is one tensor.
     own = {(t.source.path, t.key, t.start) for u in adapter for t in u.tensors.values()}

@@ -57,11 +57,16 @@ def look(
     if not told or not all(map(_harmless, told)):
         raise refusal
     if adapter.base is None:
-        places = find(adapter.provenance.dialect)[1].places
-        either = {place.component for place in places if place.instead}
-        adapter = adapter.with_updates(_called(update, either) for update in adapter)
+        adapter = neither(adapter)
     notes = (*adapter.provenance.notes, f"not to be converted as it stands: {refusal}")
     return replace(adapter, provenance=replace(adapter.provenance, notes=notes, given=said.taken))
+
+
+def neither(adapter: Adapter) -> Adapter:
+    """The adapter of a base model that is not known, with components that may be one or another called so."""
+    places = find(adapter.provenance.dialect)[1].places
+    either = {place.component for place in places if place.instead}
+    return adapter.with_updates(_called(update, either) for update in adapter)
 
 
 def _called(update: Update, either: set[str]) -> Update:

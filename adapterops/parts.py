@@ -7,7 +7,7 @@ from dataclasses import replace
 from adapterops import architectures
 from adapterops.adapter import Adapter, Certainty, Fact
 from adapterops.architectures import Architecture
-from adapterops.errors import AmbiguousFormat
+from adapterops.errors import AmbiguousFormat, UnknownArchitectureOfFile
 from adapterops.methods import METHODS
 from adapterops.storage import Source
 
@@ -23,6 +23,9 @@ def join(source: Source, parts: list[Adapter]) -> Adapter:
                 f"{source.path}: its folder {name} holds updates of {', '.join(part.components)}: the folders are not the "
                 "components of one adapter; name one of them"
             )
+    nameless = next((p.verbatim for p in parts if p.verbatim is not None), None)
+    if nameless is not None:
+        raise UnknownArchitectureOfFile(nameless.why)
     names = {p.architecture.value for p in parts if p.architecture.value is not None}
     bases = [p.base for p in parts if p.base is not None]
     fact, base = parts[0].architecture, parts[0].base

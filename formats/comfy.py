@@ -170,7 +170,9 @@ class Comfy(Format):
 
     name = "comfy"
     title = "Comfy (the model's own names; ai-toolkit, OneTrainer)"
-    limits = ("Modules of a base that is not built in: the names are its authors'.",)
+    limits = (
+        "Modules of a base that is not built in, but under names that are Comfy's already: the names are its authors'.",
+    )
     dialects = (
         COMFY,
         COMFY_DOWN,

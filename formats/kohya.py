@@ -217,8 +217,8 @@ class Kohya(Format):
     name = "kohya"
     title = "Kohya (sd-scripts, A1111, Comfy)"
     limits = (
-        "Modules of a base that is neither built in nor given by `--base CONFIG`: names with underscores cannot "
-        "be told apart without its list.",
+        "Modules of a base that is neither built in nor given by `--base CONFIG`, but under names that are Kohya's or Comfy's "
+        "already: what others call them takes its list.",
         "Modules saved whole, and soft prompts.",
     )
     dialects = (

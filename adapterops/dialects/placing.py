@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from adapterops.adapter import Update
+from adapterops.adapter import Update, Verbatim
 from adapterops.architectures import Architecture
+from adapterops.dialects import verbatim
 from adapterops.dialects.names import applies
 from adapterops.dialects.table import Dialect, Place, traits
 from adapterops.errors import CannotRepresent
@@ -34,8 +35,14 @@ def writing_place(dialect: Dialect, component: str, architecture: Architecture |
 class Placing:
     """The rows by which a dialect spells an architecture's components: the recorded ones, or the usual."""
 
-    def __init__(self, dialect: Dialect, architecture: Architecture | None, spelling: Mapping[str, Any]) -> None:
-        self._dialect, self._architecture = dialect, architecture
+    def __init__(
+        self,
+        dialect: Dialect,
+        architecture: Architecture | None,
+        spelling: Mapping[str, Any],
+        kept: Verbatim | None = None,
+    ) -> None:
+        self._dialect, self._architecture, self._kept = dialect, architecture, kept
         self._recorded: Mapping[str, str] = spelling.get("prefixes", {})
         self._found: dict[str, Place | None] = {}
 
@@ -46,6 +53,8 @@ class Placing:
         return self._found[component]
 
     def _find(self, component: str) -> Place | None:
+        if self._kept is not None and component in self._kept.rows:
+            return verbatim.place_of(self._dialect, component, self._kept)
         recorded = self._recorded.get(component)
         for place in self._dialect.places if recorded is not None else ():
             if component in (place.component, *place.instead) and place.prefix == recorded:

@@ -14,9 +14,10 @@ from adapterops.dialects.aligning import adopt, align, rename
 from adapterops.dialects.match import Group, Reading, group
 from adapterops.dialects.names import NameBook, book, canonical
 from adapterops.dialects.placing import writing_place
-from adapterops.dialects.resolve import identify
+from adapterops.dialects.resolve import Identified, identify
 from adapterops.dialects.shapes import as_usual, shaped
 from adapterops.dialects.table import FLAG_DTYPE, AlphaIn, Dialect, Place
+from adapterops.dialects.verbatim import verbatim
 from adapterops.errors import AdapterOpsError, BrokenAdapter, CannotRepresent, Conflict, UnsupportedFormat, UsageError
 from adapterops.methods import METHODS
 from adapterops.storage import LazyTensor, Source
@@ -109,13 +110,39 @@ def read(
         reading.declared,
         reading.rivals,
     )
-    architecture = found.architecture
     notes += found.notes
     if found.unknown:
         dropped += [t.key for entry in found.unknown for t in entry.tensors.values()]
         lost = {id(entry) for entry in found.unknown}
         groups = [entry for entry in groups if id(entry) not in lost]
-    notes += _shared_components(groups, architecture)
+    notes += _shared_components(groups, found.architecture)
+    if found.refusal is None:
+        return _adapter(reading, source, request, scale_of, refine, groups, found, carried, notes, dropped)
+    kept = verbatim(groups, str(found.refusal))
+    if kept is None:
+        raise found.refusal
+    try:
+        adapter = _adapter(reading, source, request, scale_of, refine, groups, found, carried, notes, dropped)
+    except AdapterOpsError as error:
+        # Of names that nobody knows what else is wrong may follow from their being botched.
+        raise found.refusal from error
+    return replace(adapter, verbatim=kept)
+
+
+def _adapter(
+    reading: Reading,
+    source: Source,
+    request: Request,
+    scale_of: ScaleOf,
+    refine: Callable[[list[Update]], list[Update]] | None,
+    groups: list[Group],
+    found: Identified,
+    carried: Carried,
+    notes: list[str],
+    dropped: list[str],
+) -> Adapter:
+    """The adapter that a file's modules make, once it is known whose they are."""
+    architecture = found.architecture
     made = _updates(groups, architecture, reading.dialect, request, scale_of)
     notes += [f"{name} and modules like it: {said}" for said, name in made.earlier.items() if said]
     updates, groups = made.updates if refine is None else refine(made.updates), made.groups

@@ -36,6 +36,8 @@ class Identified(NamedTuple):
     fact: Fact[str | None]
     notes: tuple[str, ...] = ()
     unknown: tuple[Group, ...] = ()
+    refusal: UnknownArchitectureOfFile | None = None
+    """Why there is no table, for names that mean nothing without one."""
 
 
 def identify(
@@ -61,7 +63,10 @@ def identify(
     shapes; a file whose names are canonical already may belong to none.  Where none has everything, one that lacks nothing but
     text encoders is as good as any that has as much of the rest.
 
-    Raises `UnknownModule`, `BrokenAdapter` (a shape that the base has not) or `UnknownArchitectureOfFile`.
+    Where no base model has half of the names, and they mean nothing without one, `refusal` says so.
+
+    Raises `UnknownModule`, `BrokenAdapter` (a shape that the base has not) or `UnknownArchitectureOfFile` (names of a base in
+    shapes that it has not).
     """
     groups = [g for g in groups if not g.place.free]
     if not groups:
@@ -97,10 +102,13 @@ def identify(
         if not dependent:
             return Identified(None, Fact(None, Certainty.UNKNOWN, "its module names are used as they stand"))
         refusal = _refusal(best, path, fits)
-        if tell is None:
+        if tell is None and max(found.named for found in fits) >= _ENOUGH * len(lookup):
             raise refusal
-        tell(refusal)
-        return Identified(None, Fact(None, Certainty.UNKNOWN, "its module names are no known base model's"))
+        nobody: Fact[str | None] = Fact(None, Certainty.UNKNOWN, "its module names are no known base model's")
+        if tell is not None:
+            tell(refusal)
+            return Identified(None, nobody)
+        return Identified(None, nobody, (_kept(best),), refusal=refusal)
     best, fact = _decided(best, level, lookup, hint, declared, rivals_by_name)
     notes = (noted(fact),) if fact.certainty is Certainty.ASSUMED else ()
     return Identified(best.architecture, fact, notes, _insist(best, path, allow_drop, tell))
@@ -170,6 +178,16 @@ def _declared(level: Sequence[Fit], hint: str | None, source: Source | None) -> 
 
     said = in_file(source.metadata, source.config)
     return [f for f in level if f.architecture.name in said]
+
+
+def _kept(best: Fit) -> str:
+    """The note on names that no known base model has, and that can be kept."""
+    name = (best.unknown or best.misshapen)[0].name
+    return (
+        f"the base model is not known: none that is built in has its modules ({name!r} …), so their names stay as they are, and "
+        "are written only where they are spelled alike; --base CONFIG of the base model tells of others, --rename repairs "
+        "botched keys"
+    )
 
 
 def _refusal(best: Fit, path: str, fits: Sequence[Fit]) -> UnknownArchitectureOfFile:

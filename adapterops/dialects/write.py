@@ -59,7 +59,11 @@ def write(
     written: list[Update] = []
     kept: list[Update] = []
     dropped: list[str] = []
-    placing = Placing(dialect, architecture, spelling)
+    verbatim = adapter.verbatim if architecture is None else None
+    placing = Placing(dialect, architecture, spelling, verbatim)
+    if verbatim is not None:
+        # `named_for` has made them what they are in the file.
+        spelling["names"] = {f"{u.component}.{u.module}": u.module for u in adapter}
     arranger = Arranger(dialect, adapter, architecture, placing)
     for sources in arranger.groups():
         try:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from adapterops.adapter import Adapter, Certainty, Fact, Update
+from adapterops.adapter import Adapter, Certainty, Fact, Update, Verbatim
 from adapterops.architectures import Architecture
 from adapterops.dialects.resolve import noted, oldest
 from adapterops.errors import BrokenAdapter, CannotRepresent, UsageError
 from adapterops.merging.experts import stack_of
 from adapterops.merging.modules import CARRIED
 from adapterops.methods import METHODS
+from adapterops.registry import find
 from adapterops.storage import dtypes
 
 _NAME = "base_model_name_or_path"
@@ -47,6 +48,31 @@ def common_base(adapters: Sequence[Adapter]) -> tuple[Fact[str | None], Architec
     if not left:
         return Fact(fact.value, Certainty.DERIVED, "the one base model that all of the adapters fit"), first.base
     return oldest(fact.value, left), first.base
+
+
+def common_names(adapters: Sequence[Adapter]) -> Verbatim | None:
+    """How names are spelled that no known base model has; None where they are known, or are used as they stand everywhere.
+
+    Raises `UsageError` where adapters spell them in different ways, or only some are of a base that is not known.
+    """
+    first = next((adapter for adapter in adapters if adapter.verbatim is not None), None)
+    if first is None or first.verbatim is None:
+        return None
+    rows = dict(first.verbatim.rows)
+    for other in adapters:
+        own = other.verbatim.rows if other.verbatim is not None else None
+        if own is None or any(rows.setdefault(name, row)[1:] != row[1:] for name, row in own.items()):
+            why = (
+                f"is for {other.architecture.value}"
+                if other.architecture.value is not None
+                else f"spells names as {find(other.provenance.dialect)[1].title} does"
+            )
+            raise UsageError(
+                f"{first.provenance.path}: is for a base model that is not known, and spells its names as "
+                f"{find(first.provenance.dialect)[1].title} does; {other.provenance.path} {why}: nothing tells which modules are "
+                "the same. --base CONFIG of the base model does; or convert one of them to the other's spelling, where that goes"
+            )
+    return Verbatim(rows, first.verbatim.why)
 
 
 def carried_notes(adapters: Sequence[Adapter], fact: Fact[str | None]) -> tuple[str, ...]:

@@ -104,6 +104,7 @@ def combine(
     adapters, stacks = experts.apart(adapters)
     bases.insist(adapters)
     fact, base = bases.common_base(adapters)
+    verbatim = bases.common_names(adapters)
     weights, choose = [stacks.asked(weight) for weight in weights], stacks.asked(choose)
     modules = gather(adapters, weights, base)
     if not modules:
@@ -135,7 +136,9 @@ def combine(
             notes += told
     notes += _lone_notes(work, adapters)
     updates = stacks.together(updates, base)
-    empty = Adapter({}, fact, _provenance(adapters, fact), dict(metadata or {}), _config(adapters), base)
+    empty = Adapter(
+        {}, fact, _provenance(adapters, fact), dict(metadata or {}), _config(adapters), base, verbatim=verbatim
+    )
     merged = empty.with_updates(updates)
     if ready is not None and not all(_is_light(piece, dtype) for piece in work):
         spool.fill()

@@ -386,4 +386,4 @@ def test_others_are_not_taken_for_these(name: str, writer: Callable[[Modules], T
     path = write(tmp_path / "a.safetensors", writer(OTHERS[name]))
     assert ao.inspect(path).architecture.value is None
     with pytest.raises(UnknownArchitectureOfFile):
-        ao.load(path)
+        ao.convert(path, "diffusers", tmp_path / "diffusers")

@@ -66,4 +66,4 @@ def test_it_is_taken_for_none(name: str, writer: Callable[[Modules], Tensors], t
     path = write(tmp_path / "a.safetensors", writer(STRANGERS[name]))
     assert ao.inspect(path).architecture.value is None
     with pytest.raises(AdapterOpsError, match="none of the known base models"):
-        ao.load(path)
+        ao.convert(path, "diffusers", tmp_path / "diffusers")

@@ -185,10 +185,10 @@ def test_the_encoders_modules_do_not_count_for_a_stranger(tmp_path: Path) -> Non
     """A transformer that nobody knows beside CLIP: no base is known by its encoder alone."""
     strange = {f"blocks.{i}.mixer.in_proj": (640, 320) for i in range(12)}
     path = write(tmp_path / "a.safetensors", flat(strange, "lora_unet_") | flat(CLIP, "lora_te1_"))
-    with pytest.raises(errors.UnknownArchitectureOfFile):
-        ao.load(path)
-    with pytest.raises(errors.UnknownArchitectureOfFile):
-        ao.load(path, allow_drop=True)
+    assert ao.load(path).architecture.value is None
+    for allow in (False, True):
+        with pytest.raises(errors.UnknownArchitectureOfFile):
+            ao.convert(path, "diffusers", tmp_path / "diffusers", allow_drop=allow)
 
 
 def test_other_encoders_modules_are_not_t5s(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from trainers import DOWN_UP, FLUX, comfy, musubi, pairs, write
 
 import adapterops as ao
 from adapterops.cli.main import run
-from adapterops.errors import AdapterOpsError, Conflict
+from adapterops.errors import AdapterOpsError, Conflict, UnknownArchitectureOfFile
 
 LARGER = {
     **{f"double_blocks.{i}.img_attn_qkv": (9216, 3072) for i in range(24)},
@@ -27,9 +27,8 @@ ANOTHER_COSMOS = {"blocks.0.self_attn.q_proj": (5120, 5120), "blocks.35.mlp.laye
 FLUX_OF_ANOTHER_SIZE = {"double_blocks.0.img_attn.proj": (5120, 5120), "single_blocks.47.linear2": (5120, 20480)}
 
 
+OWN = {"Comfy": comfy, "musubi-tuner": partial(musubi, rank=1)}
 CASES = {
-    "names of its own, Comfy": (comfy, OWN_NAMES, "in none of the known base models"),
-    "names of its own, musubi-tuner": (partial(musubi, rank=1), OWN_NAMES, "in none of the known base models"),
     "a Cosmos of no known size, Comfy": (comfy, ANOTHER_COSMOS, "fits none of the known base models"),
     "a larger one, musubi-tuner": (partial(musubi, rank=1), LARGER, "in none of the known base models"),
     "a Flux of no known size, Comfy": (comfy, FLUX_OF_ANOTHER_SIZE, "fits none of the known base models"),
@@ -49,6 +48,20 @@ def test_they_are_looked_at_and_refused(name: str, tmp_path: Path) -> None:
         ao.convert(path, "peft", tmp_path / "peft")
     report = ao.validate(path, ignore=["D601"])
     assert {f.rule.code for f in report} == {"B303"}
+
+
+@pytest.mark.parametrize("writer", OWN)
+def test_own_names_are_kept_and_not_spelled_otherwise(writer: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.safetensors", OWN[writer](OWN_NAMES))
+    found = ao.inspect(path)
+    assert (found.architecture.value, found.modules) == (None, len(OWN_NAMES))
+    assert [c.name for c in found.components] == ["denoiser"]
+    assert any("the base model is not known" in note and "--base CONFIG" in note for note in found.notes)
+    for target in ("peft", "diffusers", "onetrainer", "lycoris", "xlabs", "kohya-diffusers"):
+        with pytest.raises(UnknownArchitectureOfFile, match="in none of the known base models"):
+            ao.convert(path, target, tmp_path / target)
+        assert not (tmp_path / target).exists()
+    assert {f.rule.code for f in ao.validate(path, ignore=["D601"])} == {"B303"}
 
 
 def test_the_command_looks_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
