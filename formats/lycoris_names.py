@@ -63,6 +63,7 @@ RENAMED = (
     "lumina2",
     "auraflow",
     "anima",
+    "cosmos_predict2_14b",
     "krea2",
     "ideogram4",
     "cogvideox_2b",

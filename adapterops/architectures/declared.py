@@ -103,7 +103,8 @@ _NAMES = (
     (r"Tongyi-MAI/Z-Image\S*|z[-_]?image([-_][^/]*)?(/.*)?", "z_image"),
     # sd-scripts (library/sai_model_spec.py), musubi-tuner, OneTrainer, ai-toolkit; and the Hub.
     (r"anima(-\w+)?(/.*)?", "anima"),
-    (r"circlestone-labs/Anima\S*|nvidia/Cosmos-Predict2-2B-Text2Image", "anima"),
+    (r"circlestone-labs/Anima\S*|nvidia/Cosmos-Predict2(\.5)?-2B\S*", "anima"),
+    (r"nvidia/Cosmos-Predict2(\.5)?-14B\S*", "cosmos_predict2_14b"),
     (r"lumina-2(/.*)?|lumina2", "lumina2"),
     (r"Alpha-VLLM/Lumina-Image-2\.0\S*", "lumina2"),
     (r"(newbieai-lab|newbie-ai)/newbie-image\S*|newbie([-_]image)?(/.*)?", "newbie"),

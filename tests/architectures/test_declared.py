@@ -96,6 +96,8 @@ HUB = {
     "diffusers/stable-diffusion-xl-1.0-inpainting-0.1": {"sdxl_inpainting"},
     "Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers": {"wan_14b_flf2v"},
     "Wan-AI/Wan2.1-VACE-1.3B-diffusers": {"wan_vace_1_3b"},
+    "nvidia/Cosmos-Predict2-14B-Text2Image": {"cosmos_predict2_14b"},
+    "nvidia/Cosmos-Predict2.5-2B": {"anima"},
     "Wan-AI/Wan2.2-Animate-14B-Diffusers": {"wan_animate_14b"},
     "alibaba-pai/Wan2.1-Fun-V1.1-14B-InP": {"wan_14b_i2v"},
     "Skywork/SkyReels-V2-DF-1.3B-540P": {"wan_1_3b"},

@@ -29,6 +29,19 @@ ANIMA = Base(
         "transformer_blocks.1.norm3.linear_2": (6144, 256),
     },
 )
+COSMOS_14B = Base(
+    "cosmos_predict2_14b",
+    authors={
+        **{f"blocks.0.self_attn.{p}_proj": (5120, 5120) for p in ("q", "k", "v", "output")},
+        **{f"blocks.35.cross_attn.{p}_proj": (5120, 1024) for p in ("k", "v")},
+        "blocks.35.mlp.layer1": (20480, 5120),
+    },
+    diffusers={
+        "transformer_blocks.0.attn1.to_q": (5120, 5120),
+        "transformer_blocks.35.attn2.to_k": (5120, 1024),
+        "transformer_blocks.35.ff.net.2": (5120, 20480),
+    },
+)
 ANIMAS_CONDITIONER: Modules = {
     "blocks.0.cross_attn.q_proj": (1024, 1024),
     "blocks.5.self_attn.o_proj": (1024, 1024),

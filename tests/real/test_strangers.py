@@ -24,9 +24,9 @@ def blocks(count: int, width: int) -> Modules:
 STRANGERS: dict[str, Modules] = {
     "Cosmos by diffusers' names": {"blocks.0.attn1.to_q": (2048, 2048), "blocks.0.attn2.to_k": (2048, 1024)},
     "Cosmos of another size": {
-        "blocks.0.cross_attn.k_proj": (5120, 1024),
-        "blocks.0.self_attn.output_proj": (5120, 5120),
-        "blocks.35.mlp.layer1": (20480, 5120),
+        "blocks.0.cross_attn.k_proj": (4096, 1024),
+        "blocks.0.self_attn.output_proj": (4096, 4096),
+        "blocks.35.mlp.layer1": (16384, 4096),
     },
     "Wan": wan(2048, 8192, 23),
     "Wan, few modules": {"blocks.0.self_attn.q": (2048, 2048), "blocks.0.ffn.0": (8192, 2048)},

@@ -23,7 +23,7 @@ LARGER = {
 """Modules of an invented base: many of Flux.1's and HunyuanVideo's names, flattened, in their sizes."""
 OWN_NAMES = {"trunk.0.mixing.wq": (2304, 2304), "trunk.27.widening.up": (9216, 2304)}
 """Modules of an invented base whose names no other has."""
-ANOTHER_COSMOS = {"blocks.0.self_attn.q_proj": (5120, 5120), "blocks.35.mlp.layer2": (5120, 20480)}
+ANOTHER_COSMOS = {"blocks.0.self_attn.q_proj": (3072, 3072), "blocks.35.mlp.layer2": (3072, 12288)}
 FLUX_OF_ANOTHER_SIZE = {"double_blocks.0.img_attn.proj": (5120, 5120), "single_blocks.47.linear2": (5120, 20480)}
 
 

@@ -175,6 +175,7 @@ LORA: Mapping[str, Mapping[str, Reads]] = {
     "sana_1600m": {d: replace(r, refuses=r"\.conv_depth$") for d, r in _OWN_WITHOUT_ALPHA.items()},
     "ernie_image": {**_OWN_WITHOUT_ALPHA, "comfy": _BARE, "peft": _PEFT},
     "anima": {**_OWN_WITHOUT_ALPHA, "comfy": _BARE},
+    "cosmos_predict2_14b": _OWN_WITHOUT_ALPHA,
     "krea2": {**_OWN_WITHOUT_ALPHA, "comfy": _BARE},
     "qwen_image": {
         **_OWN_WITHOUT_ALPHA,
@@ -277,6 +278,8 @@ LOADERS: Mapping[str, Loader] = {
     "sana_1600m": Loader("Sana", ("transformer",)),
     "ernie_image": Loader("ErnieImage", ("transformer",)),
     "anima": Loader("Anima", ("transformer", "text_conditioner")),
+    # Of Cosmos-Predict2.5; the pipelines of 2 have none.
+    "cosmos_predict2_14b": Loader("Cosmos", ("transformer",)),
     "krea2": Loader("Krea2", ("transformer",)),
     "qwen_image": Loader("QwenImage", ("transformer",)),
     "qwen_image_2_1": Loader("QwenImage", ("transformer",)),
