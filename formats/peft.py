@@ -43,6 +43,7 @@ from adapterops_formats.peft_parameters import key_name
 from adapterops_formats.peft_patterns import Base
 from adapterops_formats.peft_serving import READERS, fitted, listed_targets
 from adapterops_formats.peft_trainers import as_published, without_wrappers, wrapped_note
+from adapterops_formats.peft_whole import insist_on_consent, left_out, of_whole_model
 from adapterops_formats.peft_write import write_config
 
 from adapterops.plugin import (
@@ -111,6 +112,11 @@ _CLASS_COMPONENTS = (
 
 _HEAD = re.compile(r"(?:.*\.)?lm_head")
 _LATER = "this version does not convert it"
+# huggingface/peft v0.17.1 `utils/save_and_load.py` (`get_peft_model_state_dict`): takes ".lora" out wherever it stands in a key.
+_CALLED_LORA = (
+    "was saved by an earlier peft of an adapter that was called lora, a word that it took out of every key: "
+    r"--rename '(?<!\.lora)(_(embedding_)?[AB]|_magnitude_vector)(?=\.|$)=.lora\1' puts it back"
+)
 
 
 class Peft(Format):
@@ -135,6 +141,7 @@ class Peft(Format):
     }
     foreign: ClassVar = {
         r"finegates_": f"is FineGates, a method of a peft fork; {_LATER}",
+        r"^base_model\.model\..*(?<!\.lora)_(embedding_)?[AB](\.weight|\.bias)?$": _CALLED_LORA,
     }
 
     def types(self) -> Sequence[TypeRow]:
@@ -162,6 +169,7 @@ class Peft(Format):
         if config is None:
             # Without a prefix and a config nothing tells a saved module's key from any other writer's, and factors that stand
             # the other way round are somebody's own.
+            readings = list(map(of_whole_model, readings))
             bare = [r for r in readings if r.prefix == ""]
             others = [r for r in bare if any(c.suffix.method == "saved" for c in r.claims) or is_handmade(r, source)]
             readings = [r for r in readings if r not in others]
@@ -202,6 +210,7 @@ class Peft(Format):
             updates = [_with_indices(u, indices, request) if u.method == "trainable_tokens" else u for u in updates]
             return [_say_why_unknown(u, source, method) for u in method.complete(updates)]
 
+        insist_on_consent(source, reading, request)
         _insist_on_one_wrapper(source, reading)
         _insist_on_one_kind(source, reading, request)
         adapter = read_by_table(reading, source, asked, rule, refine, settle)
@@ -380,9 +389,9 @@ def _left_out(source: Source, reading: Reading) -> list[str]:
     read = {claim.key: claim for claim in reading.claims}
     unclaimed = set(reading.unclaimed)
     rest = [key for key in source.tensors if key not in read and key not in unclaimed]
+    notes = left_out(rest, reading.claims)
     originals = [key for key in rest if "original_module" in key.split(".")]
     rest = [key for key in rest if "original_module" not in key.split(".")][:_FEW]
-    notes = []
     if originals:
         many = f" and {len(originals) - 1} more are" if len(originals) > 1 else " is"
         notes.append(f"tensor {originals[0]!r}{many} the base's own, which the adapter saves anew: left out")
