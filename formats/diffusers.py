@@ -46,6 +46,7 @@ from adapterops_formats.lycoris_names import (
 from adapterops_formats.peft_config import PeftConfig, check_given, describes, from_updates, refuse_scale
 from adapterops_formats.peft_header import with_own_config
 from adapterops_formats.peft_names import LORA
+from adapterops_formats.peft_trainers import without_wrappers
 
 from adapterops.plugin import (
     ANY,
@@ -324,6 +325,11 @@ class Diffusers(Format):
         "transformer.": ("transformer.base_model.model.", "transformer_2."),
         "": ("pipe.dit.", "pipe.dit2.", "pipe.vace.", "pipe.vace2.", "dit.", "dit2.", "vace."),
     }
+    # A PEFT model's state dict handed to `save_lora_weights`.  PixArt's trainer does so too, of what is no UNet.
+    botched = {
+        r"^unet\.base_model\.model\.(?=(down|mid|up)_blocks?\.|conv_|time_)": "unet.",
+        r"^(text_encoder(_2)?|transformer)\.base_model\.model\.": r"\1.",
+    }
     foreign = {
         r"^(controlnet|vae|image_encoder|image_proj)\.": "belongs to a component that no format here converts",
         r"^transformer_2\.": "belongs to the second expert of a pair (Wan 2.2's, for low noise), beside keys of the first, and "
@@ -342,12 +348,20 @@ class Diffusers(Format):
             # What has a PEFT config beside it, or in its header, is PEFT's, whatever its keys lack.
             idle += [DIFFSYNTH] if with_own_config(source).config is not None else []
             dialects = [d for d in dialects if d not in idle]
-        readings = of_adapters(super().recognise(source, dialects))
+        readings = list(map(_unwrapped, of_adapters(super().recognise(source, dialects))))
         # A header that says scales is read by those dialects that have one, where they read every key too.
         telling = [r for r in readings if r.dialect.alpha is AlphaIn.CONFIG and not r.unclaimed]
         return telling if telling and HEADER_CONFIG in source.metadata else readings
 
     def read(self, source: Source, reading: Reading, request: Request) -> Adapter:
+        adapter = self._read(source, reading, request)
+        told = _unwrapping_told(reading)
+        if not told:
+            return adapter
+        provenance = replace(adapter.provenance, notes=(*adapter.provenance.notes, *told))
+        return replace(adapter, provenance=provenance)
+
+    def _read(self, source: Source, reading: Reading, request: Request) -> Adapter:
         check_given(request.fields)
         told = reading.dialect.alpha is AlphaIn.CONFIG or reading.dialect is WITH_ALPHA
         if not told or HEADER_CONFIG not in source.metadata:
@@ -401,6 +415,32 @@ class Diffusers(Format):
             )
         file = OutputFile("", spelled.tensors, metadata)
         return Output((file,), tuple(spelled.kept), tuple(spelled.dropped), tuple(notes))
+
+
+_DDP = "module."
+
+
+def _unwrapped(reading: Reading) -> Reading:
+    """The reading without what peft, `torch.compile` and distributed training put around a pipeline's model.
+
+    diffusers' own LCM distillation saves a PEFT model's state dict so
+    (`examples/consistency_distillation/train_lcm_distill_lora_sd_wds.py`).
+    """
+    reading = without_wrappers(reading)
+    named = [claim for claim in reading.claims if claim.name]
+    if not named or not all(claim.name.startswith(_DDP) for claim in named):
+        return reading
+    return reading._replace(claims=tuple(c._replace(name=c.name.removeprefix(_DDP)) for c in reading.claims))
+
+
+def _unwrapping_told(reading: Reading) -> list[str]:
+    """A note on names that `_unwrapped` changed."""
+    usual = {reading.prefix, *(place.prefix for place in reading.dialect.places)}
+    named = (c for c in reading.claims if c.name and c.name in c.key)
+    changed = next((c for c in named if c.key.rpartition(c.name)[0] not in usual), None)
+    if changed is None:
+        return []
+    return [f"tensor {changed.key!r} and others are read as of {changed.name} and the like"]
 
 
 _INSTALLED, _PUBLISHED = "encoder.layers.", "text_model."

@@ -14,6 +14,8 @@ WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 Sources: torch `_dynamo/eval_frame.py` (`OptimizedModule`), `distributed/fsdp/_common_utils.py` (`FSDP_WRAPPED_MODULE`),
 `distributed/algorithms/_checkpoint/checkpoint_wrapper.py`.
 """
+_PEFTS = ".base_model.model."
+"""Where peft's own model stands in a key, if it stands behind something."""
 _PARALLEL = "module"
 """The same of DataParallel and DDP; modules may be called so as well, so it counts where all keys have it near the front."""
 _FRONT = 4
@@ -65,6 +67,8 @@ def training_state(keys: Iterable[str]) -> tuple[str, ...]:
 
 def is_wrapped(key: str, new: str) -> bool:
     """Whether a wrapper's name is all that `new` lacks of `key`."""
+    if _PEFTS in key and new == key.replace(_PEFTS, ".", 1):
+        return True
     rest = [part for part in key.split(".") if part not in WRAPPERS]
     return new == ".".join(rest) or any(
         part == _PARALLEL and new == ".".join(rest[:at] + rest[at + 1 :]) for at, part in enumerate(rest[:_FRONT])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -182,6 +183,16 @@ def test_prefixes_that_peft_does_not_read(tmp_path: Path, spelled: Callable[[Ten
     assert _loaded(folder) == 0
 
 
+def test_a_peft_models_state_dict_is_no_pipelines(tmp_path: Path) -> None:
+    """What diffusers' LCM distillation saves; its own loader finds nothing there (`test_diffusers_reads_no_adapters_name`)."""
+    path = edit(diffusers_file(tmp_path), _renamed(r"^unet\.", "unet.base_model.model."))
+    (finding,) = found(path, select=["T"])
+    assert finding.code == "T131"
+    assert finding.change is not None
+    whole, _ = load(diffusers_file(tmp_path, "whole.safetensors"))
+    assert set(finding.change.keys.values()) == whole.keys()
+
+
 def test_peft_reads_an_adapters_name_under_that_name_alone(tmp_path: Path) -> None:
     folder = BROKEN["T130"](tmp_path)
     assert _loaded(peft_folder(tmp_path, name="whole")) == 4
@@ -189,8 +200,11 @@ def test_peft_reads_an_adapters_name_under_that_name_alone(tmp_path: Path) -> No
     assert _loaded(folder, "other") == 0
 
 
-@pytest.mark.parametrize(("ending", "loaded"), [(".weight", 1), (".default.weight", 0)])
-def test_diffusers_reads_no_adapters_name(ending: str, loaded: int) -> None:
+@pytest.mark.parametrize(
+    ("before", "ending", "loaded"),
+    [("", ".weight", 1), ("", ".default.weight", 0), ("base_model.model.", ".weight", 0)],
+)
+def test_diffusers_reads_no_adapters_name(before: str, ending: str, loaded: int) -> None:
     from diffusers import UNet2DConditionModel
 
     unet = UNet2DConditionModel(
@@ -198,9 +212,9 @@ def test_diffusers_reads_no_adapters_name(ending: str, loaded: int) -> None:
         attention_head_dim=4, down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
     )  # fmt: skip
-    stem = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    stem = f"unet.{before}down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
     state = {f"{stem}.lora_A{ending}": torch.ones(2, 8), f"{stem}.lora_B{ending}": torch.ones(8, 2)}
-    with _quiet():
+    with _quiet(), contextlib.suppress(ValueError):  # of target modules that the UNet has not
         unet.load_lora_adapter(state, prefix="unet")
     factors = [t for key, t in unet.state_dict().items() if "lora_B" in key]
     assert sum(bool(t.abs().sum() > 0) for t in factors) == loaded
