@@ -331,9 +331,12 @@ def _in_shape(adapter: Adapter, target: Target) -> tuple[Adapter, list[str]]:
 def _header(part: Adapter, component: str) -> dict[str, str]:
     """The header of one component's weights; it names the component, which neither keys nor config do."""
     carried = part.provenance.carried
-    spelling = {**carried.spelling, PEFT.name: {**carried.spelling.get(PEFT.name, {}), "component": component}}
-    if component == "model":
-        spelling = dict(carried.spelling)
+    # A model by itself is what is read where none is named; an earlier file's may have been another.
+    named = {} if component == "model" else {"component": component}
+    recorded = {name: value for name, value in carried.spelling.get(PEFT.name, {}).items() if name != "component"}
+    spelling = {name: value for name, value in carried.spelling.items() if name != PEFT.name}
+    if recorded or named:
+        spelling[PEFT.name] = {**recorded, **named}
     own = {k: v for k, v in part.config.items() if k == component}
     provenance = replace(part.provenance, carried=carried._replace(spelling=spelling))
     return header(replace(part, config=own, provenance=provenance))

@@ -35,7 +35,8 @@ def place_of(dialect: Dialect, component: str, kept: Verbatim) -> Place:
     Raises `UnknownArchitectureOfFile` where it has other names for it.
     """
     row = kept.rows.get(component)
-    own = [p for p in dialect.places if row is not None and component in (p.component, *p.instead) and _holds(p, row)]
+    # As it is read again: without a base model a row means its first component.
+    own = [p for p in dialect.places if row is not None and component == p.component and _holds(p, row)]
     same = [place for place in own if row is not None and place.prefix == row.prefix]
     # A row for some base models alone, or one of several, would have to know which one this is.
     others = [place for place in own if not place.only]

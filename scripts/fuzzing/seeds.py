@@ -177,10 +177,13 @@ def _modules(place: Place, architecture: Architecture | None, whole: bool) -> li
     """(canonical name, spelled name, weight's shape) of modules that a low-rank update, or a whole weight, can stand on."""
     named: list[tuple[str, str, tuple[int, ...]]]
     if architecture is None or place.component == "*":
-        free = place.component == "*" or not (place.flat or place.only or place.names != "canonical")
+        # Behind a prefix of its own a name that no base model has is kept, however it is spelled.
+        kept = place.prefix or not (place.flat or place.names != "canonical")
+        free = place.component == "*" or (kept and not place.only)
         # A prefix may be where transformers' layers begin ("layers." of Mistral's code).
         own = f"model.{place.prefix}" if place.prefix else ""
-        named = [(n, n.removeprefix(own), s) for n, s in _FREE.items()] if free and architecture is None else []
+        names = _FREE.items() if free and architecture is None else ()
+        named = [(n, n.replace(".", "_") if place.flat else n.removeprefix(own), s) for n, s in names]
     elif not applies(place, architecture):
         return []
     else:

@@ -99,6 +99,19 @@ def test_dialects_that_spell_names_alike_can_be_written(name: str, target: str, 
     assert {u.key for u in ao.load(done.path)} == {u.key for u in ao.load(done.path, format=target)}
 
 
+def test_a_prefix_that_means_another_component_is_refused(tmp_path: Path) -> None:
+    """Behind `lora_transformer_` stands a transformer, behind `lycoris_` this or a U-Net: read again it would be another."""
+    path = write(
+        tmp_path / "a.safetensors",
+        pairs(MODULES, "lora_transformer_", (".lora_down.weight", ".lora_up.weight"), 2.0, True),
+    )
+    assert ao.load(path).components == ("transformer",)
+    with pytest.raises(UnknownArchitectureOfFile, match="in none of the known base models"):
+        ao.convert(path, "lycoris", tmp_path / "b.safetensors")
+    done = ao.convert(path, "onetrainer", tmp_path / "b.safetensors")
+    assert load_file(done.path).keys() == load_file(path).keys()
+
+
 def test_names_that_underscores_would_make_one_are_refused(tmp_path: Path) -> None:
     twins = {"trunk.0.a_b": (48, 32), "trunk.0.a.b": (48, 32)}
     path = write(tmp_path / "a.safetensors", comfy(twins))
