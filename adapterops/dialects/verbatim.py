@@ -59,7 +59,7 @@ def named_for(adapter: Adapter, dialect: Dialect) -> Adapter:
     kept = adapter.verbatim
     if kept is None:
         return adapter
-    places = {component: place_of(dialect, component, kept) for component in kept.rows}
+    places = {component: place_of(dialect, component, kept) for component in kept.rows if adapter.of(component)}
     flat = {component for component, place in places.items() if place.flat and not kept.rows[component].flat}
     if not flat:
         return adapter
