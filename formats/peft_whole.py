@@ -9,7 +9,7 @@ Source: huggingface/peft 0.21.2 `tuners/tuners_utils.py` (`BaseTunerLayer.base_l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from adapterops.plugin import Claim, Reading, Request, Source, errors
 
@@ -32,8 +32,10 @@ def of_whole_model(reading: Reading) -> Reading:
     return reading._replace(claims=claims, unclaimed=(*reading.unclaimed, *others))
 
 
-def left_out(keys: Iterable[str], claims: Iterable[Claim]) -> list[str]:
+def left_out(keys: Sequence[str], claims: Iterable[Claim]) -> list[str]:
     """A note on the adapted layers' own weights among keys that are not read."""
+    if not keys:
+        return []
     stems = {claim.key.partition(claim.name)[0] + claim.name for claim in claims if claim.name}
     own = [key for key in keys if key.rpartition(".")[0].removesuffix(".base_layer") in stems]
     if not own:
